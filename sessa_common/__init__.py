@@ -1,0 +1,1 @@
+"""What the two Sessa implementations agree on; imports neither MLX nor PyTorch."""

@@ -1,0 +1,268 @@
+"""Model and training configuration: the only place where defaults are written down."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sessa_common.errors import SessaError
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+MIXERS = ("sessa",)
+PRECISIONS = ("auto", "float32", "bfloat16")
+
+# Keys that other tools write into a config.json and that do not change what the model computes.
+FOREIGN_KEYS = frozenset(
+    {
+        "_name_or_path",
+        "architectures",
+        "auto_map",
+        "initializer_range",
+        "is_decoder",
+        "model_file",
+        "quantization",
+        "quantization_config",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    }
+)
+
+
+def _known_fields(cls: type, given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    names = {f.name for f in dataclasses.fields(cls)}
+    unknown = sorted(set(given) - names - FOREIGN_KEYS)
+    if unknown:
+        raise SessaError(
+            f"{where}: unknown key {', '.join(unknown)}; known: {', '.join(sorted(names))}"
+        )
+    return {name: given[name] for name in given if name in names}
+
+
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise SessaError(message)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SessaConfig:
+    """Architecture of a Sessa language model, under the keys that the ecosystem's config.json uses.
+
+    Raises SessaError when the numbers cannot make a model. `num_key_value_heads` and `head_dim` of
+    0 stand for `num_attention_heads` and `hidden_size // num_attention_heads`.
+    """
+
+    model_type: str = "sessa"
+    vocab_size: int = 4096
+    hidden_size: int = 128
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 0
+    head_dim: int = 0
+    max_position_embeddings: int = 512
+    rope_theta: float = 10000.0
+    tie_word_embeddings: bool = True
+    layer_norm_eps: float = 1e-5
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+    pad_token_id: int | None = None
+    dtype: str = "float32"
+    mixer: str = "sessa"
+    feedback: bool = True
+    gamma_max: float = 0.999
+    use_forward_rope: bool = True
+
+    def __post_init__(self) -> None:
+        _require(self.model_type == "sessa", f"model_type is {self.model_type!r}, expected 'sessa'")
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+                     "max_position_embeddings"):  # fmt: skip
+            value = getattr(self, name)
+            _require(_is_count(value), f"{name} is {value!r}, expected a positive integer")
+        D, H = self.hidden_size, self.num_attention_heads
+        _require(D % H == 0, f"num_attention_heads {H} does not divide hidden_size {D}")
+        if self.num_key_value_heads == 0:
+            object.__setattr__(self, "num_key_value_heads", H)
+        if self.head_dim == 0:
+            object.__setattr__(self, "head_dim", D // H)
+        kv, d = self.num_key_value_heads, self.head_dim
+        _require(_is_count(kv) and H % kv == 0,
+                 f"num_key_value_heads {kv} does not divide num_attention_heads {H}")  # fmt: skip
+        _require(d * H == D, f"head_dim {d} times {H} heads is not hidden_size {D}")
+        _require(not (self.use_forward_rope and d % 2),
+                 f"head_dim {d} is odd: RoPE rotates pairs; use an even head_dim "
+                 "or use_forward_rope=false")  # fmt: skip
+        _require(0 < self.gamma_max < 1, f"gamma_max is {self.gamma_max}, expected between 0 and 1")
+        _require(self.rope_theta > 0, f"rope_theta is {self.rope_theta}, expected above 0")
+        _require(
+            self.layer_norm_eps > 0, f"layer_norm_eps is {self.layer_norm_eps}, expected above 0"
+        )
+        _require(
+            self.dtype in DTYPES, f"dtype is {self.dtype!r}, expected one of {', '.join(DTYPES)}"
+        )
+        _require(
+            self.mixer in MIXERS, f"mixer is {self.mixer!r}, expected one of {', '.join(MIXERS)}"
+        )
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = getattr(self, name)
+            fits = value is None or (isinstance(value, int) and 0 <= value < self.vocab_size)
+            _require(fits, f"{name} is {value!r}, expected below vocab_size {self.vocab_size}")
+
+    @classmethod
+    def from_dict(cls, given: Mapping[str, Any], where: str = "config") -> SessaConfig:
+        """Read the keys of a config.json; an unknown key is an error that names it."""
+        given = dict(given)
+        # transformers before version 5 and mlx-lm write the dtype under its older name.
+        if "dtype" not in given and isinstance(given.get("torch_dtype"), str):
+            given["dtype"] = given["torch_dtype"]
+        known = _known_fields(cls, given, where)
+        try:
+            return cls(**known)
+        except TypeError as error:
+            raise SessaError(f"{where}: a value has the wrong type ({error})") from error
+        except SessaError as error:
+            raise SessaError(f"{where}: {error}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The keys of config.json, and those that only other tools read."""
+        return {
+            "architectures": ["SessaModel"],
+            **dataclasses.asdict(self),
+            "torch_dtype": self.dtype,
+        }
+
+
+PRESETS: dict[str, SessaConfig] = {
+    "sessa-1m": SessaConfig(),
+    "sessa-9m": SessaConfig(hidden_size=320, num_hidden_layers=8, num_attention_heads=5),
+    "sessa-10m": SessaConfig(hidden_size=256, num_hidden_layers=16, num_attention_heads=4),
+    "sessa-30m": SessaConfig(hidden_size=512, num_hidden_layers=12, num_attention_heads=8),
+    "sessa-131m": SessaConfig(hidden_size=768, num_hidden_layers=24, num_attention_heads=12),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything that decides a training run besides the model and the device.
+
+    The defaults are the demonstration run of `sessa train`. Raises SessaError for values that cannot
+    train. `tokenizer` is None (a byte-level BPE of the model's vocab_size), a size, "bytes" or a path;
+    `window` is the number of tokens in a training row, 0 for the model's max_position_embeddings; a
+    step uses batch_size * accumulation rows; the learning rate rises linearly over warmup_steps and
+    falls along a cosine to min_lr_ratio of itself; an interval of 0 means "only at the end".
+    """
+
+    data: tuple[str, ...] = ("pydoc",)
+    validation_data: tuple[str, ...] = ()
+    validation_fraction: float = 0.05
+    text_field: str = "text"
+    split: str = "train"
+    subset: str | None = None
+    max_documents: int = 0
+    tokenizer: str | None = None
+    window: int = 0
+    steps: int = 400
+    batch_size: int = 8
+    accumulation: int = 1
+    learning_rate: float = 3e-3
+    min_lr_ratio: float = 0.1
+    warmup_steps: int = 40
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    adam_eps: float = 1e-8
+    clip_norm: float = 1.0
+    precision: str = "auto"
+    seed: int = 0
+    evaluate_every: int = 100
+    evaluate_batches: int = 8
+    checkpoint_every: int = 200
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulation", "evaluate_batches"):
+            value = getattr(self, name)
+            _require(_is_count(value), f"{name} is {value!r}, expected a positive integer")
+        for name in ("window", "max_documents", "warmup_steps", "seed", "evaluate_every",
+                     "checkpoint_every"):  # fmt: skip
+            value = getattr(self, name)
+            _require(value == 0 or _is_count(value), f"{name} is {value!r}, expected 0 or more")
+        for name in ("learning_rate", "adam_eps", "clip_norm"):
+            value = getattr(self, name)
+            _require(0 < value < float("inf"), f"{name} is {value!r}, expected above 0")
+        for name in ("min_lr_ratio", "weight_decay"):
+            value = getattr(self, name)
+            _require(0 <= value <= 1, f"{name} is {value!r}, expected from 0 to 1")
+        for name in ("beta1", "beta2", "validation_fraction"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"{name} is {value!r}, expected from 0 to below 1")
+        _require(len(self.data) > 0, "data is empty, expected at least one file, folder or name")
+        _require(self.precision in PRECISIONS,
+                 f"precision is {self.precision!r}, expected one of {', '.join(PRECISIONS)}")  # fmt: skip
+
+    @classmethod
+    def from_dict(cls, given: Mapping[str, Any], where: str = "training config") -> TrainConfig:
+        """Read the keys of a training.json; an unknown key is an error that names it."""
+        known = _known_fields(cls, given, where)
+        for name in ("data", "validation_data"):
+            if name in known:
+                _require(isinstance(known[name], (list, tuple)),
+                         f"{where}: {name} is {known[name]!r}, expected a list")  # fmt: skip
+                known[name] = tuple(known[name])
+        try:
+            return cls(**known)
+        except TypeError as error:
+            raise SessaError(f"{where}: a value has the wrong type ({error})") from error
+        except SessaError as error:
+            raise SessaError(f"{where}: {error}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The keys of training.json."""
+        return dataclasses.asdict(self)
+
+
+def parameter_shapes(config: SessaConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every learned tensor, in the order a reader meets them.
+
+    The names inside a layer are those of the author's release; a Linear's weight is (out, in).
+    """
+    D, V = config.hidden_size, config.vocab_size
+    kv = config.num_key_value_heads * config.head_dim
+    linears = {"W_in": (2 * D, D), "mixer.q_proj": (D, D), "mixer.k_proj": (kv, D),
+               "mixer.v_proj": (kv, D)}  # fmt: skip
+    if config.feedback:
+        linears["mixer.proj_fb"] = (2 * D, D)
+    linears["W_out"] = (D, D)
+    layer: dict[str, tuple[int, ...]] = {"ln.weight": (D,), "ln.bias": (D,)}
+    for name, shape in linears.items():
+        layer[f"{name}.weight"], layer[f"{name}.bias"] = shape, shape[:1]
+    if config.num_attention_heads > 1:
+        layer["mixer.out_proj.weight"] = (D, D)
+    if config.feedback:
+        layer["mixer.gamma_ctx.weight"], layer["mixer.gamma_bias"] = (1, D), ()
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (V, D)}
+    for i in range(config.num_hidden_layers):
+        shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
+    shapes |= {"model.norm.weight": (D,), "model.norm.bias": (D,)}
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = (V, D)
+    return shapes
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; a missing or malformed file is a SessaError that names it."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SessaError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise SessaError(f"{path}: not readable JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise SessaError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value

@@ -1,0 +1,67 @@
+"""Argument rules of `feedback_solve` that both frameworks share."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+BACKENDS = ("auto", "naive", "blocked", "kernel")
+log = logging.getLogger("sessa")
+
+
+def check_shapes(f: Any, q: Any, k: Any, gamma: Any, past_s: Any, key_mask: Any) -> None:
+    """Raise ValueError, naming the argument, unless the shapes fit one feedback solve.
+
+    f (B, T, D), q (B, T, K), k (B, P+T, K), gamma (B, T), past_s (B, P, D), key_mask (B, P+T).
+    """
+    for name, array in (("f", f), ("q", q), ("k", k)):
+        if array.ndim != 3:
+            raise ValueError(f"{name} has shape {tuple(array.shape)}, expected three dimensions")
+    B, T, D = f.shape
+    K = q.shape[2]
+    if T < 1 or D < 1 or K < 1 or B < 1:
+        raise ValueError(f"f {tuple(f.shape)} and q {tuple(q.shape)} must not be empty")
+    P = k.shape[1] - T
+    if P < 0:
+        raise ValueError(f"k has {k.shape[1]} rows, expected at least the {T} rows of f")
+    if past_s is None and P > 0:
+        raise ValueError(f"k has {P} more rows than f, so past_s (B, {P}, D) is needed")
+    wanted = {
+        "q": (q, (B, T, K)),
+        "k": (k, (B, P + T, K)),
+        "gamma": (gamma, (B, T)),
+        "past_s": (past_s, (B, P, D)),
+        "key_mask": (key_mask, (B, P + T)),
+    }
+    for name, (array, shape) in wanted.items():
+        if array is not None and tuple(array.shape) != shape:
+            raise ValueError(f"{name} has shape {tuple(array.shape)}, expected {shape}")
+
+
+def check_backend(backend: str) -> None:
+    """Raise ValueError unless `backend` is one that exists."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}, expected one of {', '.join(BACKENDS)}")
+
+
+@cache
+def _say_once(message: str) -> None:
+    log.info(message)
+
+
+def choose_backend(backend: str, unavailable: Callable[[], str | None]) -> str:
+    """Resolve "auto" to "kernel" or "blocked" and say once in the log which one and why.
+
+    `unavailable` gives the reason why the kernel cannot run here, or None. Asking for the kernel
+    where it cannot run raises ValueError with that reason.
+    """
+    if backend not in ("auto", "kernel"):
+        return backend
+    reason = unavailable()
+    if backend == "kernel" and reason:
+        raise ValueError(f"backend 'kernel' cannot run here: {reason}")
+    if backend == "auto":
+        _say_once(f"feedback_solve uses {f'blocked: {reason}' if reason else 'kernel'}")
+    return "blocked" if reason else "kernel"

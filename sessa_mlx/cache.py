@@ -1,0 +1,98 @@
+"""What decoding keeps: per layer the forward keys and values, the feedback keys and the states."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from sessa_common.config import SessaConfig
+
+CHUNK = 256
+
+
+class GrowingRows:
+    """An array that grows along one axis; room is taken in chunks, so appending rarely copies."""
+
+    def __init__(self, axis: int) -> None:
+        self.axis = axis
+        self.length = 0
+        self.buffer: mx.array | None = None
+
+    @property
+    def rows(self) -> mx.array | None:
+        """The rows appended so far, or None when there are none."""
+        if self.buffer is None or self.length == 0:
+            return None
+        return self.buffer[self._span(0, self.length)]
+
+    def append(self, new: mx.array) -> mx.array:
+        """Add rows and return all of them."""
+        total = self.length + new.shape[self.axis]
+        if self.buffer is None or self.buffer.shape[self.axis] < total:
+            shape = list(new.shape)
+            shape[self.axis] = -(-total // CHUNK) * CHUNK - self.length
+            room = mx.zeros(shape, dtype=new.dtype)
+            old = self.rows
+            self.buffer = room if old is None else mx.concatenate([old, room], self.axis)
+        self.buffer[self._span(self.length, total)] = new
+        self.length = total
+        return self.buffer[self._span(0, total)]
+
+    def _span(self, start: int, stop: int) -> tuple[slice, ...]:
+        return (slice(None),) * self.axis + (slice(start, stop),)
+
+
+class LayerCache:
+    """One layer's rows: k, v (B, Hkv, P, d) after RoPE, k_fb (B, P, D) and s (B, P, D) float32.
+
+    The states stay in float32 in any model dtype: in bfloat16 they would tell apart only the first
+    15 positions of the positional code (Lemma 4.10 at gain 0.76).
+    """
+
+    def __init__(self) -> None:
+        self.k, self.v = GrowingRows(2), GrowingRows(2)
+        self.k_fb, self.s = GrowingRows(1), GrowingRows(1)
+
+
+class SessaCache:
+    """The cache of a whole model for inference without gradients; dropping positions is exact."""
+
+    def __init__(self, config: SessaConfig) -> None:
+        self.layers = [LayerCache() for _ in range(config.num_hidden_layers)]
+        self.mask: mx.array | None = None  # (B, P), True where a token is not padding
+        self.length = 0
+
+    def extend(self, count: int, mask: mx.array | None) -> mx.array | None:
+        """Register `count` new positions and return the mask (B, P + count), None when all count.
+
+        A mask covers the past and the new positions, or the new ones alone; without one, new
+        positions are visible. Raises ValueError when the mask has another length.
+        """
+        if mask is not None:
+            mask = mask.astype(mx.bool_)
+            if self.length and mask.shape[1] == count:
+                past = self.mask
+                if past is None:
+                    past = mx.ones((mask.shape[0], self.length), dtype=mx.bool_)
+                mask = mx.concatenate([past, mask], 1)
+            if mask.shape[1] != self.length + count:
+                raise ValueError(
+                    f"attention_mask has {mask.shape[1]} columns, "
+                    f"expected {self.length} cached + {count} new"
+                )
+        elif self.mask is not None:
+            new = mx.ones((self.mask.shape[0], count), dtype=mx.bool_)
+            mask = mx.concatenate([self.mask, new], 1)
+        self.mask = mask
+        self.length += count
+        return mask
+
+    def trim(self, count: int) -> None:
+        """Drop the last `count` positions; a state depends on earlier positions only."""
+        if not 0 <= count <= self.length:
+            raise ValueError(f"cannot drop {count} of {self.length} cached positions")
+        self.length -= count
+        if self.mask is not None:
+            self.mask = self.mask[:, : self.length]
+        for layer in self.layers:
+            for rows in vars(layer).values():
+                rows.length = min(rows.length, self.length)

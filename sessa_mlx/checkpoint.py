@@ -1,0 +1,85 @@
+"""Models from checkpoint folders and back; names and values are those of the file, unchanged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import ml_dtypes
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+
+from sessa_common.checkpoint import check_weights, load_weights
+from sessa_common.config import SessaConfig
+from sessa_common.errors import SessaError
+from sessa_common.initial import initial_weights
+from sessa_mlx.model import SessaModel
+
+
+def load_model(
+    folder: Path | str, *, dtype: str | None = None, device: str | None = None
+) -> SessaModel:
+    """The model of a checkpoint folder, in the dtype of its config unless another is asked for.
+
+    device is "cpu" or "gpu", MLX's default device. Raises SessaError for a folder that is not one.
+    """
+    config, weights = load_weights(folder)
+    return build_model(config, weights, dtype=dtype, device=device)
+
+
+def new_model(
+    config: SessaConfig, seed: int = 0, *, dtype: str | None = None, device: str | None = None
+) -> SessaModel:
+    """A model with the initial weights that both frameworks draw from `seed`."""
+    return build_model(config, initial_weights(config, seed), dtype=dtype, device=device)
+
+
+def build_model(
+    config: SessaConfig,
+    weights: Mapping[str, np.ndarray],
+    *,
+    dtype: str | None = None,
+    device: str | None = None,
+) -> SessaModel:
+    """A model with the given weights, cast to `dtype` (the config's by default).
+
+    MLX has one default device a process: a `device` that is given becomes it.
+    """
+    if device is not None:
+        if device not in ("cpu", "gpu"):
+            raise SessaError(f"device is {device!r}, expected cpu or gpu for MLX")
+        mx.set_default_device(mx.Device(getattr(mx, device)))
+    model = SessaModel(config)
+    model.set_dtype(getattr(mx, dtype or config.dtype))
+    set_weights(model, weights)
+    return model
+
+
+def set_weights(model: SessaModel, weights: Mapping[str, np.ndarray]) -> None:
+    """Copy arrays into the parameters of the same name, casting to the parameters' dtype."""
+    check_weights(model.config, weights, "weights")
+    parameters = tree_flatten(model.parameters())
+    model.load_weights(
+        [(name, to_tensor(weights[name]).astype(old.dtype)) for name, old in parameters]
+    )
+    mx.eval(model.parameters())
+
+
+def model_weights(model: SessaModel) -> dict[str, np.ndarray]:
+    """Every parameter as a NumPy array (bfloat16 through ml_dtypes) under its checkpoint name."""
+    return {name: to_numpy(value) for name, value in tree_flatten(model.parameters())}
+
+
+def to_tensor(array: np.ndarray) -> mx.array:
+    """An MLX array with the same values and dtype."""
+    if array.dtype == np.float64:
+        return mx.array(array, dtype=mx.float64)
+    return mx.array(array)
+
+
+def to_numpy(tensor: mx.array) -> np.ndarray:
+    """A NumPy array with the same values and dtype."""
+    if tensor.dtype == mx.bfloat16:
+        return np.array(tensor.view(mx.int16)).view(ml_dtypes.bfloat16)
+    return np.array(tensor)

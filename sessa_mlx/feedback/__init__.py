@@ -1,0 +1,88 @@
+"""feedback_solve: the one operator of Sessa, as an MLX custom function with an explicit vjp."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import mlx.core as mx
+
+from sessa_common.operator import check_backend, check_shapes, choose_backend
+from sessa_mlx.feedback import blocked
+from sessa_mlx.feedback.naive import feedback_solve_naive
+
+__all__ = ["feedback_solve", "feedback_solve_naive"]
+
+
+def feedback_solve(
+    f: mx.array,
+    q: mx.array,
+    k: mx.array,
+    gamma: mx.array,
+    *,
+    past_s: mx.array | None = None,
+    key_mask: mx.array | None = None,
+    backend: str = "auto",
+) -> mx.array:
+    """Solve s_t = f_t + gamma_t sum_{j<t} softmax_j(q_t k_j / sqrt(K)) s_j (arXiv 2604.18580, 3).
+
+    Args: f (B, T, D); q (B, T, K); k (B, P+T, K); gamma (B, T); past_s (B, P, D), states already
+    solved; key_mask (B, P+T) bool, True = visible; backend "auto", "naive", "blocked" or "kernel".
+    Returns s (B, T, D) in the dtype of f; a row that sees nothing gives s = f. Sums and softmax run
+    in float32 (float64 for float64).
+    Raises ValueError or TypeError, naming the argument, for shapes or dtypes that do not fit, and
+    ValueError with the reason when the kernel is asked for where it cannot run.
+    """
+    check_backend(backend)
+    check_shapes(f, q, k, gamma, past_s, key_mask)
+    _check_types(f, q, k, gamma, past_s, key_mask)
+    if backend == "naive":
+        return feedback_solve_naive(f, q, k, gamma, past_s, key_mask)
+    solve = _operator(_implementation(backend, f, q), past_s is not None, key_mask is not None)
+    return solve(f, q, k, gamma, *(x for x in (past_s, key_mask) if x is not None))[0]
+
+
+def _check_types(
+    f: mx.array,
+    q: mx.array,
+    k: mx.array,
+    gamma: mx.array,
+    past_s: mx.array | None,
+    key_mask: mx.array | None,
+) -> None:
+    for name, array in (("f", f), ("q", q), ("k", k), ("gamma", gamma), ("past_s", past_s)):
+        if array is not None and not mx.issubdtype(array.dtype, mx.floating):
+            raise TypeError(f"{name} is {array.dtype}, expected a floating type")
+    if q.dtype != k.dtype:
+        raise TypeError(f"k is {k.dtype}, expected {q.dtype} like q")
+    if key_mask is not None and key_mask.dtype != mx.bool_:
+        raise TypeError(f"key_mask is {key_mask.dtype}, expected mlx.core.bool")
+
+
+def _implementation(backend: str, f: mx.array, q: mx.array) -> Any:
+    """The module whose solve_forward and solve_backward run on the default device."""
+    return blocked if choose_backend(backend, lambda: "not built") == "blocked" else None
+
+
+@cache
+def _operator(solve: Any, has_past: bool, has_mask: bool) -> Callable[..., tuple[mx.array, ...]]:
+    """The differentiable operator over the arrays that are present, in argument order."""
+
+    def optional(arrays: tuple[mx.array, ...]) -> tuple[mx.array | None, mx.array | None]:
+        return arrays[4] if has_past else None, arrays[-1] if has_mask else None
+
+    @mx.custom_function
+    def forward(*arrays: mx.array) -> tuple[mx.array, mx.array]:
+        return solve.solve_forward(*arrays[:4], *optional(arrays))
+
+    @forward.vjp
+    def backward(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, ...]:
+        past_s, key_mask = optional(primals)
+        grads = solve.solve_backward(
+            cotangents[0], *primals[1:4], *outputs, past_s=past_s, key_mask=key_mask
+        )
+        present = grads[:5] if has_past else grads[:4]
+        return (*present, mx.zeros_like(key_mask)) if key_mask is not None else tuple(present)
+
+    return forward

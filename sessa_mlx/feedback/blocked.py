@@ -1,0 +1,135 @@
+"""The feedback solve in framework operations, by blocks of rows, in O(T D) memory.
+
+With rows split into blocks, s_i = X_i (f_i + N_ij s_j summed over j < i), X_i = (I - N_ii)^-1. One
+block row of scores is held at a time; nothing of size T x T exists in either direction. Only matrix
+products and element-wise operations are used, so every MLX device runs it on its own stream.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+BLOCK = 256
+LEAF = 32
+
+
+def solve_forward(
+    f: mx.array,  # (B, T, D)
+    q: mx.array,  # (B, T, K)
+    k: mx.array,  # (B, P+T, K)
+    gamma: mx.array,  # (B, T)
+    past_s: mx.array | None = None,  # (B, P, D)
+    key_mask: mx.array | None = None,  # (B, P+T)
+) -> tuple[mx.array, mx.array]:
+    """Solve (I - N) s = f; give s (B, T, D) like f and the log-sum-exp (B, T) of every score row.
+
+    The log-sum-exp is +inf for a row that sees nothing, so that exp(score - lse) is 0 there.
+    """
+    B, T, D = f.shape
+    P = k.shape[1] - T
+    work = mx.float64 if f.dtype == mx.float64 else mx.float32
+    q, k, gamma = q.astype(work) * q.shape[-1] ** -0.5, k.astype(work), gamma.astype(work)
+    states = mx.zeros((B, P + T, D), dtype=work)
+    if past_s is not None:
+        states[:, :P] = past_s.astype(work)
+    lse = []
+    for start in range(0, T, BLOCK):
+        rows = slice(start, min(start + BLOCK, T))
+        old, new = P + rows.start, P + rows.stop
+        scores = _scores(q[:, rows], k[:, :new], key_mask)  # (B, n, P+stop)
+        top = mx.maximum(scores.max(-1, keepdims=True), mx.finfo(work).min)
+        N = mx.exp(scores - top)
+        total = N.sum(-1, keepdims=True)
+        lse.append(mx.where(total > 0, mx.log(total) + top, mx.inf).squeeze(-1))
+        N = N * (gamma[:, rows, None] / mx.where(total > 0, total, 1))
+        rhs = f[:, rows].astype(work)
+        if old:
+            rhs = mx.addmm(rhs, N[:, :, :old], states[:, :old])
+        states[:, old:new] = unit_lower_inverse(N[:, :, old:]) @ rhs
+    return states[:, P:].astype(f.dtype), mx.concatenate(lse, 1)
+
+
+def solve_backward(
+    ds: mx.array,  # (B, T, D)
+    q: mx.array,  # (B, T, K)
+    k: mx.array,  # (B, P+T, K)
+    gamma: mx.array,  # (B, T)
+    s: mx.array,  # (B, T, D)
+    lse: mx.array,  # (B, T)
+    past_s: mx.array | None = None,  # (B, P, D)
+    key_mask: mx.array | None = None,  # (B, P+T)
+) -> tuple[mx.array, mx.array, mx.array, mx.array, mx.array | None]:
+    """Gradients of f, q, k, gamma and past_s (None without a past) from ds, the gradient of s.
+
+    One sweep from the last block row to the first: u_i = X_i^T (ds_i + N_ti^T u_t summed over later
+    blocks t) is the gradient of f; with r = rowsum(alpha * u s^T) the score gradient is
+    gamma alpha (u s^T - r) and the gradient of gamma is r.
+    """
+    B, T, D = s.shape
+    P = k.shape[1] - T
+    work = mx.float64 if s.dtype == mx.float64 else mx.float32
+    scale = q.shape[-1] ** -0.5
+    qw, kw, gw, states = q.astype(work) * scale, k.astype(work), gamma.astype(work), s.astype(work)
+    if past_s is not None:
+        states = mx.concatenate([past_s.astype(work), states], 1)
+    u = mx.concatenate([mx.zeros((B, P, D), dtype=work), ds.astype(work)], 1)
+    dq, dk, dgamma = mx.zeros_like(qw), mx.zeros_like(kw), mx.zeros_like(gw)
+    for start in reversed(range(0, T, BLOCK)):
+        rows = slice(start, min(start + BLOCK, T))
+        old, new = P + rows.start, P + rows.stop
+        scores = _scores(qw[:, rows], kw[:, :new], key_mask)
+        alpha = mx.exp(scores - lse[:, rows, None].astype(work))
+        N = alpha * gw[:, rows, None]
+        ui = unit_lower_inverse(N[:, :, old:]).swapaxes(1, 2) @ u[:, old:new]
+        u[:, old:new] = ui
+        if old:
+            u[:, :old] = mx.addmm(u[:, :old], N[:, :, :old].swapaxes(1, 2), ui)
+        dP = ui @ states[:, :new].swapaxes(1, 2)
+        r = (alpha * dP).sum(-1)
+        dgamma[:, rows] = r
+        dS = (dP - r[..., None]) * N
+        dq[:, rows] = (dS @ kw[:, :new]) * scale
+        dk[:, :new] = mx.addmm(dk[:, :new], dS.swapaxes(1, 2), qw[:, rows])
+    dpast_s = None if past_s is None else u[:, :P].astype(past_s.dtype)
+    df = u[:, P:].astype(s.dtype)
+    return df, dq.astype(q.dtype), dk.astype(k.dtype), dgamma.astype(gamma.dtype), dpast_s
+
+
+def _scores(q: mx.array, k: mx.array, key_mask: mx.array | None) -> mx.array:
+    """Scores (B, n, m) of n query rows, the last n of m keys being their own; -inf where hidden."""
+    n, m = q.shape[1], k.shape[1]
+    visible = mx.arange(m - n, m)[:, None] > mx.arange(m)
+    if key_mask is not None:
+        visible = visible & key_mask[:, None, :m]
+    return mx.where(visible, q @ k.swapaxes(1, 2), -mx.inf)
+
+
+def unit_lower_inverse(N: mx.array) -> mx.array:
+    """(I - N)^-1 for strictly lower triangular N (B, n, n), from matrix products only.
+
+    Leaves: N is nilpotent, so the inverse is (I + N)(I + N^2)(I + N^4)...; every power is bounded
+    because the rows of |N| sum to less than 1. Two neighbours X1, X2 merge by X2 N21 X1.
+    """
+    n, size = N.shape[-1], LEAF
+    while size < n:
+        size *= 2
+    padded = mx.pad(N, [(0, 0), (0, size - n), (0, size - n)]) if size > n else N
+    power = _diagonal_blocks(padded, LEAF)  # (B, size / LEAF, LEAF, LEAF)
+    X = power + mx.eye(LEAF, dtype=N.dtype)
+    for _ in range(LEAF.bit_length() - 2):
+        power = power @ power
+        X = X + X @ power
+    while X.shape[1] > 1:
+        half = X.shape[-1]
+        low = _diagonal_blocks(padded, 2 * half)[..., half:, :half]
+        first, second = X[:, ::2], X[:, 1::2]
+        top = mx.concatenate([first, mx.zeros_like(first)], -1)
+        X = mx.concatenate([top, mx.concatenate([second @ low @ first, second], -1)], -2)
+    return X[:, 0, :n, :n]
+
+
+def _diagonal_blocks(N: mx.array, size: int) -> mx.array:
+    """The (B, count, size, size) blocks on the diagonal of N (B, count * size, count * size)."""
+    B, n, _ = N.shape
+    blocks = N.reshape(B, n // size, size, n // size, size)
+    return mx.moveaxis(mx.diagonal(blocks, axis1=1, axis2=3), -1, 1)

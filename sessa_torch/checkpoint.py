@@ -1,0 +1,77 @@
+"""Models from checkpoint folders and back; names and values are those of the file, unchanged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import torch
+from torch import Tensor
+
+from sessa_common.checkpoint import check_weights, load_weights
+from sessa_common.config import SessaConfig
+from sessa_common.initial import initial_weights
+from sessa_torch.model import SessaModel
+
+
+def load_model(
+    folder: Path | str, *, dtype: str | None = None, device: str | None = None
+) -> SessaModel:
+    """The model of a checkpoint folder, in the dtype of its config unless another is asked for.
+
+    device is a name such as "cpu", "cuda" or "mps". Raises SessaError for a folder that is not one.
+    """
+    config, weights = load_weights(folder)
+    return build_model(config, weights, dtype=dtype, device=device)
+
+
+def new_model(
+    config: SessaConfig, seed: int = 0, *, dtype: str | None = None, device: str | None = None
+) -> SessaModel:
+    """A model with the initial weights that both frameworks draw from `seed`."""
+    return build_model(config, initial_weights(config, seed), dtype=dtype, device=device)
+
+
+def build_model(
+    config: SessaConfig,
+    weights: Mapping[str, np.ndarray],
+    *,
+    dtype: str | None = None,
+    device: str | None = None,
+) -> SessaModel:
+    """A model with the given weights, cast to `dtype` (the config's by default) on `device`."""
+    with torch.device("meta"):
+        model = SessaModel(config)
+    model.to_empty(device=device or "cpu").to(getattr(torch, dtype or config.dtype))
+    set_weights(model, weights)
+    return model
+
+
+def set_weights(model: SessaModel, weights: Mapping[str, np.ndarray]) -> None:
+    """Copy arrays into the parameters of the same name, casting to the parameters' dtype."""
+    check_weights(model.config, weights, "weights")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(to_tensor(weights[name]))
+
+
+def model_weights(model: SessaModel) -> dict[str, np.ndarray]:
+    """Every parameter as a NumPy array (bfloat16 through ml_dtypes) under its checkpoint name."""
+    return {name: to_numpy(value) for name, value in model.named_parameters()}
+
+
+def to_tensor(array: np.ndarray) -> Tensor:
+    """A CPU tensor with the same values and dtype."""
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.tensor(array.view(np.int16)).view(torch.bfloat16)
+    return torch.tensor(array)
+
+
+def to_numpy(tensor: Tensor) -> np.ndarray:
+    """A NumPy array with the same values and dtype."""
+    tensor = tensor.detach().cpu()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()

@@ -1,0 +1,144 @@
+"""feedback_solve: the one operator of Sessa, as a PyTorch custom op with an explicit backward."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sessa_common.operator import check_backend, check_shapes, choose_backend
+from sessa_torch.feedback import blocked
+from sessa_torch.feedback.naive import feedback_solve_naive
+
+__all__ = ["feedback_solve", "feedback_solve_naive"]
+
+
+def feedback_solve(
+    f: Tensor,
+    q: Tensor,
+    k: Tensor,
+    gamma: Tensor,
+    *,
+    past_s: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Solve s_t = f_t + gamma_t sum_{j<t} softmax_j(q_t k_j / sqrt(K)) s_j (arXiv 2604.18580, 3).
+
+    Args: f (B, T, D); q (B, T, K); k (B, P+T, K); gamma (B, T); past_s (B, P, D), states already
+    solved; key_mask (B, P+T) bool, True = visible; backend "auto", "naive", "blocked" or "kernel".
+    Returns s (B, T, D) in the dtype of f; a row that sees nothing gives s = f. Sums and softmax run
+    in float32 (float64 for float64). Under autocast the operator takes its inputs as they come.
+    Raises ValueError or TypeError, naming the argument, for shapes, dtypes or devices that do not
+    fit, and ValueError with the reason when the kernel is asked for where it cannot run.
+    """
+    check_backend(backend)
+    check_shapes(f, q, k, gamma, past_s, key_mask)
+    _check_types(f, q, k, gamma, past_s, key_mask)
+    if torch.onnx.is_in_onnx_export():
+        inputs = [f, q, k, gamma, past_s, key_mask]
+        while inputs[-1] is None:
+            inputs.pop()
+        return torch.onnx.ops.symbolic(
+            "sessa::FeedbackSolve", inputs, dtype=f.dtype, shape=f.shape, version=1
+        )
+    if backend == "naive":
+        return feedback_solve_naive(f, q, k, gamma, past_s, key_mask)
+    return _forward(f, q, k, gamma, past_s, key_mask, backend)[0]
+
+
+def _check_types(
+    f: Tensor, q: Tensor, k: Tensor, gamma: Tensor, past_s: Tensor | None, key_mask: Tensor | None
+) -> None:
+    for name, tensor in (("f", f), ("q", q), ("k", k), ("gamma", gamma), ("past_s", past_s)):
+        if tensor is not None and not tensor.is_floating_point():
+            raise TypeError(f"{name} is {tensor.dtype}, expected a floating type")
+    if q.dtype != k.dtype:
+        raise TypeError(f"k is {k.dtype}, expected {q.dtype} like q")
+    if key_mask is not None and key_mask.dtype != torch.bool:
+        raise TypeError(f"key_mask is {key_mask.dtype}, expected torch.bool")
+    for name, tensor in (
+        ("q", q),
+        ("k", k),
+        ("gamma", gamma),
+        ("past_s", past_s),
+        ("key_mask", key_mask),
+    ):
+        if tensor is not None and tensor.device != f.device:
+            raise ValueError(f"{name} is on {tensor.device}, expected {f.device} like f")
+
+
+def _implementation(backend: str, f: Tensor, q: Tensor) -> Any:
+    """The module whose solve_forward and solve_backward run on f's device."""
+    kernels: ModuleType | None = None
+    if f.device.type == "cuda":
+        from sessa_torch.feedback import triton_kernels as kernels
+    elif f.device.type == "mps":
+        from sessa_torch.feedback import metal as kernels
+
+    def unavailable() -> str | None:
+        if kernels is None:
+            return f"no kernel for device {f.device.type}"
+        return kernels.unavailable(f, q)
+
+    return kernels if choose_backend(backend, unavailable) == "kernel" else blocked
+
+
+@torch.library.custom_op("sessa::feedback_solve", mutates_args=())
+def _forward(
+    f: Tensor,
+    q: Tensor,
+    k: Tensor,
+    gamma: Tensor,
+    past_s: Tensor | None,
+    key_mask: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    return _implementation(backend, f, q).solve_forward(f, q, k, gamma, past_s, key_mask)
+
+
+@_forward.register_fake
+def _(f, q, k, gamma, past_s, key_mask, backend):
+    lse = f.new_empty(f.shape[:2], dtype=torch.promote_types(f.dtype, torch.float32))
+    return torch.empty_like(f, memory_format=torch.contiguous_format), lse
+
+
+@torch.library.custom_op("sessa::feedback_solve_backward", mutates_args=())
+def _backward(
+    ds: Tensor,
+    q: Tensor,
+    k: Tensor,
+    gamma: Tensor,
+    s: Tensor,
+    lse: Tensor,
+    past_s: Tensor | None,
+    key_mask: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    solve = _implementation(backend, s, q)
+    *grads, dpast_s = solve.solve_backward(ds, q, k, gamma, s, lse, past_s, key_mask)
+    # A custom op returns tensors only; an empty one stands for "no past".
+    return *grads, s.new_empty(0) if dpast_s is None else dpast_s
+
+
+@_backward.register_fake
+def _(ds, q, k, gamma, s, lse, past_s, key_mask, backend):
+    like = [s, q, k, gamma] + ([] if past_s is None else [past_s])
+    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in like]
+    return tuple(grads + ([s.new_empty(0)] if past_s is None else []))
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    _, q, k, gamma, past_s, key_mask, ctx.backend = inputs
+    ctx.save_for_backward(q, k, gamma, *output, past_s, key_mask)
+
+
+def _differentiate(ctx: Any, ds: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    past_s = ctx.saved_tensors[5]
+    df, dq, dk, dgamma, dpast_s = _backward(ds, *ctx.saved_tensors, ctx.backend)
+    return df, dq, dk, dgamma, None if past_s is None else dpast_s, None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)

@@ -1,0 +1,136 @@
+"""The feedback solve in framework operations, by blocks of rows, in O(T D) memory.
+
+With rows split into blocks, s_i = X_i (f_i + N_ij s_j summed over j < i), X_i = (I - N_ii)^-1. One
+block row of scores is held at a time; nothing of size T x T exists in either direction.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+BLOCK = 256
+LEAF = 32
+
+
+def solve_forward(
+    f: Tensor,  # (B, T, D)
+    q: Tensor,  # (B, T, K)
+    k: Tensor,  # (B, P+T, K)
+    gamma: Tensor,  # (B, T)
+    past_s: Tensor | None = None,  # (B, P, D)
+    key_mask: Tensor | None = None,  # (B, P+T)
+) -> tuple[Tensor, Tensor]:
+    """Solve (I - N) s = f; give s (B, T, D) like f and the log-sum-exp (B, T) of every score row.
+
+    The log-sum-exp is +inf for a row that sees nothing, so that exp(score - lse) is 0 there.
+    """
+    B, T, D = f.shape
+    P = k.shape[1] - T
+    work = torch.promote_types(f.dtype, torch.float32)
+    q, k, gamma = q.to(work) * q.shape[-1] ** -0.5, k.to(work), gamma.to(work)
+    states = torch.empty(B, P + T, D, dtype=work, device=f.device)
+    if past_s is not None:
+        states[:, :P] = past_s
+    lse = torch.empty(B, T, dtype=work, device=f.device)
+    for start in range(0, T, BLOCK):
+        rows = slice(start, min(start + BLOCK, T))
+        old, new = P + rows.start, P + rows.stop
+        scores = _scores(q[:, rows], k[:, :new], key_mask)  # (B, n, P+stop)
+        top = scores.amax(-1, keepdim=True).clamp_min_(torch.finfo(work).min)
+        N = scores.sub_(top).exp_()
+        total = N.sum(-1, keepdim=True)
+        lse[:, rows] = torch.where(total > 0, total.log() + top, torch.inf).squeeze(-1)
+        N *= gamma[:, rows, None] / total.masked_fill(total == 0, 1)
+        rhs = f[:, rows].to(work)
+        if old:
+            rhs = torch.baddbmm(rhs, N[:, :, :old], states[:, :old])
+        torch.bmm(unit_lower_inverse(N[:, :, old:]), rhs, out=states[:, old:new])
+    return states[:, P:].to(f.dtype).contiguous(), lse
+
+
+def solve_backward(
+    ds: Tensor,  # (B, T, D)
+    q: Tensor,  # (B, T, K)
+    k: Tensor,  # (B, P+T, K)
+    gamma: Tensor,  # (B, T)
+    s: Tensor,  # (B, T, D)
+    lse: Tensor,  # (B, T)
+    past_s: Tensor | None = None,  # (B, P, D)
+    key_mask: Tensor | None = None,  # (B, P+T)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of f, q, k, gamma and past_s (None without a past) from ds, the gradient of s.
+
+    One sweep from the last block row to the first: u_i = X_i^T (ds_i + N_ti^T u_t summed over later
+    blocks t) is the gradient of f; with r = rowsum(alpha * u s^T) the score gradient is
+    gamma alpha (u s^T - r) and the gradient of gamma is r.
+    """
+    B, T, D = s.shape
+    P = k.shape[1] - T
+    work = torch.promote_types(s.dtype, torch.float32)
+    scale = q.shape[-1] ** -0.5
+    qw, kw, gw, states = q.to(work) * scale, k.to(work), gamma.to(work), s.to(work)
+    if past_s is not None:
+        states = torch.cat([past_s.to(work), states], 1)
+    u = torch.cat([ds.new_zeros(B, P, D, dtype=work), ds.to(work)], 1)
+    dq, dk, dgamma = torch.empty_like(qw), torch.zeros_like(kw), torch.empty_like(gw)
+    for start in reversed(range(0, T, BLOCK)):
+        rows = slice(start, min(start + BLOCK, T))
+        old, new = P + rows.start, P + rows.stop
+        alpha = _scores(qw[:, rows], kw[:, :new], key_mask).sub_(lse[:, rows, None].to(work)).exp_()
+        N = alpha * gw[:, rows, None]
+        u[:, old:new] = unit_lower_inverse(N[:, :, old:]).mT @ u[:, old:new]
+        if old:
+            u[:, :old].baddbmm_(N[:, :, :old].mT, u[:, old:new])
+        dP = u[:, old:new] @ states[:, :new].mT
+        r = torch.linalg.vecdot(alpha, dP)
+        dgamma[:, rows] = r
+        dS = dP.sub_(r[..., None]).mul_(N)
+        dq[:, rows] = (dS @ kw[:, :new]) * scale
+        dk[:, :new].baddbmm_(dS.mT, qw[:, rows])
+    df, dpast_s = u[:, P:].to(s.dtype).contiguous(), None
+    if past_s is not None:
+        dpast_s = u[:, :P].to(past_s.dtype).contiguous()
+    return df, dq.to(q.dtype), dk.to(k.dtype), dgamma.to(gamma.dtype), dpast_s
+
+
+def _scores(q: Tensor, k: Tensor, key_mask: Tensor | None) -> Tensor:
+    """Scores (B, n, m) of n query rows, the last n of m keys being their own; -inf where hidden."""
+    n, m = q.shape[1], k.shape[1]
+    scores = q @ k.mT
+    hidden = torch.ones(n, n, dtype=torch.bool, device=q.device).triu()
+    scores[:, :, m - n :].masked_fill_(hidden, -torch.inf)
+    if key_mask is not None:
+        scores.masked_fill_(~key_mask[:, None, :m], -torch.inf)
+    return scores
+
+
+def unit_lower_inverse(N: Tensor) -> Tensor:
+    """(I - N)^-1 for strictly lower triangular N (B, n, n), from matrix products only.
+
+    Leaves: N is nilpotent, so the inverse is (I + N)(I + N^2)(I + N^4)...; every power is bounded
+    because the rows of |N| sum to less than 1. Two neighbours X1, X2 merge by X2 N21 X1.
+    """
+    n, size = N.shape[-1], LEAF
+    while size < n:
+        size *= 2
+    padded = torch.nn.functional.pad(N, (0, size - n, 0, size - n)) if size > n else N
+    power = _diagonal_blocks(padded, LEAF)  # (B, size / LEAF, LEAF, LEAF)
+    X = power + torch.eye(LEAF, dtype=N.dtype, device=N.device)
+    for _ in range(LEAF.bit_length() - 2):
+        power = power @ power
+        X = X + X @ power
+    while X.shape[1] > 1:
+        half = X.shape[-1]
+        low = _diagonal_blocks(padded, 2 * half)[..., half:, :half]
+        first, second = X[:, ::2], X[:, 1::2]
+        top = torch.cat([first, torch.zeros_like(first)], -1)
+        X = torch.cat([top, torch.cat([second @ low @ first, second], -1)], -2)
+    return X[:, 0, :n, :n]
+
+
+def _diagonal_blocks(N: Tensor, size: int) -> Tensor:
+    """The (B, count, size, size) blocks on the diagonal of N (B, count * size, count * size)."""
+    B, n, _ = N.shape
+    blocks = N.reshape(B, n // size, size, n // size, size)
+    return blocks.diagonal(dim1=1, dim2=3).movedim(-1, 1)

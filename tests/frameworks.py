@@ -1,0 +1,106 @@
+"""The two frameworks behind one small interface, so that a test is written once for both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import torch
+from mlx import nn as mlx_nn
+from mlx.utils import tree_flatten
+
+import sessa_mlx.checkpoint
+import sessa_mlx.feedback
+import sessa_mlx.model
+import sessa_torch.checkpoint
+import sessa_torch.feedback
+import sessa_torch.model
+
+Arrays = dict[str, np.ndarray]
+
+
+class Torch:
+    """PyTorch on the CPU."""
+
+    name = "torch"
+    solve = staticmethod(sessa_torch.feedback.feedback_solve)
+    model, checkpoint = sessa_torch.model, sessa_torch.checkpoint
+
+    def array(self, value: np.ndarray | None, dtype: str | None = None) -> Any:
+        if value is None:
+            return None
+        tensor = self.checkpoint.to_tensor(np.asarray(value))
+        return tensor.to(getattr(torch, dtype)) if dtype else tensor
+
+    def numpy(self, value: Any) -> np.ndarray:
+        return self.checkpoint.to_numpy(value)
+
+    def gradients(self, loss: Callable[..., Any], inputs: Arrays, dtype: str) -> Arrays:
+        """Gradients of a scalar function of keyword arrays."""
+        leaves = {name: self.array(x, dtype).requires_grad_() for name, x in inputs.items()}
+        grads = torch.autograd.grad(loss(**leaves), list(leaves.values()), allow_unused=True)
+        return {
+            name: np.zeros_like(inputs[name]) if g is None else self.numpy(g.double())
+            for name, g in zip(leaves, grads, strict=True)
+        }
+
+    def layer(self, config: Any, params: Arrays, dtype: str) -> Any:
+        layer = self.model.SessaLayer(config).to(getattr(torch, dtype))
+        layer.load_state_dict({name: self.array(value) for name, value in params.items()})
+        return layer
+
+    def layer_gradients(self, layer: Any, x: np.ndarray, dy: np.ndarray, rope: Any) -> Arrays:
+        """The layer's output "y" and the gradients of x ("dx") and of every parameter."""
+        dtype = next(layer.parameters()).dtype
+        leaf = torch.tensor(x, dtype=dtype, requires_grad=True)
+        y = layer(leaf, rope=rope)
+        y.backward(torch.tensor(dy, dtype=dtype))
+        grads = {name: self.numpy(p.grad) for name, p in layer.named_parameters()}
+        return {**grads, "y": self.numpy(y), "dx": self.numpy(leaf.grad)}
+
+
+class MLX:
+    """MLX on its default device."""
+
+    name = "mlx"
+    solve = staticmethod(sessa_mlx.feedback.feedback_solve)
+    model, checkpoint = sessa_mlx.model, sessa_mlx.checkpoint
+
+    def array(self, value: np.ndarray | None, dtype: str | None = None) -> Any:
+        if value is None:
+            return None
+        array = self.checkpoint.to_tensor(np.asarray(value))
+        return array.astype(getattr(mx, dtype)) if dtype else array
+
+    def numpy(self, value: Any) -> np.ndarray:
+        return self.checkpoint.to_numpy(value)
+
+    def gradients(self, loss: Callable[..., Any], inputs: Arrays, dtype: str) -> Arrays:
+        """Gradients of a scalar function of keyword arrays."""
+        leaves = {name: self.array(x, dtype) for name, x in inputs.items()}
+        grads = mx.grad(lambda leaves: loss(**leaves))(leaves)
+        return {name: self.numpy(g).astype(np.float64) for name, g in grads.items()}
+
+    def layer(self, config: Any, params: Arrays, dtype: str) -> Any:
+        layer = self.model.SessaLayer(config)
+        layer.set_dtype(getattr(mx, dtype))
+        layer.load_weights([(name, self.array(value, dtype)) for name, value in params.items()])
+        return layer
+
+    def layer_gradients(self, layer: Any, x: np.ndarray, dy: np.ndarray, rope: Any) -> Arrays:
+        """The layer's output "y" and the gradients of x ("dx") and of every parameter."""
+        dtype = layer.ln.weight.dtype
+        x, dy = (self.checkpoint.to_tensor(value).astype(dtype) for value in (x, dy))
+
+        def loss(layer: Any, x: mx.array) -> mx.array:
+            return (layer(x, rope=rope) * dy).sum()
+
+        _, grads = mlx_nn.value_and_grad(layer, lambda x: loss(layer, x))(x)
+        dx = mx.grad(lambda x: loss(layer, x))(x)
+        named = {name: self.numpy(value) for name, value in tree_flatten(grads)}
+        return {**named, "y": self.numpy(layer(x, rope=rope)), "dx": self.numpy(dx)}
+
+
+FRAMEWORKS = [Torch(), MLX()]

@@ -1,0 +1,257 @@
+"""feedback_solve of both frameworks against the float64 reference, and its refusals."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import torch
+from frameworks import FRAMEWORKS, MLX, Torch
+from golden_cases import relative_error
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sessa_common import reference
+
+LENGTHS = (1, 2, 15, 16, 17, 63, 130)
+BACKENDS = ("naive", "blocked")
+frameworks = pytest.mark.parametrize("framework", FRAMEWORKS, ids=lambda x: x.name)
+backends = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def draw(seed, B=2, T=63, D=40, K=24, P=0, masked=False, spread=1.0, gain=0.999):
+    """Random arguments in float64; some rows see nothing when masked."""
+    rng = np.random.default_rng(seed)
+    arrays = {
+        "f": rng.normal(size=(B, T, D)),
+        "q": rng.normal(size=(B, T, K)) * spread,
+        "k": rng.normal(size=(B, P + T, K)),
+        "gamma": rng.uniform(-gain, gain, (B, T)),
+    }
+    if P:
+        arrays["past_s"] = rng.normal(size=(B, P, D))
+    key_mask = None
+    if masked:
+        key_mask = rng.random((B, P + T)) > 0.4
+        key_mask[0, : P + min(T, 4)] = False
+    return arrays, key_mask, rng.normal(size=(B, T, D))
+
+
+def wanted(arrays, key_mask, ds):
+    solved = reference.feedback_solve(**arrays, key_mask=key_mask)
+    names = ("f", "q", "k", "gamma", "past_s")
+    grads = reference.feedback_solve_backward(ds, **arrays, key_mask=key_mask)
+    return solved, {n: g for n, g in zip(names, grads, strict=True) if n in arrays}
+
+
+def results(framework, backend, dtype, arrays, key_mask, ds):
+    mask, weight = framework.array(key_mask), framework.array(ds, dtype)
+
+    def solve(**leaves):
+        return framework.solve(**leaves, key_mask=mask, backend=backend)
+
+    inputs = {name: framework.array(value, dtype) for name, value in arrays.items()}
+    s = framework.numpy(solve(**inputs)).astype(np.float64)
+    grads = framework.gradients(lambda **leaves: (solve(**leaves) * weight).sum(), arrays, dtype)
+    return s, grads
+
+
+def check(framework, backend, dtype, limit, arrays, key_mask, ds):
+    s, grads = results(framework, backend, dtype, arrays, key_mask, ds)
+    s_ref, grads_ref = wanted(arrays, key_mask, ds)
+    assert relative_error(s, s_ref) <= limit
+    for name, value in grads_ref.items():
+        scale = max(np.abs(value).max(), 1e-3 * np.abs(ds).max())
+        assert relative_error(grads[name], value, scale) <= limit, name
+
+
+@frameworks
+@backends
+@pytest.mark.parametrize("masked", [False, True], ids=["open", "masked"])
+@pytest.mark.parametrize("P", [0, 5])
+@pytest.mark.parametrize("T", LENGTHS)
+def test_outputs_and_gradients_equal_the_reference(framework, backend, T, P, masked):
+    arrays, key_mask, ds = draw(T + P, T=T, P=P, masked=masked)
+    check(framework, backend, "float32", 1e-4, arrays, key_mask, ds)
+    if isinstance(framework, Torch):
+        check(framework, backend, "float64", 1e-12, arrays, key_mask, ds)
+
+
+@frameworks
+@pytest.mark.parametrize("T", [255, 256, 257, 513])
+def test_block_boundaries(framework, T):
+    arrays, key_mask, ds = draw(T, T=T, P=3, D=12, K=8, masked=True)
+    check(framework, "blocked", "float32", 2e-4, arrays, key_mask, ds)
+
+
+@frameworks
+@backends
+@pytest.mark.parametrize("gain", [0.0, -0.999, 0.999], ids=lambda g: f"gamma{g}")
+def test_extreme_gains(framework, backend, gain):
+    arrays, key_mask, ds = draw(3, T=130)
+    arrays["gamma"] = np.full_like(arrays["gamma"], gain)
+    check(framework, backend, "float32", 1e-3, arrays, key_mask, ds)
+
+
+@frameworks
+@backends
+def test_logits_up_to_eighty(framework, backend):
+    arrays, key_mask, ds = draw(4, T=63)
+    scores = arrays["q"] @ arrays["k"].swapaxes(1, 2) / 24**0.5
+    arrays["q"] *= 80 / np.abs(scores).max()
+    check(framework, backend, "float32", 1e-3, arrays, key_mask, ds)
+
+
+@frameworks
+@backends
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_rounds_only_inputs_and_output(framework, backend, dtype):
+    arrays, key_mask, ds = draw(5, T=130, masked=True, gain=0.9)
+    low = {n: framework.numpy(framework.array(x, dtype)).astype(float) for n, x in arrays.items()}
+    s, grads = results(framework, backend, dtype, low, key_mask, ds)
+    s_ref, grads_ref = wanted(low, key_mask, ds)
+    eps = {"bfloat16": 2.0**-8, "float16": 2.0**-11}[dtype]
+    assert relative_error(s, s_ref) <= eps
+    # The incoming gradient of s is rounded to the dtype as well.
+    for name, value in grads_ref.items():
+        assert relative_error(grads[name], value) <= 4 * eps, name
+
+
+@frameworks
+@backends
+def test_float32_states_with_half_precision_keys(framework, backend):
+    arrays, _, _ = draw(6, T=17, P=5)
+    typed = {
+        n: framework.array(x, "bfloat16" if n in "qk" else "float32") for n, x in arrays.items()
+    }
+    exact = {n: framework.numpy(x).astype(float) for n, x in typed.items()}
+    s = framework.solve(**typed, backend=backend)
+    assert relative_error(framework.numpy(s), reference.feedback_solve(**exact)) <= 1e-5
+
+
+@frameworks
+@backends
+@pytest.mark.parametrize("T", [31, 32, 33, 255, 257])
+def test_uniform_routing_is_the_gamma_ratio(framework, backend, T):
+    """Corollary F.2: K[tau + l, tau] = g Gamma(tau+1)/Gamma(tau+1+g) Gamma(t+g)/Gamma(t+1)."""
+    from math import lgamma
+
+    g, tau = 0.7, 3
+    f = np.zeros((1, T, T))
+    f[0] = np.eye(T)
+    zeros = np.zeros((1, T, 4))
+    gamma = np.full((1, T), g)
+    inputs = {"f": f, "q": zeros, "k": np.random.default_rng(0).normal(size=(1, T, 4))}
+    arrays = {n: framework.array(x, "float32") for n, x in (inputs | {"gamma": gamma}).items()}
+    K = framework.numpy(framework.solve(**arrays, backend=backend))[0]
+    want = [
+        g * np.exp(lgamma(tau + 1) - lgamma(tau + 1 + g) + lgamma(t + g) - lgamma(t + 1))
+        for t in range(tau + 1, T)
+    ]
+    np.testing.assert_allclose(K[tau + 1 :, tau], want, rtol=2e-5)
+
+
+@frameworks
+def test_solving_in_pieces_equals_solving_at_once(framework):
+    arrays, _, _ = draw(7, T=60)
+    whole = reference.feedback_solve(**arrays)
+    done = framework.array(np.zeros((2, 0, 40)), "float32")
+    for start, stop in ((0, 17), (17, 18), (18, 60)):
+        piece = {
+            n: framework.array(arrays[n][:, start:stop], "float32") for n in ("f", "q", "gamma")
+        }
+        keys = framework.array(arrays["k"][:, :stop], "float32")
+        s = framework.solve(**piece, k=keys, past_s=done if start else None)
+        done = framework.array(np.concatenate([framework.numpy(done), framework.numpy(s)], 1))
+    assert relative_error(framework.numpy(done), whole) <= 1e-5
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 70), st.integers(0, 9), st.booleans())
+def test_random_shapes_agree_between_the_frameworks(seed, T, P, masked):
+    arrays, key_mask, ds = draw(seed, T=T, P=P, D=1 + seed % 37, K=1 + seed % 11, masked=masked)
+    for framework in FRAMEWORKS:
+        check(framework, "auto", "float32", 3e-4, arrays, key_mask, ds)
+
+
+def test_gradcheck_in_float64():
+    arrays, key_mask, _ = draw(8, T=9, P=3, D=5, K=4, masked=True)
+    leaves = [torch.tensor(x, requires_grad=True) for x in arrays.values()]
+    mask = torch.tensor(key_mask)
+
+    def solve(f, q, k, gamma, past_s):
+        return Torch.solve(f, q, k, gamma, past_s=past_s, key_mask=mask)
+
+    assert torch.autograd.gradcheck(solve, leaves)
+
+
+@pytest.mark.parametrize("T", [1, 33])
+@pytest.mark.parametrize("P", [0, 4])
+def test_custom_op_passes_opcheck(T, P):
+    arrays, key_mask, _ = draw(9, T=T, P=P, masked=True)
+    f, q, k, gamma, *past = (torch.tensor(x, requires_grad=True) for x in arrays.values())
+    arguments = (f, q, k, gamma, past[0] if past else None, torch.tensor(key_mask), "auto")
+    torch.library.opcheck(torch.ops.sessa.feedback_solve.default, arguments)
+
+
+def test_torch_compile_has_no_graph_break():
+    arrays, _, _ = draw(10, T=20)
+    inputs = [torch.tensor(x, requires_grad=True) for x in arrays.values()]
+    solve = torch.compile(lambda *x: Torch.solve(*x).sin(), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(solve(*inputs), Torch.solve(*inputs).sin())
+    solve(*inputs).sum().backward()
+    assert all(torch.isfinite(x.grad).all() for x in inputs)
+
+
+def test_strided_inputs_and_contiguous_output():
+    arrays, _, _ = draw(11, T=20)
+    inputs = {n: torch.tensor(x) for n, x in arrays.items()}
+    strided = {n: torch.stack([x, x], -1)[..., 0] for n, x in inputs.items()}
+    s = Torch.solve(**strided)
+    assert s.is_contiguous()
+    torch.testing.assert_close(s, Torch.solve(**inputs))
+
+
+def test_mlx_compile_gives_the_same_gradients():
+    arrays, _, _ = draw(12, T=40)
+    inputs = [mx.array(x.astype(np.float32)) for x in arrays.values()]
+    gradient = mx.grad(lambda *x: mx.sin(MLX.solve(*x)).sum(), argnums=[0, 1, 2, 3])
+    for got, want in zip(mx.compile(gradient)(*inputs), gradient(*inputs), strict=True):
+        np.testing.assert_allclose(np.array(got), np.array(want), rtol=1e-4, atol=1e-5)
+
+
+BAD = {
+    "q": {"q": np.zeros((2, 62, 24))},
+    "k": {"k": np.zeros((2, 63, 23))},
+    "k has 60 rows": {"k": np.zeros((2, 60, 24))},
+    "past_s": {"k": np.zeros((2, 70, 24))},
+    "gamma": {"gamma": np.zeros((2, 63, 1))},
+    "f has shape": {"f": np.zeros((63, 40))},
+    "key_mask": {"key_mask": np.zeros((2, 62), bool)},
+}
+
+
+@frameworks
+@pytest.mark.parametrize("name", BAD)
+def test_wrong_shapes_are_refused_by_name(framework, name):
+    arrays, _, _ = draw(13)
+    arrays = {n: framework.array(x, "float32") for n, x in arrays.items()}
+    bad = {n: framework.array(x) for n, x in BAD[name].items()}
+    with pytest.raises(ValueError, match=name):
+        framework.solve(**{**arrays, **bad})
+
+
+@frameworks
+def test_wrong_types_are_refused_by_name(framework):
+    arrays, _, _ = draw(14)
+    good = {n: framework.array(x, "float32") for n, x in arrays.items()}
+    with pytest.raises(TypeError, match="gamma"):
+        framework.solve(**{**good, "gamma": framework.array(np.zeros((2, 63), np.int32))})
+    with pytest.raises(TypeError, match="k is"):
+        framework.solve(**{**good, "k": framework.array(arrays["k"], "float16")})
+    with pytest.raises(TypeError, match="key_mask"):
+        framework.solve(**good, key_mask=framework.array(np.ones((2, 63), np.float32)))
+    with pytest.raises(ValueError, match="backend is 'fast'"):
+        framework.solve(**good, backend="fast")
+    with pytest.raises(ValueError, match="'kernel' cannot run here: "):
+        framework.solve(**good, backend="kernel")
