@@ -1,0 +1,33 @@
+# Each target is a line a person could type. `make demo` and `make test` set everything up themselves.
+PYTHON ?= python3
+BIN := .venv/bin
+# MLX's own BLAS on Linux is slow; Debian's libopenblas0-pthread, where installed, is 20 times faster.
+OPENBLAS := $(wildcard /usr/lib/*-linux-gnu/openblas-pthread/libblas.so.3)
+PRELOAD := $(if $(OPENBLAS),LD_PRELOAD=$(firstword $(OPENBLAS)))
+
+.PHONY: setup demo test check bench metal-races clean
+
+setup: .venv/.installed
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[mlx,torch,onnx,data,plot,dev]'
+	touch $@
+
+demo: setup
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(PRELOAD) bash examples/demo.sh
+
+test: setup
+	$(PRELOAD) $(BIN)/python -m pytest -m 'not slow'
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/python benchmarks/feedback_solve.py --device cpu
+	$(BIN)/python benchmarks/mixer.py --device cpu
+
+clean:
+	rm -rf .venv demo

@@ -1,0 +1,98 @@
+"""What every benchmark needs: the machine in words, medians, peak memory, a results file."""
+
+from __future__ import annotations
+
+import ctypes
+import datetime
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+MIB = 2**20
+
+
+def machine() -> dict[str, Any]:
+    """Device, versions and date of this run."""
+    cuda = torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name() if cuda else _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def _cpu_name() -> str:
+    lines = (
+        Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc/cpuinfo") else []
+    )
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
+
+
+def median_ms(run: Callable[[], Any], repeats: int = 5, warm: int = 2) -> float:
+    """Median wall time of run() in milliseconds, by events on CUDA."""
+    for _ in range(warm):
+        run()
+    times = []
+    for _ in range(repeats):
+        if torch.cuda.is_available():
+            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            first.record()
+            run()
+            last.record()
+            torch.cuda.synchronize()
+            times.append(first.elapsed_time(last))
+        else:
+            start = time.perf_counter()
+            run()
+            times.append(1e3 * (time.perf_counter() - start))
+    return sorted(times)[repeats // 2]
+
+
+def peak_mib(run: Callable[[], Any]) -> float:
+    """Memory that run() takes at its peak above what is held before it, in MiB."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / MIB
+    # Linux: free pages go back first, then writing 5 resets the high-water mark.
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _resident("VmRSS")
+    run()
+    return (_resident("VmHWM") - before) / 1024
+
+
+def _resident(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1])
+    raise OSError(f"/proc/self/status has no {key}")
+
+
+def save(name: str, rows: list[dict[str, Any]], folder: Path = RESULTS) -> Path:
+    """Write machine and rows as benchmarks/results/<name>.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+    return path
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Rows as a Markdown table, with the columns in the order they first appear."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    lines = [columns, ["---"] * len(columns)]
+    lines += [[str(row.get(column, "")) for column in columns] for row in rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
