@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 
 from sessa_common.config import SessaConfig, parameter_shapes, read_json
 from sessa_common.errors import SessaError
+from sessa_common.quantize import dequantize_weights, is_quantized
 
 NUMPY_DTYPES = {
     "float64": np.dtype(np.float64),
@@ -29,6 +30,15 @@ INDEX = "model.safetensors.index.json"
 SHARD_SIZE = 5 * 10**9
 
 
+def check_new_folder(path: Path | str, *, force: bool = False) -> None:
+    """Raise SessaError when `path` exists and is not an empty folder, unless `force`."""
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise SessaError(f"{path}: exists and is not a folder")
+    if path.is_dir() and any(path.iterdir()) and not force:
+        raise SessaError(f"{path}: the folder is not empty; choose another or add --force")
+
+
 @contextmanager
 def new_folder(path: Path | str, *, force: bool = False) -> Iterator[Path]:
     """Yield a scratch folder that becomes `path` if the block ends well and vanishes if not.
@@ -36,14 +46,14 @@ def new_folder(path: Path | str, *, force: bool = False) -> Iterator[Path]:
     Raises SessaError before anything is written when `path` exists and is not an empty folder,
     unless `force`.
     """
-    path = Path(path)
-    if path.exists() and not path.is_dir():
-        raise SessaError(f"{path}: exists and is not a folder")
-    if path.is_dir() and any(path.iterdir()) and not force:
-        raise SessaError(f"{path}: the folder is not empty; choose another or add --force")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    scratch.chmod(0o755)
+    path = Path(os.path.abspath(path))
+    check_new_folder(path, force=force)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        scratch.chmod(0o755)
+    except OSError as error:
+        raise SessaError(f"{path}: cannot be created ({error.strerror})") from None
     try:
         yield scratch
         if path.is_dir():
@@ -97,14 +107,26 @@ def load_config(folder: Path | str) -> SessaConfig:
 
 
 def load_weights(folder: Path | str) -> tuple[SessaConfig, dict[str, np.ndarray]]:
-    """Read configuration and tensors of a checkpoint folder; names and shapes are checked."""
+    """Read configuration and tensors of a checkpoint folder; names and shapes are checked.
+
+    A folder that MLX quantised is dequantised, in the type of its scales.
+    """
     folder = Path(folder)
     config = load_config(folder)
-    weights: dict[str, np.ndarray] = {}
-    for file in weight_files(folder):
-        weights |= read_safetensors(file)
+    weights = read_tensors(folder)
+    if is_quantized(weights):
+        settings = read_json(folder / "config.json").get("quantization")
+        weights = dequantize_weights(weights, settings, config.hidden_size, str(folder))
     check_weights(config, weights, str(folder))
     return config, weights
+
+
+def read_tensors(folder: Path) -> dict[str, np.ndarray]:
+    """Every tensor of a folder's weight files, as it is stored."""
+    tensors: dict[str, np.ndarray] = {}
+    for file in weight_files(folder):
+        tensors |= read_safetensors(file)
+    return tensors
 
 
 def check_weights(config: SessaConfig, weights: Mapping[str, np.ndarray], where: str) -> None:
@@ -114,8 +136,6 @@ def check_weights(config: SessaConfig, weights: Mapping[str, np.ndarray], where:
         sorted(expected.keys() - weights.keys()),
         sorted(weights.keys() - expected.keys()),
     )
-    if any(name.endswith(".scales") for name in extra):
-        raise SessaError(f"{where}: the weights are quantised; run `sessa convert` on it first")
     if missing:
         raise SessaError(f"{where}: tensor {missing[0]} is missing ({len(missing)} in all)")
     if extra:

@@ -86,6 +86,13 @@ class SessaConfig:
                      "max_position_embeddings"):  # fmt: skip
             value = getattr(self, name)
             _require(_is_count(value), f"{name} is {value!r}, expected a positive integer")
+        for name in ("feedback", "use_forward_rope", "tie_word_embeddings"):
+            value = getattr(self, name)
+            _require(isinstance(value, bool), f"{name} is {value!r}, expected true or false")
+        for name in ("gamma_max", "rope_theta", "layer_norm_eps"):
+            value = getattr(self, name)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            _require(number, f"{name} is {value!r}, expected a number")
         D, H = self.hidden_size, self.num_attention_heads
         _require(D % H == 0, f"num_attention_heads {H} does not divide hidden_size {D}")
         if self.num_key_value_heads == 0:
@@ -152,11 +159,12 @@ PRESETS: dict[str, SessaConfig] = {
 class TrainConfig:
     """Everything that decides a training run besides the model and the device.
 
-    The defaults are the demonstration run of `sessa train`. Raises SessaError for values that cannot
-    train. `tokenizer` is None (a byte-level BPE of the model's vocab_size), a size, "bytes" or a path;
-    `window` is the number of tokens in a training row, 0 for the model's max_position_embeddings; a
-    step uses batch_size * accumulation rows; the learning rate rises linearly over warmup_steps and
-    falls along a cosine to min_lr_ratio of itself; an interval of 0 means "only at the end".
+    The defaults are the demonstration run of `sessa train`. Raises SessaError for values that
+    cannot train. `tokenizer` is None (a byte-level BPE of the model's vocab_size), a size, "bytes"
+    or a path; `window` is the number of tokens in a training row, 0 for the model's
+    max_position_embeddings; a step uses batch_size * accumulation rows; the learning rate rises
+    linearly over warmup_steps and falls along a cosine to min_lr_ratio of itself; an interval of 0
+    means "only at the end".
     """
 
     data: tuple[str, ...] = ("pydoc",)
@@ -204,7 +212,7 @@ class TrainConfig:
             _require(0 <= value < 1, f"{name} is {value!r}, expected from 0 to below 1")
         _require(len(self.data) > 0, "data is empty, expected at least one file, folder or name")
         _require(self.precision in PRECISIONS,
-                 f"precision is {self.precision!r}, expected one of {', '.join(PRECISIONS)}")  # fmt: skip
+                 f"precision is {self.precision!r}, expected {', '.join(PRECISIONS)}")  # fmt: skip
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any], where: str = "training config") -> TrainConfig:

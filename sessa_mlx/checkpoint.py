@@ -59,16 +59,17 @@ def build_model(
 def set_weights(model: SessaModel, weights: Mapping[str, np.ndarray]) -> None:
     """Copy arrays into the parameters of the same name, casting to the parameters' dtype."""
     check_weights(model.config, weights, "weights")
-    parameters = tree_flatten(model.parameters())
+    parameters = dict(tree_flatten(model.parameters()))
     model.load_weights(
-        [(name, to_tensor(weights[name]).astype(old.dtype)) for name, old in parameters]
+        [(name, to_tensor(weights[name]).astype(old.dtype)) for name, old in parameters.items()]
     )
     mx.eval(model.parameters())
 
 
 def model_weights(model: SessaModel) -> dict[str, np.ndarray]:
     """Every parameter as a NumPy array (bfloat16 through ml_dtypes) under its checkpoint name."""
-    return {name: to_numpy(value) for name, value in tree_flatten(model.parameters())}
+    parameters = dict(tree_flatten(model.parameters()))
+    return {name: to_numpy(value) for name, value in parameters.items()}
 
 
 def to_tensor(array: np.ndarray) -> mx.array:

@@ -1,8 +1,9 @@
-"""The PyTorch side of training: forward, loss, gradients, AdamW; the loop is `sessa_common.trainer`."""
+"""The PyTorch side of `sessa_common.trainer`: forward pass, loss, gradients, AdamW."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -71,18 +72,19 @@ class Learner:
         self.precision = choose_precision(settings.precision, self.device)
         self.model = build_model(config, weights, dtype="float32", device=self.device)
         self.parameters = dict(self.model.named_parameters())
-        decayed = [p for p in self.parameters.values() if decays(p.shape)]
-        others = [p for p in self.parameters.values() if not decays(p.shape)]
+        groups: list[dict[str, Any]] = [
+            {
+                "params": [p for p in self.parameters.values() if decays(p.shape) == matrices],
+                "weight_decay": settings.weight_decay * matrices,
+            }
+            for matrices in (True, False)
+        ]
         self.optimizer = torch.optim.AdamW(
-            [{"params": decayed}, {"params": others, "weight_decay": 0.0}],
-            betas=(settings.beta1, settings.beta2),
-            eps=settings.adam_eps,
-            weight_decay=settings.weight_decay,
-            fused=True,
+            groups, betas=(settings.beta1, settings.beta2), eps=settings.adam_eps, fused=True
         )
 
     def step(self, batches: Sequence[Batch], learning_rate: float) -> tuple[float, float]:
-        """Take one AdamW step on the weighted mean loss of all rows; (loss in nats, gradient norm)."""
+        """Take one AdamW step on the weighted mean loss of all rows; (nats, gradient norm)."""
         total = sum(float(batch.weights.sum()) for batch in batches)
         self.optimizer.zero_grad()
         losses = []

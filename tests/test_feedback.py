@@ -10,7 +10,10 @@ from frameworks import FRAMEWORKS, MLX, Torch
 from golden_cases import relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+import sessa_torch.feedback.blocked
 from sessa_common import reference
 
 LENGTHS = (1, 2, 15, 16, 17, 63, 130)
@@ -201,6 +204,43 @@ def test_torch_compile_has_no_graph_break():
     torch.testing.assert_close(solve(*inputs), Torch.solve(*inputs).sin())
     solve(*inputs).sum().backward()
     assert all(torch.isfinite(x.grad).all() for x in inputs)
+
+
+class LargestResult(TorchDispatchMode):
+    """Remembers the largest tensor that any PyTorch operation gives."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self.elements = max(self.elements, leaf.numel())
+        return result
+
+
+def test_torch_holds_no_square_of_the_length():
+    T, D, K = 2048, 4, 3
+    arrays, _, ds = draw(15, B=1, T=T, D=D, K=K)
+    f, q, k, gamma = (torch.tensor(x) for x in arrays.values())
+    with LargestResult() as largest:
+        s, lse = sessa_torch.feedback.blocked.solve_forward(f, q, k, gamma)
+        sessa_torch.feedback.blocked.solve_backward(torch.tensor(ds), q, k, gamma, s, lse)
+    assert 0 < largest.elements <= sessa_torch.feedback.blocked.BLOCK * T
+
+
+def test_mlx_memory_grows_with_the_length_not_its_square():
+    def peak(T):
+        arrays, _, _ = draw(16, B=1, T=T, D=4, K=3)
+        inputs = [mx.array(x.astype(np.float32)) for x in arrays.values()]
+        mx.eval(inputs)
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        mx.eval(mx.grad(lambda *x: MLX.solve(*x).sum(), argnums=[0, 1, 2, 3])(*inputs))
+        return mx.get_peak_memory() - before
+
+    # Twice when linear, four times when quadratic.
+    assert peak(4096) < 2.7 * peak(2048)
 
 
 def test_strided_inputs_and_contiguous_output():

@@ -6,7 +6,6 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
-
 from frameworks import FRAMEWORKS, Torch
 from golden_cases import NAMES, golden_case, gradient_errors, relative_error
 

@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 
 from sessa_common.operator import check_backend, check_shapes, choose_backend
-from sessa_mlx.feedback import blocked
+from sessa_mlx.feedback import blocked, metal
 from sessa_mlx.feedback.naive import feedback_solve_naive
 
 __all__ = ["feedback_solve", "feedback_solve_naive"]
@@ -62,11 +62,12 @@ def _check_types(
 
 def _implementation(backend: str, f: mx.array, q: mx.array) -> Any:
     """The module whose solve_forward and solve_backward run on the default device."""
-    return blocked if choose_backend(backend, lambda: "not built") == "blocked" else None
+    chosen = choose_backend(backend, lambda: metal.unavailable(f, q))
+    return metal if chosen == "kernel" else blocked
 
 
 @cache
-def _operator(solve: Any, has_past: bool, has_mask: bool) -> Callable[..., tuple[mx.array, ...]]:
+def _operator(solve: Any, has_past: bool, has_mask: bool) -> Callable[..., Any]:
     """The differentiable operator over the arrays that are present, in argument order."""
 
     def optional(arrays: tuple[mx.array, ...]) -> tuple[mx.array | None, mx.array | None]:

@@ -36,7 +36,9 @@ def solve_forward(
     for start in range(0, T, BLOCK):
         rows = slice(start, min(start + BLOCK, T))
         old, new = P + rows.start, P + rows.stop
-        scores = _scores(q[:, rows], k[:, :new], key_mask)  # (B, n, P+stop)
+        # Without this order MLX computes the scores of every block row before the first solve.
+        queries = mx.depends(q[:, rows], states)
+        scores = _scores(queries, k[:, :new], key_mask)  # (B, n, P+stop)
         top = mx.maximum(scores.max(-1, keepdims=True), mx.finfo(work).min)
         N = mx.exp(scores - top)
         total = N.sum(-1, keepdims=True)
@@ -77,7 +79,8 @@ def solve_backward(
     for start in reversed(range(0, T, BLOCK)):
         rows = slice(start, min(start + BLOCK, T))
         old, new = P + rows.start, P + rows.stop
-        scores = _scores(qw[:, rows], kw[:, :new], key_mask)
+        queries = mx.depends(qw[:, rows], [u, dq, dk, dgamma])
+        scores = _scores(queries, kw[:, :new], key_mask)
         alpha = mx.exp(scores - lse[:, rows, None].astype(work))
         N = alpha * gw[:, rows, None]
         ui = unit_lower_inverse(N[:, :, old:]).swapaxes(1, 2) @ u[:, old:new]
@@ -110,13 +113,14 @@ def unit_lower_inverse(N: mx.array) -> mx.array:
     Leaves: N is nilpotent, so the inverse is (I + N)(I + N^2)(I + N^4)...; every power is bounded
     because the rows of |N| sum to less than 1. Two neighbours X1, X2 merge by X2 N21 X1.
     """
-    n, size = N.shape[-1], LEAF
+    n, size = N.shape[-1], 1
     while size < n:
         size *= 2
+    leaf = min(size, LEAF)
     padded = mx.pad(N, [(0, 0), (0, size - n), (0, size - n)]) if size > n else N
-    power = _diagonal_blocks(padded, LEAF)  # (B, size / LEAF, LEAF, LEAF)
-    X = power + mx.eye(LEAF, dtype=N.dtype)
-    for _ in range(LEAF.bit_length() - 2):
+    power = _diagonal_blocks(padded, leaf)  # (B, size / leaf, leaf, leaf)
+    X = power + mx.eye(leaf, dtype=N.dtype)
+    for _ in range(leaf.bit_length() - 2):
         power = power @ power
         X = X + X @ power
     while X.shape[1] > 1:

@@ -96,7 +96,9 @@ def _forward(
     key_mask: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    return _implementation(backend, f, q).solve_forward(f, q, k, gamma, past_s, key_mask)
+    # Autocast would compute the float32 sums inside in the low type.
+    with torch.autocast(f.device.type, enabled=False):
+        return _implementation(backend, f, q).solve_forward(f, q, k, gamma, past_s, key_mask)
 
 
 @_forward.register_fake
@@ -118,7 +120,8 @@ def _backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     solve = _implementation(backend, s, q)
-    *grads, dpast_s = solve.solve_backward(ds, q, k, gamma, s, lse, past_s, key_mask)
+    with torch.autocast(s.device.type, enabled=False):
+        *grads, dpast_s = solve.solve_backward(ds, q, k, gamma, s, lse, past_s, key_mask)
     # A custom op returns tensors only; an empty one stands for "no past".
     return *grads, s.new_empty(0) if dpast_s is None else dpast_s
 

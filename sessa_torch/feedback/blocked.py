@@ -90,7 +90,7 @@ def solve_backward(
         dk[:, :new].baddbmm_(dS.mT, qw[:, rows])
     df, dpast_s = u[:, P:].to(s.dtype).contiguous(), None
     if past_s is not None:
-        dpast_s = u[:, :P].to(past_s.dtype).contiguous()
+        dpast_s = u[:, :P].to(past_s.dtype, copy=True).contiguous()
     return df, dq.to(q.dtype), dk.to(k.dtype), dgamma.to(gamma.dtype), dpast_s
 
 
@@ -111,13 +111,14 @@ def unit_lower_inverse(N: Tensor) -> Tensor:
     Leaves: N is nilpotent, so the inverse is (I + N)(I + N^2)(I + N^4)...; every power is bounded
     because the rows of |N| sum to less than 1. Two neighbours X1, X2 merge by X2 N21 X1.
     """
-    n, size = N.shape[-1], LEAF
+    n, size = N.shape[-1], 1
     while size < n:
         size *= 2
+    leaf = min(size, LEAF)
     padded = torch.nn.functional.pad(N, (0, size - n, 0, size - n)) if size > n else N
-    power = _diagonal_blocks(padded, LEAF)  # (B, size / LEAF, LEAF, LEAF)
-    X = power + torch.eye(LEAF, dtype=N.dtype, device=N.device)
-    for _ in range(LEAF.bit_length() - 2):
+    power = _diagonal_blocks(padded, leaf)  # (B, size / leaf, leaf, leaf)
+    X = power + torch.eye(leaf, dtype=N.dtype, device=N.device)
+    for _ in range(leaf.bit_length() - 2):
         power = power @ power
         X = X + X @ power
     while X.shape[1] > 1:

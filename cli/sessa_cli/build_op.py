@@ -1,0 +1,53 @@
+"""`sessa build-op`: the native ONNX Runtime operator, compiled once for this machine."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sessa_cli.common import make_console, print_json, say
+
+
+def build_op(
+    output: Annotated[
+        Path | None, typer.Option(help="File or folder to copy the library to.")
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Compile even when the library is there.")
+    ] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Compile the native operator for ONNX Runtime on this machine and keep it in a cache.
+
+    Needs a C++17 compiler (CXX, else c++, g++ or clang++). Exported models run without it, slower.
+
+    Example: sessa build-op
+    """
+    from sessa_export.native import build
+
+    started = time.perf_counter()
+    path = build(force=force)
+    seconds = time.perf_counter() - started
+    if output is not None:
+        path = _copy(path, output)
+    if json_output:
+        print_json({"library": str(path), "seconds": round(seconds, 2)})
+    else:
+        say(make_console(), f"{path} ({seconds:.1f} s)")
+
+
+def _copy(library: Path, output: Path) -> Path:
+    target = output / library.name if output.is_dir() else output
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        shutil.copyfile(library, partial)
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+    return target

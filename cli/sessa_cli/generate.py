@@ -1,0 +1,150 @@
+"""`sessa generate`: text from a checkpoint folder or an exported one, in any runtime."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from tokenizers import Tokenizer
+
+from sessa_cli.common import choose_backend, framework, given_fields, print_json
+from sessa_common import generation
+from sessa_common.config import SessaConfig
+from sessa_common.errors import SessaError
+from sessa_common.generation import Stepper, TextStream, encode_prompt, stop_tokens
+from sessa_common.sampling import SamplingConfig
+
+
+def generate(
+    context: typer.Context,
+    checkpoint: Annotated[
+        Path, typer.Argument(help="Checkpoint folder, or a folder that sessa export wrote.")
+    ],
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="Text to continue, '-' for standard input; several make a batch."),
+    ] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(help="File with the text to continue.")
+    ] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(help="Most tokens to write; 200, or what the context has room for."),
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="0 takes the likeliest token; 0.8 by default.")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(help="Keep the k likeliest tokens.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Keep the likeliest tokens that reach this probability.")
+    ] = None,
+    min_p: Annotated[
+        float | None, typer.Option(help="Drop tokens below this share of the likeliest one's.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same text.")] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="auto, torch, mlx or onnx (an exported folder).")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Device of the framework, such as cpu, cuda, mps, gpu.")
+    ] = None,
+    native: Annotated[
+        bool, typer.Option("--native", help="onnx: use the operator that sessa build-op made.")
+    ] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Continue text, streaming it as it is written.
+
+    Example: sessa generate runs/first --prompt "The list of" --max-tokens 100
+    """
+    sampling = SamplingConfig(**given_fields(context.params, SamplingConfig))
+    prompts = _prompts(prompt, prompt_file)
+    stepper, tokenizer = _load(checkpoint, backend, device, native)
+    ids = [encode_prompt(tokenizer, text, stepper.config) for text in prompts]
+    stop = stop_tokens(checkpoint, stepper.config)
+    started = time.perf_counter()
+    steps = generation.generate(stepper, ids, sampling, max_tokens=max_tokens, stop=stop)
+    live = not json_output and len(prompts) == 1
+    if live:
+        _write(prompts[0])
+    texts, counts = _collect(steps, tokenizer, len(prompts), live)
+    seconds = time.perf_counter() - started
+    if json_output:
+        rows = [{"prompt": p, "text": t, "tokens": n}
+                for p, t, n in zip(prompts, texts, counts, strict=True)]  # fmt: skip
+        print_json({"texts": rows, "seconds": seconds, "tokens_per_second": sum(counts) / seconds})
+    elif live:
+        _write("\n")
+    else:
+        for number, (given, text) in enumerate(zip(prompts, texts, strict=True), 1):
+            _write(f"[{number}] {given}{text}\n")
+
+
+def _prompts(prompt: list[str] | None, prompt_file: Path | None) -> list[str]:
+    if prompt_file is not None and prompt:
+        raise SessaError("give --prompt or --prompt-file, not both")
+    if prompt_file is not None and str(prompt_file) != "-":
+        try:
+            return [prompt_file.read_text(encoding="utf-8")]
+        except (OSError, UnicodeDecodeError) as error:
+            raise SessaError(f"{prompt_file}: not a readable UTF-8 text file ({error})") from None
+    given = ["-"] if prompt_file is not None else prompt or [""]
+    if given.count("-") > 1:
+        raise SessaError("standard input ('-') can be only one of the prompts")
+    return [sys.stdin.read() if text == "-" else text for text in given]
+
+
+def _load(
+    checkpoint: Path, backend: str | None, device: str | None, native: bool
+) -> tuple[Stepper, Tokenizer]:
+    from sessa_common.tokenizer import check_fits, read_tokenizer
+    from sessa_export.runtime import find_model, load_stepper
+
+    if not checkpoint.is_dir():
+        raise SessaError(f"{checkpoint}: no such checkpoint folder")
+    tokenizer = read_tokenizer(checkpoint)
+    exported = find_model(checkpoint) is not None
+    stepper: Stepper
+    if backend == "onnx" or (backend in (None, "auto") and exported):
+        if device not in (None, "cpu"):
+            raise SessaError(f"device is {device!r}; ONNX Runtime runs on the cpu here")
+        stepper = load_stepper(checkpoint, native=native)
+    elif native:
+        raise SessaError("--native is for a folder that `sessa export` wrote")
+    else:
+        twin = framework(choose_backend(backend), "generate")
+        stepper = twin.load_stepper(checkpoint, device=device)
+    config: SessaConfig = stepper.config
+    check_fits(tokenizer, config, str(checkpoint))
+    return stepper, tokenizer
+
+
+def _collect(
+    steps: Iterator[list[int | None]], tokenizer: Tokenizer, rows: int, live: bool
+) -> tuple[list[str], list[int]]:
+    """Drain the generator into a text and a count a row; `live` writes pieces as they come."""
+    streams = [TextStream(tokenizer) for _ in range(rows)]
+    texts, counts = [""] * rows, [0] * rows
+    for step in steps:
+        for row, token in enumerate(step):
+            if token is not None:
+                piece = streams[row].push(token)
+                texts[row] += piece
+                counts[row] += 1
+                if live:
+                    _write(piece)
+    for row, stream in enumerate(streams):
+        piece = stream.finish()
+        texts[row] += piece
+        if live:
+            _write(piece)
+    return texts, counts
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()

@@ -1,0 +1,62 @@
+"""The command `sessa`."""
+
+from __future__ import annotations
+
+import sys
+from typing import NoReturn
+
+import typer
+
+from sessa_cli.build_op import build_op
+from sessa_cli.check import check
+from sessa_cli.convert import convert
+from sessa_cli.eval import evaluate
+from sessa_cli.export import export
+from sessa_cli.generate import generate
+from sessa_cli.info import info
+from sessa_cli.selftest import selftest
+from sessa_cli.train import train
+from sessa_common.errors import SessaError
+
+BAD_INPUT = 2
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="sessa",
+    help="Train, convert, generate with and deploy Sessa sequence models.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+app.command()(train)
+app.command()(generate)
+app.command("eval")(evaluate)
+app.command()(convert)
+app.command()(export)
+app.command()(check)
+app.command()(info)
+app.command("build-op")(build_op)
+app.command()(selftest)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; bad input is one line on stderr and exit code 2, Ctrl-C is 130."""
+    try:
+        app(args=arguments, prog_name="sessa")
+    except SessaError as error:
+        _refuse(str(error))
+    # A disk that is full or a folder that may not be written is no fault of the program either.
+    except OSError as error:
+        _refuse(f"{error.filename or 'input or output'}: {error.strerror or error}")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
+def _refuse(message: str) -> NoReturn:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(BAD_INPUT)
+
+
+if __name__ == "__main__":
+    main()

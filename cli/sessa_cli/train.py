@@ -1,0 +1,261 @@
+"""`sessa train`: a language model from text, resumable, on either framework."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from sessa_cli.common import choose_backend, framework, given_fields, make_console, print_json, say
+from sessa_common.config import SessaConfig, TrainConfig, read_json
+from sessa_common.errors import SessaError
+from sessa_common.generation import encode_prompt, generate, stop_tokens
+from sessa_common.metrics import read_metrics
+from sessa_common.progress import TerminalReporter
+from sessa_common.run import Run, choose_config, resume_run, start_run
+from sessa_common.sampling import SamplingConfig
+from sessa_common.trainer import Trainer
+
+DEFAULT_OUT = Path("runs/pydoc")
+INTERRUPTED = 130
+# A small model's tail of unlikely tokens is noise; what is left reads better.
+PARAGRAPH = SamplingConfig(temperature=0.7, top_p=0.9)
+
+
+def _options(panel: str) -> Callable[[str, str], Any]:
+    def option(names: str, help: str) -> Any:
+        return typer.Option(*names.split(), help=help, rich_help_panel=panel, show_default=False)
+
+    return option
+
+
+of_model, of_data = _options("The model"), _options("The data")
+of_learning, of_run = _options("The learning"), _options("The run")
+
+
+# The parameters are named like the fields of SessaConfig and TrainConfig that they override, and
+# are read through the context, so that no default is written down twice.
+def train(
+    ctx: typer.Context,
+    data: Annotated[
+        list[str] | None,
+        of_data(
+            "--data",
+            "File, folder or wildcard of .txt .md .py .jsonl .parquet, or a Hugging Face data "
+            "set id; repeatable. Default: pydoc, the reference text inside Python.",
+        ),
+    ] = None,
+    validation_data: Annotated[
+        list[str] | None,
+        of_data("--validation-data", "Held-out text, instead of a part of --data."),
+    ] = None,
+    validation_fraction: Annotated[
+        float | None, of_data("--validation-fraction", "Part of --data that is held out.")
+    ] = None,
+    text_field: Annotated[
+        str | None, of_data("--text-field", "Field or column with the text.")
+    ] = None,
+    split: Annotated[str | None, of_data("--split", "Split of a Hugging Face data set.")] = None,
+    subset: Annotated[
+        str | None, of_data("--subset", "Configuration of a Hugging Face data set.")
+    ] = None,
+    max_documents: Annotated[
+        int | None, of_data("--max-documents", "Read only the first documents; 0 for all.")
+    ] = None,
+    tokenizer: Annotated[
+        str | None,
+        of_data(
+            "--tokenizer",
+            "A tokenizer.json, the size of a byte-level BPE to train, or bytes. Default: a BPE "
+            "of the model's vocab_size.",
+        ),
+    ] = None,
+    preset: Annotated[
+        str | None,
+        of_model("--preset", "A named size: sessa-1m, sessa-9m, sessa-10m, sessa-30m, sessa-131m."),
+    ] = None,
+    config: Annotated[
+        Path | None, of_model("--config", "A config.json with the architecture.")
+    ] = None,
+    init: Annotated[
+        Path | None, of_model("--init", "Fine-tune the model of this checkpoint folder.")
+    ] = None,
+    num_hidden_layers: Annotated[int | None, of_model("--layers", "Number of layers.")] = None,
+    hidden_size: Annotated[int | None, of_model("--width", "Width of the model.")] = None,
+    num_attention_heads: Annotated[
+        int | None, of_model("--heads", "Number of attention heads.")
+    ] = None,
+    num_key_value_heads: Annotated[
+        int | None, of_model("--kv-heads", "Number of key/value heads.")
+    ] = None,
+    max_position_embeddings: Annotated[
+        int | None, of_model("--context", "Longest text that the model reads, in tokens.")
+    ] = None,
+    gamma_max: Annotated[
+        float | None, of_model("--gamma-max", "Bound of the feedback gain.")
+    ] = None,
+    feedback: Annotated[
+        bool | None, of_model("--feedback/--no-feedback", "Without feedback: the paper's ablation.")
+    ] = None,
+    use_forward_rope: Annotated[
+        bool | None, of_model("--rope/--no-rope", "Rotary positions in the forward attention.")
+    ] = None,
+    tie_word_embeddings: Annotated[
+        bool | None, of_model("--tie/--no-tie", "One matrix for embedding and head.")
+    ] = None,
+    train_config: Annotated[
+        Path | None, of_learning("--train-config", "A training.json; other options go over it.")
+    ] = None,
+    steps: Annotated[int | None, of_learning("--steps", "Optimizer steps.")] = None,
+    batch_size: Annotated[
+        int | None, of_learning("--batch-size", "Rows in one forward pass.")
+    ] = None,
+    accumulation: Annotated[
+        int | None, of_learning("--accumulation", "Forward passes in one step.")
+    ] = None,
+    window: Annotated[
+        int | None, of_learning("--window", "Tokens in a training row; 0 for the whole context.")
+    ] = None,
+    learning_rate: Annotated[float | None, of_learning("--lr", "Highest learning rate.")] = None,
+    min_lr_ratio: Annotated[
+        float | None, of_learning("--min-lr-ratio", "Where the cosine ends, as a part of --lr.")
+    ] = None,
+    warmup_steps: Annotated[
+        int | None, of_learning("--warmup-steps", "Steps of the linear rise.")
+    ] = None,
+    weight_decay: Annotated[
+        float | None, of_learning("--weight-decay", "Decoupled decay of matrices.")
+    ] = None,
+    beta1: Annotated[float | None, of_learning("--beta1", "Adam's first decay.")] = None,
+    beta2: Annotated[float | None, of_learning("--beta2", "Adam's second decay.")] = None,
+    clip_norm: Annotated[
+        float | None, of_learning("--clip-norm", "Largest global gradient norm.")
+    ] = None,
+    precision: Annotated[
+        str | None, of_learning("--precision", "auto, float32 or bfloat16.")
+    ] = None,
+    seed: Annotated[int | None, of_learning("--seed", "Seed of weights and data order.")] = None,
+    out: Annotated[Path | None, of_run("--out -o", "Folder to write. Default: runs/pydoc.")] = None,
+    force: Annotated[bool, of_run("--force", "Replace a folder that is not empty.")] = False,
+    resume: Annotated[
+        Path | None, of_run("--resume", "Go on with the run in this folder, bit for bit.")
+    ] = None,
+    backend: Annotated[
+        str | None, of_run("--backend", "auto (MLX on Apple silicon, else PyTorch), mlx or torch.")
+    ] = None,
+    device: Annotated[
+        str | None, of_run("--device", "torch: cpu, cuda, mps; mlx: cpu, gpu.")
+    ] = None,
+    evaluate_every: Annotated[
+        int | None, of_run("--evaluate-every", "Steps between evaluations; 0: only at the end.")
+    ] = None,
+    evaluate_batches: Annotated[
+        int | None, of_run("--evaluate-batches", "Batches in an evaluation.")
+    ] = None,
+    checkpoint_every: Annotated[
+        int | None, of_run("--checkpoint-every", "Steps between saves; 0: only at the end.")
+    ] = None,
+    prompt: Annotated[str, of_run("--prompt", "What the closing paragraph begins with.")] = "The",
+    json_output: Annotated[bool, of_run("--json", "Print the result as JSON on stdout.")] = False,
+) -> None:
+    """Train a Sessa language model on text; without options, a small one, in some minutes.
+
+    Example: sessa train --data "books/*.txt" --preset sessa-9m --tokenizer 4096 --out runs/books
+    """
+    began = time.perf_counter()
+    backend = choose_backend(backend)
+    console = make_console(json_output)
+    device = framework(backend, "train").choose_device(device)
+    run = _resume(ctx, resume) if resume is not None else _start(ctx)
+    finished = _train(run, backend, device, console)
+    summary = _summary(run, backend, finished)
+    if finished:
+        summary["text"] = _paragraph(run, backend, device, prompt)
+        console.print(f"\n{summary['text']}\n", markup=False, highlight=False)
+        took = time.perf_counter() - began
+        say(console, f"wrote {run.folder} in {took:.0f} s; try: sessa generate {run.folder}")
+    else:
+        again = f"sessa train --resume {run.folder}"
+        say(console, f"stopped at step {summary['step']} and saved; go on with: {again}")
+    if not importlib.util.find_spec("matplotlib"):
+        say(console, "no loss.png: it needs matplotlib (pip install matplotlib)")
+    if json_output:
+        print_json(summary)
+    if not finished:
+        raise typer.Exit(INTERRUPTED)
+
+
+def _start(ctx: typer.Context) -> Run:
+    params = ctx.params
+    config_file, init = params["config"], params["init"]
+    given = given_fields(params, SessaConfig)
+    config = choose_config(given, preset=params["preset"], file=config_file, init=init)
+    base = TrainConfig()
+    if (path := params["train_config"]) is not None:
+        base = TrainConfig.from_dict(read_json(path), str(path))
+    settings = TrainConfig(**base.to_dict() | given_fields(params, TrainConfig))
+    return start_run(
+        params["out"] or DEFAULT_OUT,
+        config,
+        settings,
+        fixed_vocabulary=config_file is not None,
+        init=init,
+        force=params["force"],
+    )
+
+
+def _resume(ctx: typer.Context, folder: Path) -> Run:
+    params = ctx.params
+    for name in ("preset", "config", "init", "train_config", "out", "force"):
+        if params[name]:
+            raise SessaError(
+                f"--{name.replace('_', '-')} starts a new run, so it does not go with --resume"
+            )
+    return resume_run(folder, given_fields(params, SessaConfig), given_fields(params, TrainConfig))
+
+
+def _train(run: Run, backend: str, device: str | None, console: Console) -> bool:
+    learner = framework(backend, "train").Learner(run.config, run.settings, run.weights, device)
+    trainer = Trainer(learner, run.source, run.config, run.settings, run.folder)
+    if trainer.step >= run.settings.steps:
+        raise SessaError(
+            f"{run.folder}: all {run.settings.steps} steps are done; give a larger --steps to go on"
+        )
+    say(
+        console,
+        f"{_parameter_count(run):,} parameters, {len(run.source.tokens):,} training tokens, "
+        f"vocabulary {run.config.vocab_size:,}, window {run.source.window}; {backend} on "
+        f"{learner.device} in {learner.precision}; writing {run.folder}",
+    )
+    with TerminalReporter(console, run.settings.steps, trainer.step) as trainer.reporter:
+        return trainer.run()
+
+
+def _summary(run: Run, backend: str, finished: bool) -> dict[str, Any]:
+    records = read_metrics(run.folder)
+    last = {name: value for record in records for name, value in record.items()}
+    names = ("step", "loss", "validation_loss", "validation_perplexity")
+    return {
+        "folder": str(run.folder),
+        "backend": backend,
+        "finished": finished,
+        "parameters": _parameter_count(run),
+        **{name: last[name] for name in names if name in last},
+    }
+
+
+def _parameter_count(run: Run) -> int:
+    return sum(value.size for value in run.weights.values())
+
+
+def _paragraph(run: Run, backend: str, device: str | None, prompt: str) -> str:
+    stepper = framework(backend, "generate").load_stepper(run.folder, device=device)
+    ids = encode_prompt(run.tokenizer, prompt, run.config)
+    ids = ids[: run.config.max_position_embeddings - 1]
+    turns = generate(stepper, [ids], PARAGRAPH, stop=stop_tokens(run.folder, run.config))
+    return run.tokenizer.decode(ids + [token for (token,) in turns if token is not None])

@@ -1,0 +1,1 @@
+"""ONNX export of a checkpoint, its check and a small runner; needs neither MLX nor PyTorch."""

@@ -1,0 +1,328 @@
+"""One ONNX graph of a Sessa language model, built from configuration and weights.
+
+Letters: B batch, T new tokens, P past tokens, S = P + T, D width, H query heads, G key/value heads,
+d = D/H, V vocabulary. The layer is the one of `sessa_common.reference`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from sessa_common.config import SessaConfig
+from sessa_common.errors import SessaError
+from sessa_export.function import DOMAIN, OP_TYPE, VERSION, add_function
+from sessa_export.runtime import CONFIG_KEY
+
+OPSETS = (21, 22, 23)
+LAYOUTS = ("natural", "uniform")
+IR_VERSION = 10
+# A score that no softmax sees; finite, so that a row with nothing to see stays a number.
+HIDDEN = np.float32(-1e30)
+# A protobuf message ends at 2 GiB; the graph itself needs a little of that.
+EXTERNAL_DATA_BYTES = 2 * 10**9
+
+Weights = Mapping[str, np.ndarray]
+
+
+class Builder:
+    """Collects nodes and initializers; every method returns the name of the tensor it makes."""
+
+    def __init__(self) -> None:
+        self.nodes: list[onnx.NodeProto] = []
+        self.initializers: dict[str, onnx.TensorProto] = {}
+        self.scope = ""
+
+    def add(self, op: str, *inputs: str, output: str = "", domain: str = "", **attrs: Any) -> str:
+        """Append a node and name its one output after the scope, the operator and its number."""
+        name = f"{self.scope}{op}_{len(self.nodes)}"
+        output = output or name
+        self.nodes.append(helper.make_node(op, inputs, [output], name=name, domain=domain, **attrs))
+        return output
+
+    def split(self, x: str, parts: int, axis: int) -> list[str]:
+        """Append a Split into equal parts."""
+        name = f"{self.scope}Split_{len(self.nodes)}"
+        outputs = [f"{name}.{i}" for i in range(parts)]
+        node = helper.make_node("Split", [x], outputs, name=name, axis=axis, num_outputs=parts)
+        self.nodes.append(node)
+        return outputs
+
+    def weight(self, name: str, value: np.ndarray) -> str:
+        """Store a tensor under its name, in float32 when it is a floating type."""
+        if value.dtype.kind not in "ib":
+            value = value.astype(np.float32)
+        if name not in self.initializers:
+            self.initializers[name] = numpy_helper.from_array(np.ascontiguousarray(value), name)
+        return name
+
+    def ints(self, *values: int) -> str:
+        """A one-dimensional int64 constant."""
+        name = "ints_" + "_".join(map(str, values)).replace("-", "m")
+        return self.weight(name, np.array(values, np.int64))
+
+    def number(self, value: float) -> str:
+        """A float32 scalar constant."""
+        return self.weight(f"float_{value!r}", np.array(value, np.float32).reshape(1))
+
+    def size(self, x: str, axis: int) -> str:
+        """Length of one axis, as a one-element tensor."""
+        return self.add("Shape", x, start=axis, end=axis + 1)
+
+
+class Shared(NamedTuple):
+    """Tensors that every layer reads."""
+
+    bias: str  # (B, 1, T, S) 0 or HIDDEN
+    key_mask: str  # (B, S) bool
+    rotation: tuple[str, str] | None  # cosines and sines (B, 1, T, d), each angle twice
+    past: str  # [P]
+    total: str  # [S]
+    pairs: list[tuple[int, int]]  # heads and width of the cached pairs of one layer
+
+
+def layer_pairs(config: SessaConfig, layout: str = "natural") -> list[tuple[int, int]]:
+    """Heads and width of one layer's cached pairs: (k_f, v_f), then (k_fb, s) with feedback.
+
+    In the uniform layout the second pair is cut into H/G pairs that are shaped like the first.
+    """
+    H, G = config.num_attention_heads, config.num_key_value_heads
+    first = (G, config.head_dim)
+    if not config.feedback:
+        return [first]
+    return [first, (1, config.hidden_size)] if layout == "natural" else [first] * (1 + H // G)
+
+
+def kv_layers(config: SessaConfig, layout: str = "natural") -> list[tuple[int, int]]:
+    """Heads and width of all cached pairs, layer after layer."""
+    return layer_pairs(config, layout) * config.num_hidden_layers
+
+
+def build_model(
+    config: SessaConfig, weights: Weights, *, opset: int = 21, layout: str = "natural"
+) -> onnx.ModelProto:
+    """The whole model in float32: ids, mask and past caches in, logits and present caches out.
+
+    input_ids (B, T) and attention_mask (B, S) are int64, zero for padding; past_key_values.{j}.key
+    and .value are (B, heads, P, width) as in `kv_layers`, P may be 0; logits are (B, T, V);
+    present.{j}.* hold S tokens. Raises SessaError for an opset that is not in OPSETS and a layout
+    that is not in LAYOUTS.
+    """
+    if opset not in OPSETS:
+        raise SessaError(f"opset is {opset}, expected one of {', '.join(map(str, OPSETS))}")
+    if layout not in LAYOUTS:
+        raise SessaError(f"layout is {layout!r}, expected {' or '.join(LAYOUTS)}")
+    g = Builder()
+    shared = _shared(g, config, layout)
+    embedding = g.weight("model.embed_tokens.weight", weights["model.embed_tokens.weight"])
+    x = g.add("Gather", embedding, "input_ids")
+    for i in range(config.num_hidden_layers):
+        x = _layer(g, config, weights, i, x, shared)
+    g.scope = ""
+    x = _layer_norm(g, config, weights, "model.norm", x)
+    if config.tie_word_embeddings:
+        head = g.add("Transpose", embedding, perm=[1, 0])
+    else:
+        head = g.weight("lm_head.weight", weights["lm_head.weight"].T)
+    g.add("MatMul", x, head, output="logits")
+    return _finish(g, config, opset, layout)
+
+
+def _shared(g: Builder, config: SessaConfig, layout: str) -> Shared:
+    past, total = g.size("past_key_values.0.key", 2), g.size("attention_mask", 1)
+    key_mask = g.add("Cast", "attention_mask", to=TensorProto.BOOL)
+    columns = g.add("Range", _scalar(g, g.ints(0)), _scalar(g, total), _scalar(g, g.ints(1)))
+    rows = g.add("Slice", columns, past, total)
+    causal = g.add("LessOrEqual", columns, g.add("Unsqueeze", rows, g.ints(1)))  # (T, S)
+    seen = g.add("And", causal, g.add("Unsqueeze", key_mask, g.ints(1, 2)))  # (B, 1, T, S)
+    bias = g.add("Where", seen, g.number(0.0), g.number(float(HIDDEN)))
+    rotation = _rotation(g, config, past, total) if config.use_forward_rope else None
+    return Shared(bias, key_mask, rotation, past, total, layer_pairs(config, layout))
+
+
+def _scalar(g: Builder, x: str) -> str:
+    return g.add("Squeeze", x)
+
+
+def _rotation(g: Builder, config: SessaConfig, past: str, total: str) -> tuple[str, str]:
+    """Cosines and sines of RoPE; a token's position is the number of real tokens before it."""
+    count = g.add("CumSum", "attention_mask", _scalar(g, g.ints(1)))
+    position = g.add("Max", g.add("Sub", count, g.ints(1)), g.ints(0))
+    position = g.add("Slice", position, past, total, g.ints(1))
+    position = g.add("Cast", g.add("Unsqueeze", position, g.ints(1, 3)), to=TensorProto.FLOAT)
+    d = config.head_dim
+    frequency = config.rope_theta ** (-np.arange(0, d, 2, dtype=np.float64) / d)
+    angle = g.add("Mul", position, g.weight("rope_frequency", np.repeat(frequency, 2)))
+    return g.add("Cos", angle), g.add("Sin", angle)
+
+
+def _rotate(g: Builder, config: SessaConfig, x: str, rotation: tuple[str, str]) -> str:
+    """RoPE of interleaved pairs; x (B, heads, T, d).
+
+    The turned pair (-x1, x0) is a product with a constant: Split and Concat of single columns cost
+    more in ONNX Runtime.
+    """
+    turn = np.kron(np.eye(config.head_dim // 2), np.array([[0.0, 1.0], [-1.0, 0.0]]))
+    turned = g.add("MatMul", x, g.weight("rope_turn", turn))
+    return g.add("Add", g.add("Mul", x, rotation[0]), g.add("Mul", turned, rotation[1]))
+
+
+def _layer_norm(g: Builder, config: SessaConfig, weights: Weights, name: str, x: str) -> str:
+    scale, bias = (g.weight(key, weights[key]) for key in (f"{name}.weight", f"{name}.bias"))
+    return g.add("LayerNormalization", x, scale, bias, axis=-1, epsilon=config.layer_norm_eps)
+
+
+def _linear(g: Builder, weights: Weights, name: str, x: str) -> str:
+    """x W^T + b; the weight is stored (in, out), which MatMul reads without a transpose."""
+    y = g.add("MatMul", x, g.weight(f"{name}.weight", weights[f"{name}.weight"].T))
+    if f"{name}.bias" not in weights:
+        return y
+    return g.add("Add", y, g.weight(f"{name}.bias", weights[f"{name}.bias"]))
+
+
+def _layer(
+    g: Builder, config: SessaConfig, weights: Weights, i: int, x: str, shared: Shared
+) -> str:
+    prefix, g.scope = f"model.layers.{i}.", f"layers.{i}."
+    normed = _layer_norm(g, config, weights, prefix + "ln", x)
+    a, gate = g.split(_linear(g, weights, prefix + "W_in", normed), 2, -1)
+    mixer_in = g.add("Gelu", a, approximate="none")
+    s = _attention(g, config, weights, i, mixer_in, shared)
+    if config.feedback:
+        s = _feedback(g, config, weights, i, mixer_in, s, shared)
+    return g.add("Add", x, _linear(g, weights, prefix + "W_out", g.add("Mul", s, gate)))
+
+
+def _heads(g: Builder, x: str, heads: int) -> str:
+    """(B, T, heads * width) -> (B, heads, T, width)."""
+    if heads == 1:
+        return g.add("Unsqueeze", x, g.ints(1))
+    return g.add("Transpose", g.add("Reshape", x, g.ints(0, 0, heads, -1)), perm=[0, 2, 1, 3])
+
+
+def _join(g: Builder, config: SessaConfig, x: str, heads: int) -> str:
+    """(B, heads, T, D / heads) -> (B, T, D); T may be 0."""
+    if heads == 1:
+        return g.add("Squeeze", x, g.ints(1))
+    turned = g.add("Transpose", x, perm=[0, 2, 1, 3])
+    return g.add("Reshape", turned, g.ints(0, 0, config.hidden_size))
+
+
+def _extend(g: Builder, j: int, part: str, new: str) -> str:
+    """Append (B, heads, T, width) to the cached tensor `part` of pair j."""
+    past = f"past_key_values.{j}.{part}"
+    return g.add("Concat", past, new, axis=2, output=f"present.{j}.{part}")
+
+
+def _attention(
+    g: Builder, config: SessaConfig, weights: Weights, i: int, x: str, shared: Shared
+) -> str:
+    """Forward attention: x (B, T, D) -> f (B, T, D)."""
+    H, G = config.num_attention_heads, config.num_key_value_heads
+    prefix, j = f"model.layers.{i}.mixer.", i * len(shared.pairs)
+    q = _heads(g, _linear(g, weights, prefix + "q_proj", x), H)
+    k = _heads(g, _linear(g, weights, prefix + "k_proj", x), G)
+    v = _heads(g, _linear(g, weights, prefix + "v_proj", x), G)
+    if shared.rotation:
+        q, k = (_rotate(g, config, z, shared.rotation) for z in (q, k))
+    k, v = _extend(g, j, "key", k), _extend(g, j, "value", v)
+    read = _softmax_read(g, config, q, k, v, shared)
+    f = _join(g, config, read, H)
+    return f if H == 1 else _linear(g, weights, prefix + "out_proj", f)
+
+
+def _softmax_read(g: Builder, config: SessaConfig, q: str, k: str, v: str, shared: Shared) -> str:
+    """q (B, H, T, d), k and v (B, G, S, d) -> (B, H, T, d)."""
+    H, G, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+
+    def regroup(x: str, heads: int, width: int | None = None) -> str:
+        # The H/G query heads of one key head stand below one another, so keys need no repeating.
+        if G == H:
+            return x
+        last = g.ints(width) if width else shared.total
+        return g.add("Reshape", x, g.add("Concat", g.ints(0, heads, -1), last, axis=0))
+
+    q = regroup(g.add("Mul", q, g.number(d**-0.5)), G, d)
+    scores = g.add("MatMul", q, g.add("Transpose", k, perm=[0, 1, 3, 2]))
+    scores = g.add("Add", regroup(scores, H), shared.bias)
+    probabilities = regroup(g.add("Softmax", scores, axis=-1), G)
+    return regroup(g.add("MatMul", probabilities, v), H, d)
+
+
+def _feedback(
+    g: Builder, config: SessaConfig, weights: Weights, i: int, x: str, f: str, shared: Shared
+) -> str:
+    """Feedback solve: x, f (B, T, D) -> s (B, T, D)."""
+    prefix = f"model.layers.{i}.mixer."
+    q, k_new = g.split(_linear(g, weights, prefix + "proj_fb", x), 2, -1)
+    k = _rows(g, config, _append_rows(g, i, "key", k_new, shared), shared)
+    gain = g.add("Squeeze", _linear(g, weights, prefix + "gamma_ctx", x), g.ints(2))
+    gain = g.add("Add", gain, g.weight(prefix + "gamma_bias", weights[prefix + "gamma_bias"]))
+    gamma = g.add("Mul", g.add("Tanh", gain), g.number(config.gamma_max))
+    past = [f"past_key_values.{j}.value" for j in _row_pairs(i, shared)]
+    s = g.add(
+        OP_TYPE, f, q, k, gamma, _rows(g, config, past, shared), shared.key_mask, domain=DOMAIN
+    )
+    _append_rows(g, i, "value", s, shared)
+    return s
+
+
+def _row_pairs(i: int, shared: Shared) -> range:
+    """Numbers of the pairs that hold the feedback keys and states of layer i."""
+    n = len(shared.pairs)
+    return range(i * n + 1, (i + 1) * n)
+
+
+def _append_rows(g: Builder, i: int, part: str, new: str, shared: Shared) -> list[str]:
+    """Append rows (B, T, D) to the feedback pairs of layer i and return their present tensors."""
+    numbers, heads = _row_pairs(i, shared), sum(heads for heads, _ in shared.pairs[1:])
+    split = _heads(g, new, heads)
+    pieces = [split] if len(numbers) == 1 else g.split(split, len(numbers), 1)
+    return [_extend(g, j, part, piece) for j, piece in zip(numbers, pieces, strict=True)]
+
+
+def _rows(g: Builder, config: SessaConfig, cached: list[str], shared: Shared) -> str:
+    """The rows (B, S, D) that the cached tensors of one layer's feedback pairs hold."""
+    whole = cached[0] if len(cached) == 1 else g.add("Concat", *cached, axis=1)
+    return _join(g, config, whole, sum(heads for heads, _ in shared.pairs[1:]))
+
+
+def _finish(g: Builder, config: SessaConfig, opset: int, layout: str) -> onnx.ModelProto:
+    integer, real = TensorProto.INT64, TensorProto.FLOAT
+    B, T, P, S = "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"
+    info = helper.make_tensor_value_info
+    inputs = [info("input_ids", integer, [B, T]), info("attention_mask", integer, [B, S])]
+    outputs = [info("logits", real, [B, T, config.vocab_size])]
+    for j, (heads, width) in enumerate(kv_layers(config, layout)):
+        for part in ("key", "value"):
+            inputs.append(info(f"past_key_values.{j}.{part}", real, [B, heads, P, width]))
+            outputs.append(info(f"present.{j}.{part}", real, [B, heads, S, width]))
+    graph = helper.make_graph(g.nodes, "sessa", inputs, outputs, list(g.initializers.values()))
+    imports = [helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, VERSION)]
+    model = helper.make_model(
+        graph, opset_imports=imports, ir_version=IR_VERSION, producer_name="sessa-toolchain"
+    )
+    helper.set_model_props(model, {CONFIG_KEY: json.dumps(config.to_dict())})
+    return add_function(model) if config.feedback else model
+
+
+def save_model(
+    model: onnx.ModelProto, path: Path, *, external_data_bytes: int = EXTERNAL_DATA_BYTES
+) -> None:
+    """Write a model; weights of more than `external_data_bytes` go to `<name>_data` beside it."""
+    size = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
+    external = size > external_data_bytes
+    onnx.save_model(
+        model,
+        str(path),
+        save_as_external_data=external,
+        all_tensors_to_one_file=True,
+        location=path.name + "_data",
+    )
+    onnx.checker.check_model(str(path), full_check=True)

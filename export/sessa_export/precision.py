@@ -1,0 +1,129 @@
+"""Smaller weights for an exported model: float16 storage, int8 and int4 by ONNX Runtime's tools."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from sessa_common.config import SessaConfig
+from sessa_common.errors import SessaError
+from sessa_export.runtime import DTYPE_KEY
+
+DTYPES = ("fp32", "fp16", "int8", "int4")
+INT4_BLOCK = 32
+# Smaller tensors (biases, norms, constants) stay in float32.
+SMALLEST_HALF = 1024
+
+
+def prepare(
+    config: SessaConfig, weights: Mapping[str, np.ndarray], dtype: str
+) -> tuple[SessaConfig, Mapping[str, np.ndarray]]:
+    """The model to build for a dtype: the quantisers need a head of its own, not a transposed view.
+
+    Raises SessaError for a dtype that is not in DTYPES.
+    """
+    if dtype not in DTYPES:
+        raise SessaError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
+    if dtype in ("fp32", "fp16") or not config.tie_word_embeddings:
+        return config, weights
+    head = {"lm_head.weight": weights["model.embed_tokens.weight"]}
+    return replace(config, tie_word_embeddings=False), {**weights, **head}
+
+
+def shrink(model: onnx.ModelProto, dtype: str) -> onnx.ModelProto:
+    """The model with its weights stored in `dtype`; activations and caches stay float32."""
+    if dtype == "int8":
+        model = _int8(model)
+    elif dtype == "int4":
+        model = _int4(model)
+    if dtype != "fp32":
+        _store_half(model)
+    model.metadata_props.add(key=DTYPE_KEY, value=dtype)
+    return model
+
+
+def _store_half(model: onnx.ModelProto) -> None:
+    """Store large float32 tensors in float16 behind a Cast, which runtimes fold when they load."""
+    casts = []
+    for tensor in model.graph.initializer:
+        if tensor.data_type != TensorProto.FLOAT or np.prod(tensor.dims) < SMALLEST_HALF:
+            continue
+        name, half = tensor.name, tensor.name + ".float16"
+        value = numpy_helper.to_array(tensor)
+        tensor.CopyFrom(numpy_helper.from_array(_to_half(value, name), half))
+        casts.append(helper.make_node("Cast", [half], [name], name=f"{name}.cast", to=1))
+    nodes = [*casts, *model.graph.node]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+
+
+def _to_half(value: np.ndarray, name: str) -> np.ndarray:
+    largest = float(np.abs(value).max())
+    if not largest <= np.finfo(np.float16).max:
+        raise SessaError(f"{name} holds {largest:.3g}, which float16 cannot; use --dtype fp32")
+    return value.astype(np.float16)
+
+
+def _linear_nodes(model: onnx.ModelProto) -> list[str]:
+    """Names of the products with a learned matrix of more than one column."""
+    learned = {tensor.name: tensor.dims for tensor in model.graph.initializer
+               if tensor.name.endswith(".weight")}  # fmt: skip
+    return [node.name for node in model.graph.node
+            if node.op_type == "MatMul" and learned.get(node.input[1], [1])[-1] > 1]  # fmt: skip
+
+
+def _int8(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Dynamic quantisation: int8 weights for each output column, activations as they come."""
+    with _quiet(), tempfile.TemporaryDirectory(prefix="sessa-int8-") as scratch:
+        from onnxruntime.quantization import QuantType, quantize_dynamic
+
+        file = Path(scratch) / "model.onnx"
+        quantize_dynamic(
+            model,
+            file,
+            op_types_to_quantize=["MatMul"],
+            nodes_to_quantize=_linear_nodes(model),
+            weight_type=QuantType.QInt8,
+            per_channel=True,
+            use_external_data_format=True,
+        )
+        return onnx.load(file)
+
+
+def _int4(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Blocks of 32 weights share a scale and a zero point (com.microsoft MatMulNBits)."""
+    with _quiet():
+        from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+        quantizer = MatMulNBitsQuantizer(
+            model,
+            bits=4,
+            block_size=INT4_BLOCK,
+            is_symmetric=False,
+            accuracy_level=4,  # ONNX Runtime multiplies in int8
+            nodes_to_include=_linear_nodes(model),
+        )
+        quantizer.process()
+        return quantizer.model.model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the tools from writing a line for every node, and from setting up logging for us."""
+    root = logging.getLogger()
+    handlers, level, disabled = root.handlers[:], root.level, root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(disabled)
+        root.handlers[:] = handlers
+        root.setLevel(level)

@@ -1,0 +1,127 @@
+"""Runs an exported folder in ONNX Runtime: one session, the caches handed on without copies."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from sessa_common.config import SessaConfig
+from sessa_common.errors import SessaError
+
+MODEL_FILE = "model.onnx"
+# Keys of the model's own metadata: its configuration as JSON, and the dtype of its weights.
+CONFIG_KEY, DTYPE_KEY = "sessa_config", "sessa_dtype"
+INSTALL = "pip install 'sessa-toolchain[onnx]'"
+
+
+def require_onnx() -> None:
+    """Raise SessaError unless onnx and onnxruntime are installed."""
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+    except ImportError as error:
+        raise SessaError(f"{error.name} is not installed; {INSTALL}") from None
+
+
+class Stepper:
+    """`sessa_common.generation.Stepper` on an ONNX Runtime session of an exported model.
+
+    The present caches of one run are the past of the next, bound as they are. Not for use by two
+    threads at once; several may share one `session`.
+    """
+
+    def __init__(self, session, config: SessaConfig) -> None:
+        self.session = session
+        self.config = config
+        self.dtype = session.get_modelmeta().custom_metadata_map.get(DTYPE_KEY, "fp32")
+        self.past_names = [i.name for i in session.get_inputs() if i.name.startswith("past_")]
+        self.past_shapes = [i.shape for i in session.get_inputs() if i.name in self.past_names]
+        self.outputs = [output.name for output in session.get_outputs()]
+        self.reset()
+
+    def reset(self) -> None:
+        """Empty the cache."""
+        self.past: list | None = None
+        self.mask: np.ndarray | None = None
+
+    def logits(self, tokens: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+        """Append tokens (B, T) and return their logits (B, T, V)."""
+        tokens = np.ascontiguousarray(tokens, np.int64)
+        self.mask = self._grown_mask(tokens, mask)
+        binding = self.session.io_binding()
+        binding.bind_cpu_input("input_ids", tokens)
+        binding.bind_cpu_input("attention_mask", self.mask)
+        for name, value in zip(self.past_names, self._past(len(tokens)), strict=True):
+            binding.bind_ortvalue_input(name, value)
+        for name in self.outputs:
+            binding.bind_output(name, "cpu")
+        self.session.run_with_iobinding(binding)
+        found = dict(zip(self.outputs, binding.get_outputs(), strict=True))
+        self.past = [found[n.replace("past_key_values", "present")] for n in self.past_names]
+        return found["logits"].numpy()
+
+    def step(self, tokens: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+        """Append tokens (B, T) and return the logits of the last, (B, V)."""
+        return self.logits(tokens, mask)[:, -1]
+
+    def _grown_mask(self, tokens: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
+        past = np.zeros((len(tokens), 0), np.int64) if self.mask is None else self.mask
+        if mask is None:
+            return np.concatenate([past, np.ones(tokens.shape, np.int64)], axis=1)
+        expected = (len(tokens), past.shape[1] + tokens.shape[1])
+        if mask.shape != expected:
+            raise ValueError(f"mask has shape {mask.shape}, expected {expected}")
+        return np.ascontiguousarray(mask, np.int64)
+
+    def _past(self, batch: int) -> list:
+        from onnxruntime import OrtValue
+
+        if self.past is None:
+            shapes = [(batch, heads, 0, width) for _, heads, _, width in self.past_shapes]
+            return [OrtValue.ortvalue_from_numpy(np.zeros(s, np.float32)) for s in shapes]
+        return self.past
+
+
+def find_model(folder: Path | str) -> Path | None:
+    """The model file of an exported folder, None when there is none."""
+    folder = Path(folder)
+    found = [folder / MODEL_FILE, *sorted(folder.glob("onnx/model*.onnx"))]
+    return next((path for path in found if path.is_file()), None)
+
+
+def open_session(path: Path, *, threads: int = 0, native: bool = False):
+    """An ONNX Runtime session on the CPU; threads 0 leaves their number to the runtime.
+
+    `native` takes the operator that `sessa_export.native.build` made on this machine, never a
+    library that lies in the folder: that one is the publisher's code.
+    """
+    require_onnx()
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    if native:
+        from sessa_export.native import register
+
+        register(options)
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # the binding raises one class per status, all plain Exceptions
+        raise SessaError(f"{path}: ONNX Runtime cannot load it ({error})") from None
+
+
+def load_stepper(folder: Path | str, *, threads: int = 0, native: bool = False) -> Stepper:
+    """Open a folder that `sessa export` wrote; SessaError when it has no model that loads."""
+    path = find_model(folder)
+    if path is None:
+        raise SessaError(
+            f"{Path(folder) / MODEL_FILE}: no such file; make it with "
+            "`sessa export CHECKPOINT FOLDER`"
+        )
+    session = open_session(path, threads=threads, native=native)
+    given = session.get_modelmeta().custom_metadata_map.get(CONFIG_KEY)
+    if given is None:
+        raise SessaError(f"{path}: was not written by `sessa export`; export the checkpoint again")
+    return Stepper(session, SessaConfig.from_dict(json.loads(given), str(path)))

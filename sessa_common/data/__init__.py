@@ -1,0 +1,1 @@
+"""Texts and batches for training and evaluation."""

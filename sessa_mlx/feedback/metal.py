@@ -1,0 +1,286 @@
+"""The feedback solve with Metal kernels: one block row of scores at a time, O(T D) memory.
+
+Products of size T^2 are matrix products of the framework; the row statistics, the solve within a
+block row, the gradients of the scores and the decode step are the kernels of
+sessa_common/kernels/feedback_solve.metal, whose README.md counts why.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+import mlx.core as mx
+
+# As in the Metal text.
+BLOCK = 256
+THREADS = 128
+COLUMNS = 16
+CHUNK = 32
+
+STORAGE = (mx.float32, mx.float16, mx.bfloat16)
+
+_POSITION = """threadgroup_position_in_grid, thread_index_in_threadgroup,
+    thread_index_in_simdgroup, simdgroup_index_in_threadgroup);"""
+_WEIGHTS = f"""
+  threadgroup float partial[2 * SIMDGROUPS];
+  feedback_weights<MASKED>(scores, key_mask, gamma, weights, coupling, lse, scores_shape[1],
+    scores_shape[2], partial, {_POSITION}
+"""
+_BLOCK = """
+  threadgroup float xs[BLOCK_ROWS * X_LD];
+  threadgroup float sums[TILE * X_LD];
+  threadgroup float tile[TILE * TILE_LD];
+  feedback_block<REVERSED, CARRIED>(rhs, gamma, carried, coupling, x, rhs_shape[1], rhs_shape[2],
+    xs, sums, tile, threadgroup_position_in_grid, thread_index_in_threadgroup,
+    simdgroup_index_in_threadgroup);
+"""
+_SCORE_GRADS = f"""
+  threadgroup float partial[SIMDGROUPS];
+  feedback_score_grads(weights, products, gamma, dscores, dgamma, weights_shape[1],
+    weights_shape[2], partial, {_POSITION}
+"""
+_STEP = f"""
+  threadgroup float shared[CHUNK];
+  feedback_step<MASKED>(q, keys, past_s, key_mask, partial, stats, past_s_shape[1], q_shape[2],
+    past_s_shape[2], shared, {_POSITION}
+"""
+_MERGE = f"""
+  threadgroup float shared[2 * SIMDGROUPS + THREADS];
+  feedback_merge(f, gamma, partial, stats, s, lse, partial_shape[1], partial_shape[2], shared,
+    {_POSITION}
+"""
+
+
+def unavailable(f: mx.array, q: mx.array) -> str | None:
+    """Why the kernels cannot run here for arrays like f and q; None if they can."""
+    if not mx.metal.is_available():
+        return "MLX has no Metal device here"
+    if mx.default_device().type != mx.DeviceType.gpu:
+        return "the default device is the CPU; mx.set_default_device(mx.gpu) selects the GPU"
+    if f.dtype not in STORAGE:
+        return f"f is {f.dtype}; the kernels store float32, float16 and bfloat16"
+    return None if f.dtype == q.dtype else f"f is {f.dtype} but q is {q.dtype}"
+
+
+def solve_forward(
+    f: mx.array,  # (B, T, D)
+    q: mx.array,  # (B, T, K)
+    k: mx.array,  # (B, P+T, K)
+    gamma: mx.array,  # (B, T)
+    past_s: mx.array | None = None,  # (B, P, D)
+    key_mask: mx.array | None = None,  # (B, P+T)
+) -> tuple[mx.array, mx.array]:
+    """Solve (I - N) s = f; give s (B, T, D) like f and the log-sum-exp (B, T) of every score row.
+
+    The log-sum-exp is +inf for a row that sees nothing, so that exp(score - lse) is 0 there.
+    """
+    B, T, D = f.shape
+    P = k.shape[1] - T
+    gamma = gamma.astype(mx.float32)
+    if T == 1 and past_s is not None and P:
+        return _step(f, q, k, gamma, past_s, key_mask)
+    queries, keys = q.astype(mx.float32) * q.shape[-1] ** -0.5, k.astype(mx.float32)
+    states = mx.zeros((B, P + T, D), dtype=f.dtype)
+    if past_s is not None:
+        states[:, :P] = past_s.astype(f.dtype)
+    lse = []
+    for start in range(0, T, BLOCK):
+        rows = slice(start, min(start + BLOCK, T))
+        old, new = P + rows.start, P + rows.stop
+        # Only dependencies order the work: all block rows of scores would otherwise come first.
+        own = mx.depends(queries[:, rows], states)
+        scores = _product(own, keys[:, :new].swapaxes(1, 2), f.dtype)
+        weights, coupling, sums = _weights(scores, gamma[:, rows], key_mask, f.dtype)
+        lse.append(sums)
+        carried = _product(weights[:, :, :old], states[:, :old], f.dtype) if old else None
+        states[:, old:new] = _block(f[:, rows], gamma[:, rows], carried, coupling)
+    return states[:, P:], mx.concatenate(lse, 1)
+
+
+def solve_backward(
+    ds: mx.array,  # (B, T, D)
+    q: mx.array,  # (B, T, K)
+    k: mx.array,  # (B, P+T, K)
+    gamma: mx.array,  # (B, T)
+    s: mx.array,  # (B, T, D)
+    lse: mx.array,  # (B, T)
+    past_s: mx.array | None = None,  # (B, P, D)
+    key_mask: mx.array | None = None,  # (B, P+T)
+) -> tuple[mx.array, mx.array, mx.array, mx.array, mx.array | None]:
+    """Gradients of f, q, k, gamma and past_s (None without a past) from ds, the gradient of s.
+
+    One sweep from the last block row to the first; `u`, the gradient of f, is kept in float32.
+    """
+    B, T, D = s.shape
+    P = k.shape[1] - T
+    scale, gw = q.shape[-1] ** -0.5, gamma.astype(mx.float32)
+    queries, keys = q.astype(mx.float32) * scale, k.astype(mx.float32)
+    states = s.astype(mx.float32)
+    if past_s is not None:
+        states = mx.concatenate([past_s.astype(mx.float32), states], 1)
+    u = mx.concatenate([mx.zeros((B, P, D)), ds.astype(mx.float32)], 1)
+    dq, dk, dgamma = mx.zeros(q.shape), mx.zeros(k.shape), mx.zeros((B, T))
+    for start in reversed(range(0, T, BLOCK)):
+        rows = slice(start, min(start + BLOCK, T))
+        old, new = P + rows.start, P + rows.stop
+        own = mx.depends(queries[:, rows], [u, dq, dk])
+        scores = _product(own, keys[:, :new].swapaxes(1, 2), s.dtype)
+        weights, coupling, _ = _weights(scores, gw[:, rows], key_mask, s.dtype)
+        ui = _block(u[:, old:new], gw[:, rows], None, coupling, reverse=True)
+        u[:, old:new] = ui
+        if old:
+            pushed = (ui * gw[:, rows, None]).astype(s.dtype)
+            u[:, :old] += _product(weights[:, :, :old].swapaxes(1, 2), pushed, s.dtype)
+        products = _product(ui, states[:, :new].swapaxes(1, 2), s.dtype)
+        dscores, dgamma[:, rows] = _score_grads(weights, products, gw[:, rows])
+        dq[:, rows] = _product(dscores, k[:, :new], s.dtype) * scale
+        dk[:, :new] += _product(dscores.swapaxes(1, 2), q[:, rows], s.dtype)
+    dpast_s = None if past_s is None else u[:, :P].astype(past_s.dtype)
+    df, dk = u[:, P:].astype(s.dtype), (dk * scale).astype(k.dtype)
+    return df, dq.astype(q.dtype), dk, dgamma.astype(gamma.dtype), dpast_s
+
+
+def _step(
+    f: mx.array,
+    q: mx.array,
+    k: mx.array,
+    gamma: mx.array,
+    past_s: mx.array,
+    key_mask: mx.array | None,
+) -> tuple[mx.array, mx.array]:
+    """`solve_forward` for one token, T = 1, in one pass over the P past keys and states."""
+    B, P, D = past_s.shape
+    chunks = -(-P // CHUNK)
+    partial, stats = _launch(
+        _kernel("step", ("q", "keys", "past_s", "key_mask"), ("partial", "stats"), _STEP),
+        [q, k, past_s, _mask(key_mask)],
+        [((B, chunks, D), mx.float32), ((B, chunks, 2), mx.float32)],
+        (chunks, B),
+        MASKED=key_mask is not None,
+    )
+    s, lse = _launch(
+        _kernel("merge", ("f", "gamma", "partial", "stats"), ("s", "lse"), _MERGE),
+        [f, gamma, partial, stats],
+        [((B, 1, D), f.dtype), ((B, 1), mx.float32)],
+        (-(-D // 32), B),
+    )
+    return s, lse
+
+
+def _weights(
+    scores: mx.array,  # (B, n, L)
+    gamma: mx.array,  # (B, n)
+    key_mask: mx.array | None,  # (B, P+T)
+    storage: mx.Dtype,
+) -> list[mx.array]:
+    """alpha (B, n, L) in `storage`, gamma alpha of the own block (B, n, n), log-sum-exp (B, n)."""
+    B, n, L = scores.shape
+    names = ("scores", "key_mask", "gamma")
+    return _launch(
+        _kernel("weights", names, ("weights", "coupling", "lse"), _WEIGHTS),
+        [scores, _mask(key_mask, L), gamma],
+        [((B, n, L), storage), ((B, n, n), mx.float32), ((B, n), mx.float32)],
+        (n, B),
+        MASKED=key_mask is not None,
+    )
+
+
+def _block(
+    rhs: mx.array,  # (B, n, D)
+    gamma: mx.array,  # (B, n)
+    carried: mx.array | None,  # (B, n, D)
+    coupling: mx.array,  # (B, n, n)
+    reverse: bool = False,
+) -> mx.array:
+    """(I - N)^-1 (rhs + gamma carried), or (I - N^T)^-1 rhs reversed, in the dtype of rhs."""
+    B, _, D = rhs.shape
+    (x,) = _launch(
+        _kernel("block", ("rhs", "gamma", "carried", "coupling"), ("x",), _BLOCK),
+        [rhs, gamma, mx.zeros((1,), rhs.dtype) if carried is None else carried, coupling],
+        [(rhs.shape, rhs.dtype)],
+        (-(-D // COLUMNS), B),
+        REVERSED=reverse,
+        CARRIED=carried is not None,
+    )
+    return x
+
+
+def _score_grads(weights: mx.array, products: mx.array, gamma: mx.array) -> list[mx.array]:
+    """Gradients of the scores (B, n, L), in the dtype of weights, and of gamma (B, n)."""
+    B, n, _ = weights.shape
+    names = ("weights", "products", "gamma")
+    return _launch(
+        _kernel("score_grads", names, ("dscores", "dgamma"), _SCORE_GRADS),
+        [weights, products, gamma],
+        [(weights.shape, weights.dtype), ((B, n), mx.float32)],
+        (n, B),
+    )
+
+
+def _mask(key_mask: mx.array | None, columns: int | None = None) -> mx.array:
+    """The mask's first columns; one element that is never read where there is no mask."""
+    return mx.zeros((1,), mx.bool_) if key_mask is None else key_mask[:, :columns]
+
+
+@cache
+def _kernel(
+    name: str, inputs: Sequence[str], outputs: Sequence[str], body: str
+) -> Callable[..., list[mx.array]]:
+    text = files("sessa_common").joinpath("kernels/feedback_solve.metal").read_text("ascii")
+    build: Any = mx.fast.metal_kernel  # its stub says object
+    return build(
+        name=f"sessa_{name}",
+        input_names=list(inputs),
+        output_names=list(outputs),
+        source=body,
+        header="#define SESSA_FUNCTIONS_ONLY\n" + text,
+    )
+
+
+def _launch(
+    kernel: Callable[..., list[mx.array]],
+    inputs: list[mx.array],
+    outputs: list[tuple[Any, mx.Dtype]],
+    groups: tuple[int, int],
+    **template: bool,
+) -> list[mx.array]:
+    """Run `kernel` on groups[0] x groups[1] threadgroups."""
+    return kernel(
+        inputs=inputs,
+        template=list(template.items()),
+        grid=(groups[0] * THREADS, groups[1], 1),
+        threadgroup=(THREADS, 1, 1),
+        output_shapes=[shape for shape, _ in outputs],
+        output_dtypes=[dtype for _, dtype in outputs],
+    )
+
+
+def _product(a: mx.array, b: mx.array, storage: mx.Dtype) -> mx.array:
+    """a @ b; for float32 storage with float32 accuracy also where MLX keeps 11 bits of an operand.
+
+    Float16 and bfloat16 storage fits in those 11 bits. Float32 splits into two such parts; the
+    product of the two low parts is below float32's rounding.
+    """
+    if storage != mx.float32 or not _operands_lose_bits():
+        return a @ b
+    high_a, high_b = _high_bits(a), _high_bits(b)
+    return high_a @ high_b + (high_a @ (b - high_b) + (a - high_a) @ high_b)
+
+
+def _high_bits(x: mx.array) -> mx.array:
+    """x cut to the 11 significant bits of TF32."""
+    return (x.view(mx.uint32) & 0xFFFFE000).view(mx.float32)
+
+
+@cache
+def _operands_lose_bits() -> bool:
+    """True on M5 and later, whose matrix units take float32 as TF32 unless MLX_ENABLE_TF32 is 0."""
+    architecture = str(mx.device_info().get("architecture", ""))
+    generation = re.match(r"applegpu_g(\d+)", architecture)
+    off = os.environ.get("MLX_ENABLE_TF32") == "0"
+    return generation is not None and int(generation[1]) >= 17 and not off

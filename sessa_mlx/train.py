@@ -1,0 +1,141 @@
+"""The MLX side of `sessa_common.trainer`: forward pass, loss, gradients, AdamW."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import mlx.core as mx
+import numpy as np
+from mlx import nn, optimizers
+from mlx.utils import tree_flatten, tree_unflatten
+
+from sessa_common.config import SessaConfig, TrainConfig
+from sessa_common.data.batches import Batch
+from sessa_common.errors import SessaError
+from sessa_common.trainer import MOMENTS, decays
+from sessa_mlx.checkpoint import build_model, to_numpy, to_tensor
+from sessa_mlx.model import SessaModel
+
+Arrays = dict[str, mx.array]
+
+
+def choose_device(name: str | None) -> str:
+    """The device of that name, or MLX's default one (the GPU where there is one)."""
+    gpu = mx.is_available(mx.gpu)
+    if name is None:
+        return "gpu" if gpu and mx.default_device() == mx.Device(mx.gpu) else "cpu"
+    if name not in ("cpu", "gpu"):
+        raise SessaError(f"device is {name!r}, expected cpu or gpu for MLX")
+    if name == "gpu" and not gpu:
+        raise SessaError("device 'gpu' cannot be used by MLX here (it finds no GPU)")
+    return name
+
+
+def choose_precision(precision: str, device: str) -> str:
+    """Resolve "auto": bfloat16 on the GPU, float32 on the CPU."""
+    if precision != "auto":
+        return precision
+    return "bfloat16" if device == "gpu" else "float32"
+
+
+def logits_function(model: SessaModel) -> Callable[[np.ndarray], np.ndarray]:
+    """A function from token ids (B, T) to logits (B, T, V) float32, both NumPy."""
+
+    def logits(ids: np.ndarray) -> np.ndarray:
+        return to_numpy(model(mx.array(ids)).astype(mx.float32))
+
+    return logits
+
+
+class Learner:
+    """A `sessa_common.trainer.Learner` in MLX.
+
+    Master weights, gradients and AdamW are float32. With bfloat16 the forward pass runs on a
+    bfloat16 copy of the weights, with softmax, the feedback solve's sums and the loss in float32;
+    the gradients reach the float32 weights through the cast. Raises SessaError for a device that is
+    not there.
+    """
+
+    def __init__(
+        self,
+        config: SessaConfig,
+        settings: TrainConfig,
+        weights: Mapping[str, np.ndarray],
+        device: str | None = None,
+    ) -> None:
+        self.settings = settings
+        self.device = choose_device(device)
+        self.precision = choose_precision(settings.precision, self.device)
+        self.model = build_model(config, weights, dtype="float32", device=self.device)
+        self.parameters: Arrays = dict(tree_flatten(self.model.parameters()))
+        self.moments: dict[str, Arrays] = {
+            kind: {name: mx.zeros_like(p) for name, p in self.parameters.items()}
+            for kind in MOMENTS
+        }
+        self.steps = 0
+
+    def step(self, batches: Sequence[Batch], learning_rate: float) -> tuple[float, float]:
+        """Take one AdamW step on the weighted mean loss of all rows; (nats, gradient norm)."""
+        total = sum(float(batch.weights.sum()) for batch in batches)
+        loss = mx.array(0.0)
+        grads: Arrays = {}
+        for batch in batches:
+            part, new = mx.value_and_grad(self._loss_sum)(self.parameters, batch, total)
+            loss = loss + part
+            grads = {name: grads[name] + g for name, g in new.items()} if grads else new
+            mx.eval(loss, grads)
+        grads, norm = optimizers.clip_grad_norm(grads, self.settings.clip_norm)
+        # A step with a gradient that is not finite would spoil the weights for good.
+        if bool(mx.isfinite(loss + norm)):
+            self._adamw(grads, learning_rate)
+        return float(loss), float(norm)
+
+    def loss(self, batch: Batch) -> float:
+        """The weighted sum of the losses of a batch, in nats."""
+        return float(self._loss_sum(self.parameters, batch, 1.0))
+
+    def weights(self) -> dict[str, np.ndarray]:
+        """The float32 master weights."""
+        return {name: to_numpy(value) for name, value in self.parameters.items()}
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Weights and optimizer moments as they are after the last step."""
+        kinds = {"weights": self.parameters, **self.moments}
+        return {
+            f"{kind}.{name}": to_numpy(value)
+            for kind, arrays in kinds.items()
+            for name, value in arrays.items()
+        }
+
+    def restore(self, state: Mapping[str, np.ndarray], steps: int) -> None:
+        """Continue from a state that was taken after `steps` steps."""
+        for kind, arrays in {"weights": self.parameters, **self.moments}.items():
+            for name in arrays:
+                arrays[name] = to_tensor(state[f"{kind}.{name}"])
+        self.steps = steps
+
+    def _loss_sum(self, parameters: Arrays, batch: Batch, total: float) -> mx.array:
+        if self.precision == "bfloat16":
+            parameters = {name: p.astype(mx.bfloat16) for name, p in parameters.items()}
+        self.model.update(tree_unflatten(list(parameters.items())))
+        logits = self.model(mx.array(batch.inputs)).astype(mx.float32)
+        losses = nn.losses.cross_entropy(logits, mx.array(batch.targets))
+        return (losses * mx.array(batch.weights)).sum() / total
+
+    def _adamw(self, grads: Arrays, learning_rate: float) -> None:
+        # Written out because mlx.optimizers.AdamW decays every parameter and rounds its bias
+        # corrections to float32; this is the rule of torch.optim.AdamW.
+        settings, m, v = self.settings, *(self.moments[kind] for kind in MOMENTS)
+        self.steps += 1
+        size = learning_rate / (1 - settings.beta1**self.steps)
+        scale = (1 - settings.beta2**self.steps) ** -0.5
+        for name, g in grads.items():
+            m[name] = settings.beta1 * m[name] + (1 - settings.beta1) * g
+            v[name] = settings.beta2 * v[name] + (1 - settings.beta2) * g * g
+            p = self.parameters[name]
+            if decays(p.shape):
+                p = p * (1 - learning_rate * settings.weight_decay)
+            self.parameters[name] = p - size * m[name] / (
+                mx.sqrt(v[name]) * scale + settings.adam_eps
+            )
+        mx.eval(self.parameters, self.moments)

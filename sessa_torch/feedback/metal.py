@@ -1,0 +1,188 @@
+"""The feedback solve with Metal kernels: one block row of scores at a time, O(T D) memory.
+
+Products of size T^2 are matrix products of the framework; the row statistics, the solve within a
+block row, the gradients of the scores and the decode step are the kernels of
+sessa_common/kernels/feedback_solve.metal, whose README.md counts why.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# As in the Metal text.
+BLOCK = 256
+THREADS = 128
+COLUMNS = 16
+CHUNK = 32
+
+STORAGE = {torch.float32: "float", torch.float16: "half", torch.bfloat16: "bfloat"}
+
+
+def unavailable(f: Tensor, q: Tensor) -> str | None:
+    """Why the kernels cannot run for tensors like f and q; None if they can."""
+    if not torch.backends.mps.is_available():
+        return "PyTorch has no Metal device (MPS) here"
+    if f.device.type != "mps":
+        return f"f is on {f.device}, the kernels run on mps"
+    if not hasattr(torch.mps, "compile_shader"):
+        return f"PyTorch {torch.__version__} has no torch.mps.compile_shader (2.6 and later have)"
+    if f.dtype not in STORAGE:
+        return f"f is {f.dtype}; the kernels store float32, float16 and bfloat16"
+    return None if f.dtype == q.dtype else f"f is {f.dtype} but q is {q.dtype}"
+
+
+def solve_forward(
+    f: Tensor,  # (B, T, D)
+    q: Tensor,  # (B, T, K)
+    k: Tensor,  # (B, P+T, K)
+    gamma: Tensor,  # (B, T)
+    past_s: Tensor | None = None,  # (B, P, D)
+    key_mask: Tensor | None = None,  # (B, P+T)
+) -> tuple[Tensor, Tensor]:
+    """Solve (I - N) s = f; give s (B, T, D) like f and the log-sum-exp (B, T) of every score row.
+
+    The log-sum-exp is +inf for a row that sees nothing, so that exp(score - lse) is 0 there.
+    """
+    B, T, D = f.shape
+    P = k.shape[1] - T
+    gamma = gamma.float()
+    if T == 1 and past_s is not None and P:
+        return _step(f, q, k, gamma, past_s, key_mask)
+    queries, keys = q.float() * q.shape[-1] ** -0.5, k.float()
+    states, lse = f.new_empty(B, P + T, D), gamma.new_empty(B, T)
+    if past_s is not None:
+        states[:, :P] = past_s
+    for start in range(0, T, BLOCK):
+        rows = slice(start, min(start + BLOCK, T))
+        old, new = P + rows.start, P + rows.stop
+        scores = queries[:, rows] @ keys[:, :new].mT
+        weights, coupling, lse[:, rows] = _weights(scores, gamma[:, rows], key_mask, f.dtype)
+        carried = weights[:, :, :old] @ states[:, :old] if old else None
+        states[:, old:new] = _block(f[:, rows], gamma[:, rows], carried, coupling)
+    return states[:, P:].contiguous(), lse
+
+
+def solve_backward(
+    ds: Tensor,  # (B, T, D)
+    q: Tensor,  # (B, T, K)
+    k: Tensor,  # (B, P+T, K)
+    gamma: Tensor,  # (B, T)
+    s: Tensor,  # (B, T, D)
+    lse: Tensor,  # (B, T)
+    past_s: Tensor | None = None,  # (B, P, D)
+    key_mask: Tensor | None = None,  # (B, P+T)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of f, q, k, gamma and past_s (None without a past) from ds, the gradient of s.
+
+    One sweep from the last block row to the first; `u`, the gradient of f, is kept in float32.
+    """
+    B, T, D = s.shape
+    P = k.shape[1] - T
+    scale, gw = q.shape[-1] ** -0.5, gamma.float()
+    queries, keys, states = q.float() * scale, k.float(), s.float()
+    if past_s is not None:
+        states = torch.cat([past_s.float(), states], 1)
+    u = torch.cat([gw.new_zeros(B, P, D), ds.float()], 1)
+    dq, dk, dgamma = torch.empty_like(queries), torch.zeros_like(keys), torch.empty_like(gw)
+    for start in reversed(range(0, T, BLOCK)):
+        rows = slice(start, min(start + BLOCK, T))
+        old, new = P + rows.start, P + rows.stop
+        scores = queries[:, rows] @ keys[:, :new].mT
+        weights, coupling, _ = _weights(scores, gw[:, rows], key_mask, s.dtype)
+        ui = _block(u[:, old:new], gw[:, rows], None, coupling, reverse=True)
+        u[:, old:new] = ui
+        if old:
+            pushed = (ui * gw[:, rows, None]).to(s.dtype)
+            u[:, :old] += weights[:, :, :old].mT @ pushed
+        products = ui @ states[:, :new].mT
+        dscores, dgamma[:, rows] = _score_grads(weights, products, gw[:, rows])
+        dq[:, rows] = (dscores @ k[:, :new]) * scale
+        dk[:, :new] += dscores.mT @ q[:, rows]
+    # A custom op's outputs may not share storage, as two slices of one batch element would.
+    dpast_s = None if past_s is None else u[:, :P].to(past_s.dtype, copy=True).contiguous()
+    df, dk = u[:, P:].to(s.dtype).contiguous(), (dk * scale).to(k.dtype)
+    return df, dq.to(q.dtype), dk, dgamma.to(gamma.dtype), dpast_s
+
+
+def _step(
+    f: Tensor, q: Tensor, k: Tensor, gamma: Tensor, past_s: Tensor, key_mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`solve_forward` for one token, T = 1, in one pass over the P past keys and states."""
+    B, P, D = past_s.shape
+    chunks = -(-P // CHUNK)
+    if past_s.dtype != f.dtype:
+        past_s = past_s.float()
+    partial, stats = gamma.new_empty(B, chunks, D), gamma.new_empty(B, chunks, 2)
+    name = f"step_{STORAGE[f.dtype]}_{STORAGE[past_s.dtype]}_{int(key_mask is not None)}"
+    sizes = [P, q.shape[-1], D]
+    _launch(name, [q, k, past_s, _mask(key_mask, f), partial, stats], sizes, (chunks, B))
+    s, lse = torch.empty_like(f, memory_format=torch.contiguous_format), gamma.new_empty(B, 1)
+    merge = [f, gamma, partial, stats, s, lse]
+    _launch(f"merge_{STORAGE[f.dtype]}", merge, [chunks, D], (-(-D // 32), B))
+    return s, lse
+
+
+def _weights(
+    scores: Tensor,  # (B, n, L)
+    gamma: Tensor,  # (B, n)
+    key_mask: Tensor | None,  # (B, P+T)
+    storage: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """alpha (B, n, L) in `storage`, gamma alpha of the own block (B, n, n), log-sum-exp (B, n)."""
+    B, n, L = scores.shape
+    weights, coupling = scores.new_empty(B, n, L, dtype=storage), scores.new_empty(B, n, n)
+    sums = scores.new_empty(B, n)
+    name = f"weights_{STORAGE[storage]}_{int(key_mask is not None)}"
+    arrays = [scores, _mask(key_mask, scores, L), gamma, weights, coupling, sums]
+    _launch(name, arrays, [n, L], (n, B))
+    return weights, coupling, sums
+
+
+def _block(
+    rhs: Tensor,  # (B, n, D)
+    gamma: Tensor,  # (B, n)
+    carried: Tensor | None,  # (B, n, D)
+    coupling: Tensor,  # (B, n, n)
+    reverse: bool = False,
+) -> Tensor:
+    """(I - N)^-1 (rhs + gamma carried), or (I - N^T)^-1 rhs reversed, in the dtype of rhs."""
+    B, n, D = rhs.shape
+    rhs = rhs.contiguous()
+    x = torch.empty_like(rhs)
+    name = f"block_{STORAGE[rhs.dtype]}_{int(reverse)}{int(carried is not None)}"
+    arrays = [rhs, gamma, rhs if carried is None else carried, coupling, x]
+    _launch(name, arrays, [n, D], (-(-D // COLUMNS), B))
+    return x
+
+
+def _score_grads(weights: Tensor, products: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of the scores (B, n, L), in the dtype of weights, and of gamma (B, n)."""
+    B, n, L = weights.shape
+    dscores, dgamma = torch.empty_like(weights), gamma.new_empty(B, n)
+    arrays = [weights, products, gamma, dscores, dgamma]
+    _launch(f"score_grads_{STORAGE[weights.dtype]}", arrays, [n, L], (n, B))
+    return dscores, dgamma
+
+
+def _mask(key_mask: Tensor | None, like: Tensor, columns: int | None = None) -> Tensor:
+    """The mask's first columns; one element that is never read where there is no mask."""
+    return like.new_zeros(1, dtype=torch.bool) if key_mask is None else key_mask[:, :columns]
+
+
+@cache
+def _library() -> Any:
+    text = files("sessa_common").joinpath("kernels/feedback_solve.metal").read_text("ascii")
+    return torch.mps.compile_shader(text)
+
+
+def _launch(name: str, arrays: list[Tensor], sizes: list[int], groups: tuple[int, int]) -> None:
+    """Run kernel feedback_`name` on groups[0] x groups[1] threadgroups; outputs are contiguous."""
+    kernel = getattr(_library(), f"feedback_{name}")
+    # The binding takes storage and offset only; strides would be ignored.
+    bound = [array.contiguous() for array in arrays]
+    kernel(*bound, sizes, threads=[groups[0] * THREADS, groups[1]], group_size=[THREADS, 1])

@@ -1,0 +1,67 @@
+"""Type-check Metal text with real address spaces: clang's C++ for OpenCL has the same ones.
+
+The emulator's C++ has none, so it accepts a device pointer where Metal wants a threadgroup one.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+from metal_emulator.rewrite import find_kernels, preprocess, share_variables, without_attributes
+
+_SPACES = {"device", "threadgroup", "constant", "thread"}
+_POINTER = re.compile(
+    r"([^,(;{}<>)=]*?\b(?:void|float|half|bfloat|int|uint|long|bool|auto|T|U|Out)\s*[*&])\s*(\w+)\s*[,)=;\[]"
+)
+_VECTOR = re.compile(r"\b((?:float|half|int|uint|ulong|long)[234])\s*\(")
+# A reference to storage that nobody has: clang only looks at its type.
+_SHARED = "__local {type} (&{name}){dimensions} = *(__local {type} (*){dimensions})0;"
+_OPTIONS = [
+    "-cl-std=clc++2021",
+    "-cl-single-precision-constant",
+    "-fsyntax-only",
+    "-Wno-everything",
+    "-Xclang",
+    "-cl-ext=-all,+__opencl_c_generic_address_space,+cl_khr_fp16,"
+    "+__cl_clang_function_pointers,+__opencl_c_program_scope_global_variables",
+]
+
+
+def clang() -> str | None:
+    """A clang++ that is installed, the newest first; None if there is none."""
+    names = [f"clang++-{version}" for version in range(25, 15, -1)] + ["clang++"]
+    return next((path for name in names if (path := shutil.which(name))), None)
+
+
+def problems(text: str) -> list[str]:
+    """What is wrong with the address spaces of Metal `text`; needs clang."""
+    compiler = clang()
+    if compiler is None:
+        raise FileNotFoundError("clang++ is not installed")
+    text = preprocess(text)
+    found = bare_pointers(text)
+    text, kernels = find_kernels(text)
+    # float4(a, b) is written (float4)(a, b) in this dialect.
+    text = _VECTOR.sub(r"(\1)(", without_attributes(share_variables(text, _SHARED)))
+    text = re.sub(r"\bkernel\b", "", text)
+    uses = [
+        f"void instantiate_{i}() {{ auto p = &{kernel.expression}; (void)p; }}"
+        for i, kernel in enumerate(kernels.values())
+    ]
+    source = "\n".join(['#include "metal_strict.h"', text, *uses, ""])
+    include = f"-I{Path(__file__).parent / 'include'}"
+    command = [compiler, "-x", "clcpp", *_OPTIONS, include, "-"]
+    done = subprocess.run(command, input=source, capture_output=True, text=True)
+    return found + [line for line in done.stderr.splitlines() if "error:" in line]
+
+
+def bare_pointers(text: str) -> list[str]:
+    """Pointers and references declared without an address space: legal in C++, not in Metal."""
+    return [
+        f"{match[2]} has no address space: {match[0].strip()}"
+        for match in _POINTER.finditer(text)
+        if not _SPACES & set(re.findall(r"\w+", match[1])) and "return" not in match[1]
+    ]

@@ -1,0 +1,62 @@
+"""torch.mps.compile_shader on the CPU: the same calls, on CPU tensors, run by the emulator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from metal_emulator.build import Launch, compile_metal
+from metal_emulator.rewrite import MetalError
+
+
+class EmulatedShader:
+    """Stand-in for what torch.mps.compile_shader returns: one attribute a kernel."""
+
+    def __init__(self, text: str, seed: int, launches: list[Launch]):
+        text.encode("ascii")
+        self._text, self._seed, self._launches = text, seed, launches
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        library = compile_metal(self._text)
+        if name not in library.kernels:
+            raise AttributeError(name)
+
+        def launch(*arguments: Any, threads: Sequence[int], group_size: Sequence[int]) -> None:
+            arrays = [_bound(argument) for argument in arguments]
+            place = tuple(threads), tuple(group_size)
+            self._launches.append(Launch(self._text, name, [a.copy() for a in arrays], *place))
+            library.run(name, arrays, *place, seed=self._seed)
+
+        return launch
+
+
+def _bound(argument: Any) -> np.ndarray:
+    """Buffer of one argument: a tensor's own storage, integers as int64, floats as float."""
+    if isinstance(argument, torch.Tensor):
+        if not argument.is_contiguous():
+            raise MetalError("MPS binds storage and ignores strides; pass a contiguous tensor")
+        return argument.detach().reshape(-1).view(torch.uint8).numpy()
+    array = np.asarray(argument)
+    array = array.astype(np.int64 if array.dtype.kind in "iub" else np.float32)
+    array.flags.writeable = False
+    return array
+
+
+@contextmanager
+def emulated_shaders(seed: int = 0) -> Iterator[list[Launch]]:
+    """Within the block torch.mps.compile_shader gives the emulator, and empty tensors are NaN.
+
+    Gives the list of launches.
+    """
+    real, launches = torch.mps.compile_shader, []
+    torch.mps.compile_shader = lambda text: EmulatedShader(text, seed, launches)
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield launches
+    finally:
+        torch.mps.compile_shader = real
+        torch.use_deterministic_algorithms(False)
