@@ -5,7 +5,7 @@ BIN := .venv/bin
 OPENBLAS := $(wildcard /usr/lib/*-linux-gnu/openblas-pthread/libblas.so.3)
 PRELOAD := $(if $(OPENBLAS),LD_PRELOAD=$(firstword $(OPENBLAS)))
 
-.PHONY: setup demo test check bench metal-races clean
+.PHONY: setup demo test check bench ort-op-fuzz ort-op-sanitize metal-races clean
 
 setup: .venv/.installed
 
@@ -28,6 +28,13 @@ check: setup
 bench: setup
 	$(BIN)/python benchmarks/feedback_solve.py --device cpu
 	$(BIN)/python benchmarks/mixer.py --device cpu
+	$(BIN)/python benchmarks/ort_op.py
+
+ort-op-fuzz: setup
+	$(BIN)/python tests/ort_op_fuzz.py --count 2000
+
+ort-op-sanitize: setup
+	$(BIN)/python tests/ort_op_fuzz.py --count 2000 --sanitize
 
 clean:
 	rm -rf .venv demo

@@ -62,7 +62,7 @@ every_set = pytest.mark.parametrize(
 
 @every_set
 @pytest.mark.parametrize("P", [0, 1, 5])
-@pytest.mark.parametrize("T", [1, 2, 15, 16, 17, 63, 130, 257])
+@pytest.mark.parametrize("T", [1, 2, 8, 9, 15, 16, 17, 63, 130, 257])
 def test_lengths(library, instruction_set, T, P):
     for mask in ("none", "holes"):
         arrays = draw([T, P], T=T, P=P, mask=mask)
@@ -75,6 +75,15 @@ def test_lengths(library, instruction_set, T, P):
 def test_widths(library, instruction_set, D, K, T):
     arrays = draw([D, K, T], T=T, D=D, K=K, P=9, mask="left")
     assert error(solve(library, arrays), arrays) < LIMITS[FLOAT]
+
+
+@every_set
+@pytest.mark.parametrize("T", [1, 3, 8])
+def test_a_long_past_is_read_in_parts(library, instruction_set, T):
+    arrays = draw(T, T=T, D=300, K=201, P=700, mask="holes")
+    for hidden in (slice(0), slice(0, 300), slice(200, 650)):
+        arrays["key_mask"][1, hidden] = False
+        assert error(solve(library, arrays), arrays) < LIMITS[FLOAT], hidden
 
 
 @pytest.mark.parametrize("gain", [0.0, -0.5, 0.999, -0.999])

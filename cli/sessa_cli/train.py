@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from sessa_cli.common import choose_backend, framework, given_fields, make_console, print_json, say
-from sessa_common.config import SessaConfig, TrainConfig, read_json
+from sessa_common.config import PRESETS, SessaConfig, TrainConfig, read_json
 from sessa_common.errors import SessaError
 from sessa_common.generation import encode_prompt, generate, stop_tokens
 from sessa_common.metrics import read_metrics
@@ -24,7 +24,7 @@ from sessa_common.trainer import Trainer
 DEFAULT_OUT = Path("runs/pydoc")
 INTERRUPTED = 130
 # A small model's tail of unlikely tokens is noise; what is left reads better.
-PARAGRAPH = SamplingConfig(temperature=0.7, top_p=0.9)
+PARAGRAPH = SamplingConfig(temperature=0.6, top_p=0.9)
 
 
 def _options(panel: str) -> Callable[[str, str], Any]:
@@ -77,7 +77,7 @@ def train(
     ] = None,
     preset: Annotated[
         str | None,
-        of_model("--preset", "A named size: sessa-1m, sessa-9m, sessa-10m, sessa-30m, sessa-131m."),
+        of_model("--preset", f"A named size: {', '.join(PRESETS)}. Default: demo."),
     ] = None,
     config: Annotated[
         Path | None, of_model("--config", "A config.json with the architecture.")
