@@ -36,5 +36,8 @@ ort-op-fuzz: setup
 ort-op-sanitize: setup
 	$(BIN)/python tests/ort_op_fuzz.py --count 2000 --sanitize
 
+metal-races: setup
+	$(BIN)/python tests/metal_emulator/races.py
+
 clean:
 	rm -rf .venv demo

@@ -146,7 +146,9 @@ class SessaConfig:
         }
 
 
+# "demo" is what `sessa train` trains when no model is named.
 PRESETS: dict[str, SessaConfig] = {
+    "demo": SessaConfig(vocab_size=2048, max_position_embeddings=256),
     "sessa-1m": SessaConfig(),
     "sessa-9m": SessaConfig(hidden_size=320, num_hidden_layers=8, num_attention_heads=5),
     "sessa-10m": SessaConfig(hidden_size=256, num_hidden_layers=16, num_attention_heads=4),
@@ -176,12 +178,12 @@ class TrainConfig:
     max_documents: int = 0
     tokenizer: str | None = None
     window: int = 0
-    steps: int = 400
-    batch_size: int = 8
+    steps: int = 800
+    batch_size: int = 4
     accumulation: int = 1
     learning_rate: float = 3e-3
     min_lr_ratio: float = 0.1
-    warmup_steps: int = 40
+    warmup_steps: int = 80
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95

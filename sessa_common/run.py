@@ -56,13 +56,13 @@ def choose_config(
     file: Path | None = None,
     init: Path | None = None,
 ) -> SessaConfig:
-    """The architecture of a preset, a config.json, a checkpoint or the defaults, then `given`."""
+    """The architecture of a preset ("demo"), a config.json or a checkpoint, then `given`."""
     named = [name for name in (preset, file, init) if name is not None]
     if len(named) > 1:
         raise SessaError("--preset, --config and --init each name a model; give only one of them")
     if preset is not None and preset not in PRESETS:
         raise SessaError(f"preset is {preset!r}, expected one of {', '.join(PRESETS)}")
-    base = PRESETS[preset] if preset is not None else SessaConfig()
+    base = PRESETS[preset or "demo"]
     if file is not None:
         base = SessaConfig.from_dict(read_json(file), str(file))
     if init is not None:

@@ -17,12 +17,25 @@ from sessa_common.initial import initial_weights
 from sessa_mlx.model import SessaModel
 
 
+def choose_device(name: str | None) -> str:
+    """The device of that name, or MLX's default one (the GPU where there is one)."""
+    gpu = mx.is_available(mx.gpu)
+    if name is None:
+        return "gpu" if gpu and mx.default_device() == mx.Device(mx.gpu) else "cpu"
+    if name not in ("cpu", "gpu"):
+        raise SessaError(f"device is {name!r}, expected cpu or gpu for MLX")
+    if name == "gpu" and not gpu:
+        raise SessaError("device 'gpu' cannot be used by MLX here (it finds no GPU)")
+    return name
+
+
 def load_model(
     folder: Path | str, *, dtype: str | None = None, device: str | None = None
 ) -> SessaModel:
     """The model of a checkpoint folder, in the dtype of its config unless another is asked for.
 
-    device is "cpu" or "gpu", MLX's default device. Raises SessaError for a folder that is not one.
+    device is "cpu" or "gpu"; see `choose_device`. Raises SessaError for a folder that is not one
+    and a device that is not there.
     """
     config, weights = load_weights(folder)
     return build_model(config, weights, dtype=dtype, device=device)
@@ -44,12 +57,9 @@ def build_model(
 ) -> SessaModel:
     """A model with the given weights, cast to `dtype` (the config's by default).
 
-    MLX has one default device a process: a `device` that is given becomes it.
+    MLX has one default device a process: the one that is chosen becomes it.
     """
-    if device is not None:
-        if device not in ("cpu", "gpu"):
-            raise SessaError(f"device is {device!r}, expected cpu or gpu for MLX")
-        mx.set_default_device(mx.Device(getattr(mx, device)))
+    mx.set_default_device(mx.Device(getattr(mx, choose_device(device))))
     model = SessaModel(config)
     model.set_dtype(getattr(mx, dtype or config.dtype))
     set_weights(model, weights)

@@ -11,24 +11,11 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from sessa_common.config import SessaConfig, TrainConfig
 from sessa_common.data.batches import Batch
-from sessa_common.errors import SessaError
 from sessa_common.trainer import MOMENTS, decays
-from sessa_mlx.checkpoint import build_model, to_numpy, to_tensor
+from sessa_mlx.checkpoint import build_model, choose_device, to_numpy, to_tensor
 from sessa_mlx.model import SessaModel
 
 Arrays = dict[str, mx.array]
-
-
-def choose_device(name: str | None) -> str:
-    """The device of that name, or MLX's default one (the GPU where there is one)."""
-    gpu = mx.is_available(mx.gpu)
-    if name is None:
-        return "gpu" if gpu and mx.default_device() == mx.Device(mx.gpu) else "cpu"
-    if name not in ("cpu", "gpu"):
-        raise SessaError(f"device is {name!r}, expected cpu or gpu for MLX")
-    if name == "gpu" and not gpu:
-        raise SessaError("device 'gpu' cannot be used by MLX here (it finds no GPU)")
-    return name
 
 
 def choose_precision(precision: str, device: str) -> str:

@@ -12,8 +12,22 @@ from torch import Tensor
 
 from sessa_common.checkpoint import check_weights, load_weights
 from sessa_common.config import SessaConfig
+from sessa_common.errors import SessaError
 from sessa_common.initial import initial_weights
 from sessa_torch.model import SessaModel
+
+
+def choose_device(name: str | None) -> str:
+    """The device of that name, or CUDA, MPS or the CPU, whichever is there first."""
+    if name is None:
+        usable = (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available()))
+        return next((device for device, there in usable if there), "cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise SessaError(f"device {name!r} cannot be used by PyTorch here ({reason})") from None
+    return name
 
 
 def load_model(
@@ -21,7 +35,8 @@ def load_model(
 ) -> SessaModel:
     """The model of a checkpoint folder, in the dtype of its config unless another is asked for.
 
-    device is a name such as "cpu", "cuda" or "mps". Raises SessaError for a folder that is not one.
+    device is a name such as "cpu", "cuda" or "mps"; see `choose_device`. Raises SessaError for a
+    folder that is not one and a device that is not there.
     """
     config, weights = load_weights(folder)
     return build_model(config, weights, dtype=dtype, device=device)
@@ -42,9 +57,10 @@ def build_model(
     device: str | None = None,
 ) -> SessaModel:
     """A model with the given weights, cast to `dtype` (the config's by default) on `device`."""
+    device = choose_device(device)
     with torch.device("meta"):
         model = SessaModel(config)
-    model.to_empty(device=device or "cpu").to(getattr(torch, dtype or config.dtype))
+    model.to_empty(device=device).to(getattr(torch, dtype or config.dtype))
     set_weights(model, weights)
     return model
 

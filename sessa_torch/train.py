@@ -12,25 +12,17 @@ from torch import Tensor
 
 from sessa_common.config import SessaConfig, TrainConfig
 from sessa_common.data.batches import Batch
-from sessa_common.errors import SessaError
 from sessa_common.trainer import MOMENTS, decays
-from sessa_torch.checkpoint import build_model, model_weights, to_numpy, to_tensor
+from sessa_torch.checkpoint import (
+    build_model,
+    choose_device,
+    model_weights,
+    to_numpy,
+    to_tensor,
+)
 from sessa_torch.model import SessaModel
 
 MOMENT_KEYS = dict(zip(MOMENTS, ("exp_avg", "exp_avg_sq"), strict=True))
-
-
-def choose_device(name: str | None) -> str:
-    """The device of that name, or CUDA, MPS or the CPU, whichever is there first."""
-    if name is None:
-        usable = (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available()))
-        return next((device for device, there in usable if there), "cpu")
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise SessaError(f"device {name!r} cannot be used by PyTorch here ({reason})") from None
-    return name
 
 
 def choose_precision(precision: str, device: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -105,10 +106,20 @@ def plain(case: Case, dtype: str) -> Arrays:
 
 
 def emulated(
-    twin: str, case: Case, dtype: str, *, seed: int = 0, block: int = 64
+    twin: str,
+    case: Case,
+    dtype: str,
+    *,
+    seed: int = 0,
+    block: int = 64,
+    wide: tuple[str, ...] = (),
 ) -> tuple[Arrays, list[Launch]]:
-    """What a twin's Metal path computes on the emulator, in float64, and its launches."""
-    module, given = TWINS[twin], inputs(case, dtype)
+    """What a twin's Metal path computes on the emulator, in float64, and its launches.
+
+    The inputs named in `wide` are passed in float32, with the same values.
+    """
+    module, given = TWINS[twin], dict(inputs(case, dtype))
+    given |= {name: given[name].astype(np.float32) for name in wide if name in given}
     convert = to_mlx if twin == "mlx" else to_torch
     arrays = {name: convert(array) for name, array in given.items()}
     ds = arrays.pop("ds")
@@ -129,6 +140,12 @@ def forget_kernels(module: ModuleType) -> None:
     """Make a twin build its kernels anew, inside or outside the emulator."""
     cached: Any = mlx_metal._kernel if module is mlx_metal else torch_metal._library
     cached.cache_clear()
+
+
+def kernel_kind(name: str) -> str:
+    """Which of the five kernels a name that MLX made up is."""
+    match = re.match(r"custom_kernel_sessa_(weights|block|score_grads|step|merge)_", name)
+    return match[1] if match else name
 
 
 def relative_error(actual: list[np.ndarray], wanted: list[np.ndarray]) -> float:

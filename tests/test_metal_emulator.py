@@ -213,11 +213,15 @@ def test_unwritten_output_is_nan_through_both_frameworks() -> None:
     assert torch.isnan(out).nonzero().flatten().tolist() == [2]
 
 
-def test_torch_stand_in_refuses_strided_tensors() -> None:
-    text = HEADER + "kernel void gap(device float* y, AT) { if (i != 2) y[i] = lane; }"
-    with emulated_shaders(), pytest.raises(MetalError, match="ignores strides"):
+def test_torch_stand_in_ignores_strides() -> None:
+    """As MPS does: a transposed tensor is its storage, a slice starts at its own offset."""
+    text = HEADER + "kernel void add(device float* y, AT) { y[i] += i; }"
+    with emulated_shaders():
         shader = torch.mps.compile_shader(text)
-        shader.gap(torch.zeros(4, 4).T, threads=[8], group_size=[8])
+        square = torch.zeros(4, 4)
+        shader.add(square.T, threads=[4], group_size=[4])
+        shader.add(square[2:], threads=[4], group_size=[4])
+    assert square[0].tolist() == square[2].tolist() == [0, 1, 2, 3] and square[1].sum() == 0
 
 
 @pytest.mark.parametrize(

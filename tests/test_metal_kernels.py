@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
-import mlx.core as mx
 import numpy as np
 import pytest
 import torch
@@ -21,22 +19,17 @@ from metal_cases import (
     expected,
     forget_kernels,
     inputs,
+    kernel_kind,
     plain,
     relative_error,
 )
 from metal_emulator import address_spaces
-from metal_emulator.mlx_side import (
-    emulated_metal_kernels,
-    exported_kernels,
-    to_mlx,
-)
-from mlx.utils import tree_flatten
+from metal_emulator.mlx_side import emulated_metal_kernels, to_mlx
+from metal_emulator.races import races
+from metal_emulator.torch_side import emulated_shaders
 
 import sessa_common
-import sessa_mlx.feedback as mlx_feedback
-import sessa_torch.feedback as torch_feedback
-from sessa_common.config import SessaConfig
-from sessa_mlx.checkpoint import new_model
+from sessa_common.reference_ops import feedback_solve
 from sessa_mlx.feedback import blocked, metal
 
 METAL = Path(sessa_common.__file__).parent / "kernels" / "feedback_solve.metal"
@@ -129,11 +122,6 @@ def test_log_sum_exp() -> None:
         np.testing.assert_allclose(np.array(computed), np.array(lse), rtol=1e-6)
 
 
-def kind(name: str) -> str:
-    """Which of the five kernels a name that MLX made up is."""
-    return re.match(r"custom_kernel_sessa_(weights|block|score_grads|step|merge)_", name)[1]
-
-
 def test_mlx_compiles_the_shared_text() -> None:
     """Every kernel's text, as MLX exports it, holds the file."""
     shared = METAL.read_text()
@@ -141,7 +129,7 @@ def test_mlx_compiles_the_shared_text() -> None:
     for case in (CASES[3], CASES[9]):
         _, launches = emulated("mlx", case, "float32")
         assert all(launch.text.count(shared) == 1 for launch in launches)
-        kinds |= {kind(launch.name) for launch in launches}
+        kinds |= {kernel_kind(launch.name) for launch in launches}
     assert kinds == {"weights", "block", "score_grads", "step", "merge"}
 
 
@@ -164,236 +152,52 @@ def test_address_spaces() -> None:
     assert {text: found for text in texts if (found := address_spaces.problems(text))} == {}
 
 
-@pytest.fixture
-def kernels_on_cpu() -> Iterator[None]:
-    """The whole MLX package takes the Metal path, run by the emulator, in blocks of 8 rows."""
-    forget_kernels(metal)
-    with (
-        emulated_metal_kernels(),
-        mock.patch.object(metal, "unavailable", return_value=None),
-        mock.patch.object(metal, "BLOCK", 8),
-    ):
-        yield
-    forget_kernels(metal)
+BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
 
 
-def small_model():
-    config = SessaConfig(vocab_size=30, hidden_size=12, num_hidden_layers=2, num_attention_heads=2)
-    return new_model(config, seed=3)
+@pytest.mark.slow
+@pytest.mark.parametrize("index", range(METAL.read_text().count(BARRIER)))
+def test_every_barrier_is_needed(index: int) -> None:
+    """ThreadSanitizer finds a race in some kernel when one barrier of the text is taken away."""
+    pieces = METAL.read_text().split(BARRIER)
+    without = BARRIER.join(pieces[: index + 1]) + ";" + BARRIER.join(pieces[index + 1 :])
+    launches = {}
+    for case in (Case(34, D=4, K=4), Case(1, D=4, K=4, P=40)):
+        for launch in emulated("mlx", case, "float32")[1]:
+            text = launch.text.replace(METAL.read_text(), without)
+            launches[launch.name] = replace(launch, text=text)
+    assert races(list(launches.values())) != {}
 
 
-def model_loss(model, ids: mx.array) -> mx.array:
-    logits = model(ids[:, :-1]).astype(mx.float32)
-    chosen = mx.take_along_axis(logits, ids[:, 1:, None], -1)[..., 0]
-    return (mx.logsumexp(logits, -1) - chosen).mean()
+def test_a_strided_cache_is_read_in_place_by_pytorch() -> None:
+    """Keys, states and mask as slices of larger buffers, as the cache holds them."""
+    random = np.random.default_rng(2)
+    f, q, gamma = (
+        torch.from_numpy(random.standard_normal(n)) for n in ((3, 1, 6), (3, 1, 4), (3, 1))
+    )
+    keys, states = (torch.from_numpy(random.standard_normal((3, 50, n))) for n in (4, 6))
+    mask = torch.from_numpy(random.random((3, 50)) > 0.3)
+    exact = feedback_solve(
+        *(x.numpy() for x in (f, q, keys[:, :41], gamma)),
+        past_s=states[:, :40].numpy(),
+        key_mask=mask[:, :41].numpy(),
+    )
+    f, q, gamma, keys, states = (x.float() for x in (f, q, gamma, keys, states))
+    module = TWINS["torch"]
+    forget_kernels(module)
+    with emulated_shaders():
+        s, _ = module.solve_forward(f, q, keys[:, :41], gamma, states[:, :40], mask[:, :41])
+    forget_kernels(module)
+    assert relative_error([s.double().numpy()], [exact]) < 1e-6
 
 
-def trained(steps: int) -> tuple[list[float], dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Losses, first gradients and last parameters of plain gradient descent."""
-    model = small_model()
-    ids = mx.array(np.random.default_rng(0).integers(0, 30, (2, 20)))
-    losses, first = [], {}
-    for _ in range(steps):
-
-        def loss(parameters):
-            model.update(parameters)
-            return model_loss(model, ids)
-
-        parameters = model.trainable_parameters()
-        value, grads = mx.value_and_grad(loss)(parameters)
-        losses.append(value.item())
-        flat = dict(tree_flatten(grads))
-        first = first or {name: np.array(grad) for name, grad in flat.items()}
-        updated = [(n, p - 0.3 * flat[n]) for n, p in tree_flatten(parameters)]
-        model.load_weights(updated)
-        mx.eval(model.parameters())
-    return losses, first, {n: np.array(p) for n, p in tree_flatten(model.parameters())}
-
-
-def test_whole_model_trains_as_on_the_blocked_path(kernels_on_cpu: None) -> None:
-    with mock.patch.object(metal, "unavailable", return_value="compared with the blocked path"):
-        losses, grads, parameters = trained(steps=4)
-    kernel_losses, kernel_grads, kernel_parameters = trained(steps=4)
-    assert losses[-1] < losses[0] - 0.1
-    np.testing.assert_allclose(kernel_losses, losses, rtol=1e-5)
-    for name, grad in grads.items():
-        assert relative_error([kernel_grads[name]], [grad]) < 2e-5, name
-        assert relative_error([kernel_parameters[name]], [parameters[name]]) < 1e-4, name
-
-
-def test_cached_decoding_equals_the_full_pass(kernels_on_cpu: None) -> None:
-    """Prefill of several block rows with a past, then the decode kernels, one token at a time."""
-    from sessa_mlx.cache import SessaCache
-
-    model, ids = small_model(), mx.array(np.random.default_rng(1).integers(0, 30, (2, 24)))
-    with mock.patch.object(metal, "unavailable", return_value="compared with the blocked path"):
-        full = np.array(model(ids))
-    cache = SessaCache(model.config)
-    pieces = [model(ids[:, a:b], cache=cache) for a, b in [(0, 9), (9, 20)]]
-    pieces += [model(ids[:, t : t + 1], cache=cache) for t in range(20, 24)]
-    np.testing.assert_allclose(np.array(mx.concatenate(pieces, 1)), full, atol=1e-5)
-
-
-def solve_inputs(T: int = 20) -> list[mx.array]:
-    given = inputs(Case(T, B=2, P=0), "float32")
-    return [to_mlx(given[name]) for name in ("f", "q", "k", "gamma")]
-
-
-def squared(*arrays: mx.array) -> mx.array:
-    return (mlx_feedback.feedback_solve(*arrays, backend="kernel") ** 2).sum()
-
-
-def test_checkpointed_gradients(kernels_on_cpu: None) -> None:
-    arrays, every = solve_inputs(), (0, 1, 2, 3)
-    direct = mx.grad(squared, argnums=every)(*arrays)
-    again = mx.grad(mx.checkpoint(squared), argnums=every)(*arrays)
-    for one, other in zip(direct, again, strict=True):
-        np.testing.assert_array_equal(np.array(one), np.array(other))
-
-
-def both_passes(f: mx.array, q: mx.array, k: mx.array, gamma: mx.array) -> list[mx.array]:
-    """What the custom function's forward and vjp trace; export refuses the custom function."""
-    s, lse = metal.solve_forward(f, q, k, gamma)
-    return [g for g in metal.solve_backward(2 * s, q, k, gamma, s, lse) if g is not None]
-
-
-@pytest.mark.parametrize("compiled", [False, True])
-def test_traces_without_looking_at_values(compiled: bool) -> None:
-    """Under mx.compile too, the graph has every kernel of both passes."""
-    forget_kernels(metal)
-    with mock.patch.object(metal, "BLOCK", 8):
-        calls = exported_kernels(
-            mx.compile(both_passes) if compiled else both_passes, *solve_inputs()
-        )
-    forget_kernels(metal)
-    forward, backward = ["weights", "block"], ["weights", "block", "score_grads"]
-    assert [kind(call["name"]) for call in calls] == 3 * forward + 3 * backward
-
-
-def lazy_weights(scores, gamma, key_mask, storage):
-    """`metal._weights` in MLX operations, which MLX may evaluate in any order that is allowed."""
-    n, L = scores.shape[1:]
-    hidden = mx.arange(L - n, L)[:, None] <= mx.arange(L)
-    scores = mx.where(hidden, -1e30, scores)
-    top = scores.max(-1, keepdims=True)
-    total = mx.exp(scores - top).sum(-1, keepdims=True)
-    alpha = mx.exp(scores - top) / total
-    return alpha, gamma[..., None] * alpha[:, :, L - n :], (top + mx.log(total))[..., 0]
-
-
-def lazy_block(rhs, gamma, carried, coupling, reverse=False):
-    X = blocked.unit_lower_inverse(coupling)
-    carried = 0 if carried is None else gamma[..., None] * carried
-    return (X.swapaxes(1, 2) if reverse else X) @ (rhs + carried)
-
-
-def lazy_score_grads(weights, products, gamma):
-    r = (weights * products).sum(-1, keepdims=True)
-    return gamma[..., None] * weights * (products - r), r[..., 0]
-
-
-def peak_bytes(T: int, *, backward: bool) -> int:
-    """Memory of one pass at its peak, in the order in which MLX evaluates it."""
-    f, q, k, gamma = (mx.zeros(shape) for shape in [(1, T, 16)] * 3 + [(1, T)])
-    mx.eval(f, q, k, gamma)
-    before = mx.get_active_memory()
-    mx.clear_cache()
-    mx.reset_peak_memory()
-    if backward:
-        mx.eval(metal.solve_backward(f, q, k, gamma, f, gamma)[:4])
-    else:
-        mx.eval(metal.solve_forward(f, q, k, gamma))
-    return mx.get_peak_memory() - before
-
-
-@pytest.mark.parametrize("backward", [False, True])
-def test_memory_grows_with_the_length_not_its_square(backward: bool) -> None:
-    lazy = {"_weights": lazy_weights, "_block": lazy_block, "_score_grads": lazy_score_grads}
-    with mock.patch.multiple(metal, **lazy, BLOCK=64):
-        short, long = (peak_bytes(T, backward=backward) for T in (1024, 4096))
-    assert long < 5 * short
-
-
-class RoundedProduct:
-    """A matrix whose products take their operands with 11 bits, as M5's matrix units do."""
-
-    def __init__(self, x: mx.array):
-        self.x = x
-
-    def __matmul__(self, other: RoundedProduct) -> mx.array:
-        return metal._high_bits(self.x) @ metal._high_bits(other.x)
-
-    def __sub__(self, other: RoundedProduct) -> RoundedProduct:
-        return RoundedProduct(self.x - other.x)
-
-    def view(self, dtype: mx.Dtype) -> mx.array:
-        return self.x.view(dtype)
-
-
-def test_float32_products_survive_operands_of_11_bits() -> None:
-    random = np.random.default_rng(0)
-    a, b = (random.standard_normal(shape).astype(np.float32) for shape in ((50, 70), (70, 40)))
-    exact = a.astype(np.float64) @ b.astype(np.float64)
-    rounded = [RoundedProduct(mx.array(x)) for x in (a, b)]
-    cut = metal._high_bits
-
-    def high(x: mx.array | RoundedProduct) -> mx.array | RoundedProduct:
-        return RoundedProduct(cut(x.x)) if isinstance(x, RoundedProduct) else cut(x)
-
-    with mock.patch.object(metal, "_high_bits", high):
-        plain_error = relative_error([np.array(rounded[0] @ rounded[1])], [exact])
-        with mock.patch.object(metal, "_operands_lose_bits", return_value=True):
-            error = relative_error([np.array(metal._product(*rounded, mx.float32))], [exact])
-    assert plain_error > 1e-4 and error < 1e-6
-
-
-@pytest.mark.parametrize(
-    ("architecture", "setting", "loses"),
-    [
-        ("applegpu_g13s", None, False),
-        ("applegpu_g16s", None, False),
-        ("applegpu_g17s", None, True),
-        ("applegpu_g17s", "1", True),
-        ("applegpu_g17s", "0", False),
-        ("x86_64", None, False),
-    ],
-)
-def test_where_operands_lose_bits(
-    monkeypatch: pytest.MonkeyPatch, architecture: str, setting: str | None, loses: bool
-) -> None:
-    monkeypatch.setattr(mx, "device_info", lambda: {"architecture": architecture})
-    monkeypatch.delenv("MLX_ENABLE_TF32", raising=False)
-    if setting is not None:
-        monkeypatch.setenv("MLX_ENABLE_TF32", setting)
-    metal._operands_lose_bits.cache_clear()
-    assert metal._operands_lose_bits() is loses
-    metal._operands_lose_bits.cache_clear()
-
-
-@pytest.mark.skipif(mx.metal.is_available(), reason="there is Metal here")
-def test_asking_for_the_kernel_without_metal_says_why() -> None:
-    arrays = solve_inputs()
-    with pytest.raises(ValueError, match=r"kernel.* MLX has no Metal device here"):
-        mlx_feedback.feedback_solve(*arrays, backend="kernel")
-    tensors = [torch.from_numpy(np.array(array)) for array in arrays]
-    with pytest.raises(ValueError, match=r"kernel.* cannot run here"):
-        torch_feedback.feedback_solve(*tensors, backend="kernel")
-    automatic = mlx_feedback.feedback_solve(*arrays)
-    wanted = mlx_feedback.feedback_solve(*arrays, backend="blocked")
-    np.testing.assert_array_equal(np.array(automatic), np.array(wanted))
-
-
-def test_reasons_why_the_kernel_cannot_run() -> None:
-    wide, narrow = torch.zeros(1, 2, 3, dtype=torch.float64), torch.zeros(1, 2, 3)
-    assert "no Metal device" in TWINS["torch"].unavailable(narrow, narrow)
-    with mock.patch("torch.backends.mps.is_available", return_value=True):
-        assert "f is on cpu" in TWINS["torch"].unavailable(narrow, narrow)
-        on_mps = mock.Mock(device=torch.device("mps"), dtype=torch.float64)
-        assert "float64" in TWINS["torch"].unavailable(on_mps, wide)
-    with mock.patch.object(mx.metal, "is_available", return_value=True):
-        arrays = mx.zeros((1, 2, 3)), mx.zeros((1, 2, 3))
-        assert "default device is the CPU" in metal.unavailable(*arrays)
-        device = mock.Mock(type=mx.DeviceType.gpu)
-        with mock.patch.object(mx, "default_device", return_value=device):
-            assert metal.unavailable(*arrays) is None
-            assert "float16" in metal.unavailable(arrays[0], arrays[1].astype(mx.float16))
+@twins
+def test_two_types(twin: str) -> None:
+    """f and s in float32 with q and k in bfloat16, as in decoding: everything else in float32."""
+    for case in (Case(70, B=2, P=5, masked=True), Case(1, B=2, P=40)):
+        exact = expected(case, "bfloat16")
+        computed, _ = emulated(twin, case, "bfloat16", wide=("f", "gamma", "ds", "past_s"))
+        for name in exact:
+            # q, k and with them their gradients are rounded to bfloat16 at the end.
+            limit = 3e-3 if name in ("dq", "dk") else 1e-6
+            assert relative_error([computed[name]], [exact[name]]) < limit, name

@@ -38,7 +38,7 @@ def export(
         typer.Option(help="Text that tells what fewer bits cost, as in `sessa train`; repeatable."),
     ] = None,
     opset: Annotated[
-        int | None, typer.Option(help="Version of the standard operators: 21, 22 or 23.")
+        int | None, typer.Option(help="Standard operators: 23, or 21 or 22 for old runtimes.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a folder that is there.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,

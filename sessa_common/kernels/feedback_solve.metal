@@ -1,15 +1,15 @@
 // The feedback solve on Apple GPUs: what framework matrix products cannot do well.
 //
-// s_t = f_t + gamma_t sum_{j<t} alpha_tj s_j, by block rows of n <= BLOCK_ROWS rows (README.md beside
-// this file says why the T^2 products stay with the framework). L = P + rows solved so far + n.
+// s_t = f_t + gamma_t sum_{j<t} alpha_tj s_j, by block rows of n <= BLOCK_ROWS rows (README.md
+// beside this file says why the T^2 products stay with the framework). L = P + earlier rows + n.
 //   feedback_weights      scores (n, L) -> log-sum-exp, alpha, and gamma alpha of the own block
 //   feedback_block        (I - N) x = rhs within the block row, or (I - N^T) x = rhs reversed
 //   feedback_score_grads  alpha, u s^T -> gradients of the scores and of gamma
-//   feedback_step, feedback_merge   one new token: the whole feedback read in one pass over the past
+//   feedback_step, feedback_merge   one new token: the feedback read in one pass over the past
 //
-// Storage T is float, half or bfloat; everything is accumulated in float. MLX compiles the functions
-// under bodies of its own (SESSA_FUNCTIONS_ONLY); PyTorch compiles the kernels at the end.
-// Input pointers are template parameters: MLX binds an input of fewer than 8 elements as `constant`.
+// Storage T is float, half or bfloat; everything is accumulated in float. MLX compiles the
+// functions under bodies of its own (SESSA_FUNCTIONS_ONLY), PyTorch the kernels at the end.
+// Input pointers are template parameters: MLX binds inputs of fewer than 8 elements as `constant`.
 
 #include <metal_stdlib>
 #include <metal_simdgroup>
@@ -43,10 +43,10 @@ METAL_FUNC float group_max(float value, threadgroup float* partial, uint lane, u
 // exp(a - b) where both may be -inf, the logarithm of an empty sum.
 METAL_FUNC float ratio(float a, float b) { return a == -INFINITY ? 0.0f : exp(a - b); }
 
-// One threadgroup owns one row: weights[j] = exp(scores[j] - lse) where column j is visible, else 0.
-// Row r of the block row sees columns j < L - n + r that the mask does not hide; one that sees
-// nothing has lse = +inf. The gradients run this again: the rounding of a stored lse would weigh more
-// than reading the scores twice.
+// One threadgroup owns one row: weights[j] = exp(scores[j] - lse) where column j is visible, else
+// 0. Row r of the block row sees columns j < L - n + r that the mask does not hide; one that sees
+// nothing has lse = +inf. The gradients run this again: the rounding of a stored lse would weigh
+// more than reading the scores twice.
 template <bool MASKED, typename T, typename Scores, typename Mask, typename Gamma>
 METAL_FUNC void feedback_weights(Scores scores, Mask key_mask, Gamma gamma, device T* weights,
                                  device float* coupling, device float* lse, int n, int L,
@@ -84,28 +84,31 @@ METAL_FUNC void feedback_weights(Scores scores, Mask key_mask, Gamma gamma, devi
 
 // tile <- the TILE x TILE block (i, j) of coupling (n, n), zero outside.
 template <typename Coupling>
-METAL_FUNC void load_tile(threadgroup float* tile, Coupling coupling, int n, int i, int j, uint tid) {
+METAL_FUNC void load_tile(threadgroup float* tile, Coupling coupling, int n, int i, int j,
+                          uint tid) {
   for (int e = tid; e < TILE * TILE; e += THREADS) {
     const int r = i * TILE + e / TILE, c = j * TILE + e % TILE;
-    tile[e / TILE * TILE_LD + e % TILE] = r < n && c < n ? float(coupling[size_t(r) * n + c]) : 0.0f;
+    const float value = r < n && c < n ? float(coupling[size_t(r) * n + c]) : 0.0f;
+    tile[e / TILE * TILE_LD + e % TILE] = value;
   }
 }
 
 // The 8x8 tile (i, j) of N, or of N^T when REVERSED.
 template <bool REVERSED>
-METAL_FUNC void load_8x8(thread simdgroup_float8x8& m, const threadgroup float* tile, int i, int j) {
+METAL_FUNC void load_8x8(thread simdgroup_float8x8& m, const threadgroup float* tile, int i,
+                         int j) {
   const threadgroup float* corner = REVERSED ? tile + 8 * j * TILE_LD + 8 * i
                                              : tile + 8 * i * TILE_LD + 8 * j;
   simdgroup_load(m, corner, TILE_LD, ulong2(0, 0), REVERSED);
 }
 
 // x <- (I - N)^-1 (x + sum) for the TILE rows of one diagonal tile and 8 columns, by one simdgroup.
-// An 8x8 diagonal tile L has L^8 = 0, so its inverse is (I + L)(I + L^2)(I + L^4) exactly. Applied to
-// sum + L x, and added to x last, it rounds at the size of the correction and not at that of x.
+// An 8x8 diagonal tile L has L^8 = 0, so its inverse is (I + L)(I + L^2)(I + L^4) exactly. Applied
+// to sum + L x, and added to x last, it rounds at the size of the correction, not at that of x.
 template <bool REVERSED>
 METAL_FUNC void solve_tile(const threadgroup float* tile, threadgroup float* x,
                            const threadgroup float* sum) {
-  const simdgroup_float8x8 one = simdgroup_float8x8(1.0f);
+  simdgroup_float8x8 one(1.0f);  // the identity
   simdgroup_float8x8 solved[4];
 #pragma clang loop unroll(full)
   for (int step = 0; step < 4; step++) {
@@ -132,9 +135,10 @@ METAL_FUNC void solve_tile(const threadgroup float* tile, threadgroup float* x,
   }
 }
 
-// x = (I - N)^-1 (rhs + gamma carried), N = coupling strictly lower triangular (n, n); with REVERSED
-// x = (I - N^T)^-1 rhs. One threadgroup solves COLUMNS of the D columns of one batch element and
-// keeps them in threadgroup memory; simdgroup sg multiplies rows 16 (sg / 2) and columns 8 (sg % 2).
+// x = (I - N)^-1 (rhs + gamma carried), N = coupling strictly lower triangular (n, n); with
+// REVERSED x = (I - N^T)^-1 rhs. One threadgroup solves COLUMNS of the D columns of one batch
+// element and keeps them in threadgroup memory; simdgroup sg multiplies the 16 rows of a tile from
+// 16 (sg / 2) and the 8 columns from 8 (sg % 2).
 template <bool REVERSED, bool CARRIED, typename Rhs, typename Gamma, typename Carried,
           typename Coupling, typename Out>
 METAL_FUNC void feedback_block(Rhs rhs, Gamma gamma, Carried carried, Coupling coupling,
@@ -158,7 +162,8 @@ METAL_FUNC void feedback_block(Rhs rhs, Gamma gamma, Carried carried, Coupling c
   threadgroup float* own = sums + row * X_LD + column;
   for (int step = 0; step < tiles; step++) {
     const int i = REVERSED ? tiles - 1 - step : step;
-    simdgroup_float8x8 sum[2] = {simdgroup_float8x8(0.0f), simdgroup_float8x8(0.0f)};
+    simdgroup_float8x8 sum[2];
+    sum[0] = sum[1] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
     threadgroup_barrier(mem_flags::mem_threadgroup);
     for (int k = 0; k < step; k++) {
       const int j = REVERSED ? tiles - 1 - k : k;
@@ -204,32 +209,38 @@ METAL_FUNC void feedback_score_grads(Weights weights, Products products, Gamma g
   const float total = group_sum(dot, partial, lane, sg);
   const float gain = float(gamma[row]);
   for (int j = tid; j < L; j += THREADS) {
-    const float slope = j < visible ? gain * float(weights[j]) * (float(products[j]) - total) : 0.0f;
-    dscores[j] = T(slope);
+    const float slope = gain * float(weights[j]) * (float(products[j]) - total);
+    dscores[j] = T(j < visible ? slope : 0.0f);
   }
   if (tid == 0) dgamma[row] = total;
 }
 
-// One new token, CHUNK past tokens to a threadgroup: partial[d] = sum_j exp(score_j - top) s_j[d] and
-// stats = (top, sum_j exp(score_j - top)). keys holds P + 1 rows a batch element, the last unseen.
-template <bool MASKED, typename Query, typename Keys, typename States, typename Mask>
-METAL_FUNC void feedback_step(Query q, Keys keys, States past_s, Mask key_mask,
+// One new token, CHUNK past tokens to a threadgroup: partial[d] = sum_j exp(score_j - top) s_j[d]
+// and stats = (top, sum_j exp(score_j - top)). keys holds P + 1 rows a batch element, the last
+// unseen.
+// The strides, in elements by axis, let a cache be read where it lies in a larger buffer.
+template <bool MASKED, typename Query, typename Keys, typename States, typename Mask,
+          typename Strides>
+METAL_FUNC void feedback_step(Query q, Keys keys, States past_s, Mask key_mask, Strides q_at,
+                              Strides key_at, Strides s_at, Strides mask_at,
                               device float* partial, device float* stats, int P, int K, int D,
                               threadgroup float* shared, uint3 tgid, uint tid, uint lane, uint sg) {
   const int first = tgid.x * CHUNK;
   const int count = min(CHUNK, P - first);
   const size_t chunk = size_t(tgid.y) * ((P + CHUNK - 1) / CHUNK) + tgid.x;
-  q += size_t(tgid.y) * K;
-  keys += (size_t(tgid.y) * (P + 1) + first) * K;
-  past_s += (size_t(tgid.y) * P + first) * D;
+  q += tgid.y * q_at[0];
+  keys += tgid.y * key_at[0] + first * key_at[1];
+  past_s += tgid.y * s_at[0] + first * s_at[1];
   partial += chunk * D;
-  if (MASKED) key_mask += size_t(tgid.y) * (P + 1) + first;
+  if (MASKED) key_mask += tgid.y * mask_at[0] + first * mask_at[1];
   const float scale = rsqrt(float(K));
   for (int j = sg; j < count; j += SIMDGROUPS) {
     float dot = 0.0f;
-    for (int c = lane; c < K; c += 32) dot += float(q[c]) * float(keys[size_t(j) * K + c]);
+    for (int c = lane; c < K; c += 32) {
+      dot += float(q[c * q_at[2]]) * float(keys[j * key_at[1] + c * key_at[2]]);
+    }
     const float score = simd_sum(dot) * scale;
-    if (lane == 0) shared[j] = MASKED && !key_mask[j] ? -INFINITY : score;
+    if (lane == 0) shared[j] = MASKED && !key_mask[j * mask_at[1]] ? -INFINITY : score;
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
   const float score = int(lane) < count ? shared[lane] : -INFINITY;
@@ -241,7 +252,7 @@ METAL_FUNC void feedback_step(Query q, Keys keys, States past_s, Mask key_mask,
   threadgroup_barrier(mem_flags::mem_threadgroup);
   for (int d = tid; d < D; d += THREADS) {
     float mixed = 0.0f;
-    for (int j = 0; j < count; j++) mixed += shared[j] * float(past_s[size_t(j) * D + d]);
+    for (int j = 0; j < count; j++) mixed += shared[j] * float(past_s[j * s_at[1] + d * s_at[2]]);
     partial[d] = mixed;
   }
   if (tid == 0) {
@@ -250,7 +261,7 @@ METAL_FUNC void feedback_step(Query q, Keys keys, States past_s, Mask key_mask,
   }
 }
 
-// s = f + gamma (sum over chunks of partial) / (sum over chunks of sums), each scaled to one maximum.
+// s = f + gamma (sum over chunks of partial) / (sum over chunks of sums), scaled to one maximum.
 // One threadgroup merges 32 columns; simdgroup sg reads every fourth chunk.
 template <typename T, typename F, typename Gamma, typename Partial, typename Stats>
 METAL_FUNC void feedback_merge(F f, Gamma gamma, Partial partial, Stats stats, device T* s,
@@ -297,7 +308,8 @@ template <typename T, bool MASKED>
 [[kernel]] void weights_kernel(const device float* scores [[buffer(0)]],
                                const device bool* key_mask [[buffer(1)]],
                                const device float* gamma [[buffer(2)]],
-                               device T* weights [[buffer(3)]], device float* coupling [[buffer(4)]],
+                               device T* weights [[buffer(3)]],
+                               device float* coupling [[buffer(4)]],
                                device float* lse [[buffer(5)]],
                                constant long* sizes [[buffer(6)]], POSITION) {
   threadgroup float partial[2 * SIMDGROUPS];
@@ -350,8 +362,9 @@ template <typename T, typename S, bool MASKED>
                             device float* partial [[buffer(4)]], device float* stats [[buffer(5)]],
                             constant long* sizes [[buffer(6)]], POSITION) {
   threadgroup float shared[CHUNK];
-  feedback_step<MASKED>(q, keys, past_s, key_mask, partial, stats, int(sizes[0]), int(sizes[1]),
-                        int(sizes[2]), shared, tgid, tid, lane, sg);
+  feedback_step<MASKED>(q, keys, past_s, key_mask, sizes + 3, sizes + 6, sizes + 9, sizes + 12,
+                        partial, stats, int(sizes[0]), int(sizes[1]), int(sizes[2]), shared, tgid,
+                        tid, lane, sg);
 }
 #define STEP(T, S, MASKED) \
   INSTANTIATE("feedback_step_" #T "_" #S "_" #MASKED, step_kernel, T, S, MASKED)
@@ -363,7 +376,8 @@ STEP(bfloat, bfloat, 0)
 STEP(bfloat, bfloat, 1)
 
 template <typename T>
-[[kernel]] void merge_kernel(const device T* f [[buffer(0)]], const device float* gamma [[buffer(1)]],
+[[kernel]] void merge_kernel(const device T* f [[buffer(0)]],
+                             const device float* gamma [[buffer(1)]],
                              const device float* partial [[buffer(2)]],
                              const device float* stats [[buffer(3)]], device T* s [[buffer(4)]],
                              device float* lse [[buffer(5)]], constant long* sizes [[buffer(6)]],

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -46,8 +46,9 @@ _SCORE_GRADS = f"""
 """
 _STEP = f"""
   threadgroup float shared[CHUNK];
-  feedback_step<MASKED>(q, keys, past_s, key_mask, partial, stats, past_s_shape[1], q_shape[2],
-    past_s_shape[2], shared, {_POSITION}
+  feedback_step<MASKED>(q, keys, past_s, key_mask, q_strides, keys_strides, past_s_strides,
+    key_mask_strides, partial, stats, past_s_shape[1], q_shape[2], past_s_shape[2], shared,
+    {_POSITION}
 """
 _MERGE = f"""
   threadgroup float shared[2 * SIMDGROUPS + THREADS];
@@ -62,9 +63,10 @@ def unavailable(f: mx.array, q: mx.array) -> str | None:
         return "MLX has no Metal device here"
     if mx.default_device().type != mx.DeviceType.gpu:
         return "the default device is the CPU; mx.set_default_device(mx.gpu) selects the GPU"
-    if f.dtype not in STORAGE:
-        return f"f is {f.dtype}; the kernels store float32, float16 and bfloat16"
-    return None if f.dtype == q.dtype else f"f is {f.dtype} but q is {q.dtype}"
+    for name, array in (("f", f), ("q", q)):
+        if array.dtype not in STORAGE:
+            return f"{name} is {array.dtype}; the kernels store float32, float16 and bfloat16"
+    return None
 
 
 def solve_forward(
@@ -79,27 +81,28 @@ def solve_forward(
 
     The log-sum-exp is +inf for a row that sees nothing, so that exp(score - lse) is 0 there.
     """
-    B, T, D = f.shape
+    T = f.shape[1]
     P = k.shape[1] - T
     gamma = gamma.astype(mx.float32)
     if T == 1 and past_s is not None and P:
         return _step(f, q, k, gamma, past_s, key_mask)
+    storage = _storage(f, q)
     queries, keys = q.astype(mx.float32) * q.shape[-1] ** -0.5, k.astype(mx.float32)
-    states = mx.zeros((B, P + T, D), dtype=f.dtype)
-    if past_s is not None:
-        states[:, :P] = past_s.astype(f.dtype)
-    lse = []
+    pieces = [] if past_s is None or P == 0 else [past_s.astype(storage)]
+    s: list[mx.array] = []
+    lse: list[mx.array] = []
     for start in range(0, T, BLOCK):
         rows = slice(start, min(start + BLOCK, T))
-        old, new = P + rows.start, P + rows.stop
+        new = P + rows.stop
         # Only dependencies order the work: all block rows of scores would otherwise come first.
-        own = mx.depends(queries[:, rows], states)
-        scores = _product(own, keys[:, :new].swapaxes(1, 2), f.dtype)
-        weights, coupling, sums = _weights(scores, gamma[:, rows], key_mask, f.dtype)
+        own = mx.depends(queries[:, rows], s[-1]) if s else queries[:, rows]
+        scores = _product(own, keys[:, :new].swapaxes(1, 2), storage)
+        weights, coupling, sums = _weights(scores, gamma[:, rows], key_mask, storage)
+        carried = _mix(weights, pieces, storage)
+        s.append(_block(f[:, rows].astype(storage), gamma[:, rows], carried, coupling))
         lse.append(sums)
-        carried = _product(weights[:, :, :old], states[:, :old], f.dtype) if old else None
-        states[:, old:new] = _block(f[:, rows], gamma[:, rows], carried, coupling)
-    return states[:, P:], mx.concatenate(lse, 1)
+        _append(pieces, s[-1])
+    return mx.concatenate(s, 1).astype(f.dtype), mx.concatenate(lse, 1)
 
 
 def solve_backward(
@@ -114,35 +117,65 @@ def solve_backward(
 ) -> tuple[mx.array, mx.array, mx.array, mx.array, mx.array | None]:
     """Gradients of f, q, k, gamma and past_s (None without a past) from ds, the gradient of s.
 
-    One sweep from the last block row to the first; `u`, the gradient of f, is kept in float32.
+    One sweep from the last block row to the first; `u`, the gradient of f, is kept in float32. The
+    row statistics are taken from the scores again, so lse is not read.
     """
     B, T, D = s.shape
     P = k.shape[1] - T
+    storage = _storage(s, q)
     scale, gw = q.shape[-1] ** -0.5, gamma.astype(mx.float32)
     queries, keys = q.astype(mx.float32) * scale, k.astype(mx.float32)
     states = s.astype(mx.float32)
     if past_s is not None:
         states = mx.concatenate([past_s.astype(mx.float32), states], 1)
+    # Rows of u and dk wait here for what later rows add; an update in place would copy all of them,
+    # because their readers hold the buffer until the GPU is done.
     u = mx.concatenate([mx.zeros((B, P, D)), ds.astype(mx.float32)], 1)
-    dq, dk, dgamma = mx.zeros(q.shape), mx.zeros(k.shape), mx.zeros((B, T))
+    dk = mx.zeros(k.shape)
+    solved: dict[str, list[mx.array]] = {"f": [], "q": [], "k": [], "gamma": []}
     for start in reversed(range(0, T, BLOCK)):
         rows = slice(start, min(start + BLOCK, T))
         old, new = P + rows.start, P + rows.stop
-        own = mx.depends(queries[:, rows], [u, dq, dk])
-        scores = _product(own, keys[:, :new].swapaxes(1, 2), s.dtype)
-        weights, coupling, _ = _weights(scores, gw[:, rows], key_mask, s.dtype)
-        ui = _block(u[:, old:new], gw[:, rows], None, coupling, reverse=True)
-        u[:, old:new] = ui
+        own = mx.depends(queries[:, rows], [u, dk, *solved["q"][:1]])
+        scores = _product(own, keys[:, :new].swapaxes(1, 2), storage)
+        weights, coupling, _ = _weights(scores, gw[:, rows], key_mask, storage)
+        ui = _block(u[:, old:], gw[:, rows], None, coupling, reverse=True)
+        u = u[:, :old]
         if old:
-            pushed = (ui * gw[:, rows, None]).astype(s.dtype)
-            u[:, :old] += _product(weights[:, :, :old].swapaxes(1, 2), pushed, s.dtype)
-        products = _product(ui, states[:, :new].swapaxes(1, 2), s.dtype)
-        dscores, dgamma[:, rows] = _score_grads(weights, products, gw[:, rows])
-        dq[:, rows] = _product(dscores, k[:, :new], s.dtype) * scale
-        dk[:, :new] += _product(dscores.swapaxes(1, 2), q[:, rows], s.dtype)
-    dpast_s = None if past_s is None else u[:, :P].astype(past_s.dtype)
-    df, dk = u[:, P:].astype(s.dtype), (dk * scale).astype(k.dtype)
-    return df, dq.astype(q.dtype), dk, dgamma.astype(gamma.dtype), dpast_s
+            pushed = (ui * gw[:, rows, None]).astype(storage)
+            u = u + _product(weights[:, :, :old].swapaxes(1, 2), pushed, storage)
+        products = _product(ui, states[:, :new].swapaxes(1, 2), storage)
+        dscores, dgamma = _score_grads(weights, products, gw[:, rows])
+        dq = _product(dscores, k[:, :new].astype(storage), storage) * scale
+        dk = dk + _product(dscores.swapaxes(1, 2), q[:, rows].astype(storage), storage)
+        done = {"f": ui.astype(s.dtype), "q": dq.astype(q.dtype), "gamma": dgamma}
+        done["k"] = (dk[:, old:] * scale).astype(k.dtype)
+        dk = dk[:, :old]
+        for name, gradient in done.items():
+            solved[name].insert(0, gradient)
+    solved["k"].insert(0, (dk * scale).astype(k.dtype))
+    df, dq, dk, dgamma = (mx.concatenate(solved[name], 1) for name in ("f", "q", "k", "gamma"))
+    dpast_s = None if past_s is None else u.astype(past_s.dtype)
+    return df, dq, dk, dgamma.astype(gamma.dtype), dpast_s
+
+
+def _mix(weights: mx.array, pieces: list[mx.array], storage: mx.Dtype) -> mx.array | None:
+    """weights (B, n, L) times the rows (B, L - n, D) that lie in pieces; None without any."""
+    total, start = None, 0
+    for piece in pieces:
+        stop = start + piece.shape[1]
+        part = _product(weights[:, :, start:stop], piece, storage)
+        total = part if total is None else total.astype(mx.float32) + part
+        start = stop
+    return total
+
+
+def _append(pieces: list[mx.array], rows: mx.array) -> None:
+    """Add rows; neighbours of one size merge, which keeps both the pieces and the copies few."""
+    pieces.append(rows)
+    while len(pieces) > 1 and pieces[-1].shape[1] == pieces[-2].shape[1]:
+        last = pieces.pop()
+        pieces[-1] = mx.concatenate([pieces[-1], last], 1)
 
 
 def _step(
@@ -157,7 +190,7 @@ def _step(
     B, P, D = past_s.shape
     chunks = -(-P // CHUNK)
     partial, stats = _launch(
-        _kernel("step", ("q", "keys", "past_s", "key_mask"), ("partial", "stats"), _STEP),
+        _kernel("step", ("q", "keys", "past_s", "key_mask"), ("partial", "stats"), _STEP, False),
         [q, k, past_s, _mask(key_mask)],
         [((B, chunks, D), mx.float32), ((B, chunks, 2), mx.float32)],
         (chunks, B),
@@ -222,6 +255,11 @@ def _score_grads(weights: mx.array, products: mx.array, gamma: mx.array) -> list
     )
 
 
+def _storage(f: mx.array, q: mx.array) -> mx.Dtype:
+    """The type of weights and states: decoding in bfloat16 keeps f and s in float32."""
+    return f.dtype if f.dtype == q.dtype else mx.float32
+
+
 def _mask(key_mask: mx.array | None, columns: int | None = None) -> mx.array:
     """The mask's first columns; one element that is never read where there is no mask."""
     return mx.zeros((1,), mx.bool_) if key_mask is None else key_mask[:, :columns]
@@ -229,16 +267,21 @@ def _mask(key_mask: mx.array | None, columns: int | None = None) -> mx.array:
 
 @cache
 def _kernel(
-    name: str, inputs: Sequence[str], outputs: Sequence[str], body: str
+    name: str,
+    inputs: tuple[str, ...],
+    outputs: tuple[str, ...],
+    body: str,
+    copy_strided: bool = True,
 ) -> Callable[..., list[mx.array]]:
     text = files("sessa_common").joinpath("kernels/feedback_solve.metal").read_text("ascii")
     build: Any = mx.fast.metal_kernel  # its stub says object
     return build(
         name=f"sessa_{name}",
-        input_names=list(inputs),
-        output_names=list(outputs),
+        input_names=inputs,
+        output_names=outputs,
         source=body,
         header="#define SESSA_FUNCTIONS_ONLY\n" + text,
+        ensure_row_contiguous=copy_strided,
     )
 
 

@@ -31,9 +31,10 @@ def unavailable(f: Tensor, q: Tensor) -> str | None:
         return f"f is on {f.device}, the kernels run on mps"
     if not hasattr(torch.mps, "compile_shader"):
         return f"PyTorch {torch.__version__} has no torch.mps.compile_shader (2.6 and later have)"
-    if f.dtype not in STORAGE:
-        return f"f is {f.dtype}; the kernels store float32, float16 and bfloat16"
-    return None if f.dtype == q.dtype else f"f is {f.dtype} but q is {q.dtype}"
+    for name, tensor in (("f", f), ("q", q)):
+        if tensor.dtype not in STORAGE:
+            return f"{name} is {tensor.dtype}; the kernels store float32, float16 and bfloat16"
+    return None
 
 
 def solve_forward(
@@ -53,18 +54,19 @@ def solve_forward(
     gamma = gamma.float()
     if T == 1 and past_s is not None and P:
         return _step(f, q, k, gamma, past_s, key_mask)
+    storage = _storage(f, q)
     queries, keys = q.float() * q.shape[-1] ** -0.5, k.float()
-    states, lse = f.new_empty(B, P + T, D), gamma.new_empty(B, T)
+    states, lse = f.new_empty(B, P + T, D, dtype=storage), gamma.new_empty(B, T)
     if past_s is not None:
         states[:, :P] = past_s
     for start in range(0, T, BLOCK):
         rows = slice(start, min(start + BLOCK, T))
         old, new = P + rows.start, P + rows.stop
-        scores = queries[:, rows] @ keys[:, :new].mT
-        weights, coupling, lse[:, rows] = _weights(scores, gamma[:, rows], key_mask, f.dtype)
+        gain, scores = gamma[:, rows].contiguous(), queries[:, rows] @ keys[:, :new].mT
+        weights, coupling, lse[:, rows] = _weights(scores, gain, key_mask, storage)
         carried = weights[:, :, :old] @ states[:, :old] if old else None
-        states[:, old:new] = _block(f[:, rows], gamma[:, rows], carried, coupling)
-    return states[:, P:].contiguous(), lse
+        states[:, old:new] = _block(f[:, rows].to(storage), gain, carried, coupling)
+    return states[:, P:].to(f.dtype).contiguous(), lse
 
 
 def solve_backward(
@@ -79,10 +81,12 @@ def solve_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of f, q, k, gamma and past_s (None without a past) from ds, the gradient of s.
 
-    One sweep from the last block row to the first; `u`, the gradient of f, is kept in float32.
+    One sweep from the last block row to the first; `u`, the gradient of f, is kept in float32. The
+    row statistics are taken from the scores again, so lse is not read.
     """
     B, T, D = s.shape
     P = k.shape[1] - T
+    storage = _storage(s, q)
     scale, gw = q.shape[-1] ** -0.5, gamma.float()
     queries, keys, states = q.float() * scale, k.float(), s.float()
     if past_s is not None:
@@ -92,17 +96,16 @@ def solve_backward(
     for start in reversed(range(0, T, BLOCK)):
         rows = slice(start, min(start + BLOCK, T))
         old, new = P + rows.start, P + rows.stop
-        scores = queries[:, rows] @ keys[:, :new].mT
-        weights, coupling, _ = _weights(scores, gw[:, rows], key_mask, s.dtype)
-        ui = _block(u[:, old:new], gw[:, rows], None, coupling, reverse=True)
+        gain, scores = gw[:, rows].contiguous(), queries[:, rows] @ keys[:, :new].mT
+        weights, coupling, _ = _weights(scores, gain, key_mask, storage)
+        ui = _block(u[:, old:new], gain, None, coupling, reverse=True)
         u[:, old:new] = ui
         if old:
-            pushed = (ui * gw[:, rows, None]).to(s.dtype)
-            u[:, :old] += weights[:, :, :old].mT @ pushed
+            u[:, :old] += weights[:, :, :old].mT @ (ui * gain[..., None]).to(storage)
         products = ui @ states[:, :new].mT
-        dscores, dgamma[:, rows] = _score_grads(weights, products, gw[:, rows])
-        dq[:, rows] = (dscores @ k[:, :new]) * scale
-        dk[:, :new] += dscores.mT @ q[:, rows]
+        dscores, dgamma[:, rows] = _score_grads(weights, products, gain)
+        dq[:, rows] = (dscores @ k[:, :new].to(storage)) * scale
+        dk[:, :new] += dscores.mT @ q[:, rows].to(storage)
     # A custom op's outputs may not share storage, as two slices of one batch element would.
     dpast_s = None if past_s is None else u[:, :P].to(past_s.dtype, copy=True).contiguous()
     df, dk = u[:, P:].to(s.dtype).contiguous(), (dk * scale).to(k.dtype)
@@ -115,14 +118,16 @@ def _step(
     """`solve_forward` for one token, T = 1, in one pass over the P past keys and states."""
     B, P, D = past_s.shape
     chunks = -(-P // CHUNK)
-    if past_s.dtype != f.dtype:
+    if past_s.dtype != q.dtype:
         past_s = past_s.float()
     partial, stats = gamma.new_empty(B, chunks, D), gamma.new_empty(B, chunks, 2)
-    name = f"step_{STORAGE[f.dtype]}_{STORAGE[past_s.dtype]}_{int(key_mask is not None)}"
-    sizes = [P, q.shape[-1], D]
-    _launch(name, [q, k, past_s, _mask(key_mask, f), partial, stats], sizes, (chunks, B))
+    name = f"step_{STORAGE[q.dtype]}_{STORAGE[past_s.dtype]}_{int(key_mask is not None)}"
+    read = [q, k, past_s, _no_mask(q) if key_mask is None else key_mask]
+    # A cache lies in a larger buffer; its strides go along instead of a copy.
+    sizes = [P, q.shape[-1], D, *(stride for array in read for stride in array.stride())]
+    _launch(name, [*read, partial, stats], sizes, (chunks, B))
     s, lse = torch.empty_like(f, memory_format=torch.contiguous_format), gamma.new_empty(B, 1)
-    merge = [f, gamma, partial, stats, s, lse]
+    merge = [f.contiguous(), gamma.contiguous(), partial, stats, s, lse]
     _launch(f"merge_{STORAGE[f.dtype]}", merge, [chunks, D], (-(-D // 32), B))
     return s, lse
 
@@ -138,7 +143,8 @@ def _weights(
     weights, coupling = scores.new_empty(B, n, L, dtype=storage), scores.new_empty(B, n, n)
     sums = scores.new_empty(B, n)
     name = f"weights_{STORAGE[storage]}_{int(key_mask is not None)}"
-    arrays = [scores, _mask(key_mask, scores, L), gamma, weights, coupling, sums]
+    mask = _no_mask(scores) if key_mask is None else key_mask[:, :L].contiguous()
+    arrays = [scores, mask, gamma, weights, coupling, sums]
     _launch(name, arrays, [n, L], (n, B))
     return weights, coupling, sums
 
@@ -169,9 +175,14 @@ def _score_grads(weights: Tensor, products: Tensor, gamma: Tensor) -> tuple[Tens
     return dscores, dgamma
 
 
-def _mask(key_mask: Tensor | None, like: Tensor, columns: int | None = None) -> Tensor:
-    """The mask's first columns; one element that is never read where there is no mask."""
-    return like.new_zeros(1, dtype=torch.bool) if key_mask is None else key_mask[:, :columns]
+def _storage(f: Tensor, q: Tensor) -> torch.dtype:
+    """The type of weights and states: decoding in bfloat16 keeps f and s in float32."""
+    return f.dtype if f.dtype == q.dtype else torch.float32
+
+
+def _no_mask(like: Tensor) -> Tensor:
+    """Something to bind as a mask that is never read."""
+    return like.new_zeros(1, dtype=torch.bool)
 
 
 @cache
@@ -181,8 +192,9 @@ def _library() -> Any:
 
 
 def _launch(name: str, arrays: list[Tensor], sizes: list[int], groups: tuple[int, int]) -> None:
-    """Run kernel feedback_`name` on groups[0] x groups[1] threadgroups; outputs are contiguous."""
+    """Run kernel feedback_`name` on groups[0] x groups[1] threadgroups.
+
+    An array is bound from its first element on; its strides are not seen by the kernel.
+    """
     kernel = getattr(_library(), f"feedback_{name}")
-    # The binding takes storage and offset only; strides would be ignored.
-    bound = [array.contiguous() for array in arrays]
-    kernel(*bound, sizes, threads=[groups[0] * THREADS, groups[1]], group_size=[THREADS, 1])
+    kernel(*arrays, sizes, threads=[groups[0] * THREADS, groups[1]], group_size=[THREADS, 1])

@@ -28,8 +28,9 @@ _NUMPY = {
 def exported_kernels(function: Callable[..., Any], *arrays: mx.array) -> list[dict[str, Any]]:
     """What MLX would hand to Metal for every metal_kernel that `function` calls, in order.
 
-    Each has name, text, grid, threadgroup, and for every input whether its shape, strides and
-    number of dimensions are bound too. MLX traces the calls while exporting, without a GPU.
+    Each has name, text, grid, threadgroup; "bound": for every input whether its shape, strides and
+    number of dimensions are bound too; "copies_strided": ensure_row_contiguous. MLX traces the
+    calls while exporting, without a GPU.
     """
     calls = []
 
@@ -49,6 +50,7 @@ def _kernel_call(primitive: dict[str, Any]) -> dict[str, Any]:
         "grid": tuple(rest[0:3]),
         "threadgroup": tuple(rest[3:6]),
         "bound": rest[6],
+        "copies_strided": rest[7],
     }
 
 
@@ -71,7 +73,11 @@ class EmulatedKernel:
         (call,) = exported_kernels(
             lambda *traced: self.real(inputs=list(traced), **outputs, **options), *arrays
         )
-        bound = [a for x, used in zip(arrays, call["bound"], strict=True) for a in _bound(x, used)]
+        bound = [
+            buffer
+            for x, used in zip(arrays, call["bound"], strict=True)
+            for buffer in _bound(x, used, strided=not call["copies_strided"])
+        ]
         results = [
             poisoned(shape, _NUMPY[dtype])
             for shape, dtype in zip(output_shapes, output_dtypes, strict=True)
@@ -84,12 +90,18 @@ class EmulatedKernel:
         return [to_mlx(result) for result in results]
 
 
-def _bound(x: mx.array, used: Sequence[bool]) -> Iterator[np.ndarray]:
-    """The buffers of one input: its data, then its shape, strides and rank where they are used."""
+def _bound(x: mx.array, used: Sequence[bool], strided: bool) -> Iterator[np.ndarray]:
+    """The buffers of one input: its data, then its shape, strides and rank where they are used.
+
+    A kernel that takes strided inputs gets x inside a larger array, every axis longer by one.
+    """
     data = to_numpy(x)
-    shape = np.array(x.shape, np.int32)
-    strides = np.array([s // data.itemsize for s in data.strides], np.int64)
-    extras = (shape, strides, np.array(x.ndim, np.int32))
+    if strided:
+        larger = poisoned([size + 1 for size in x.shape], data.dtype)
+        larger[tuple(slice(size) for size in x.shape)] = data
+        data = larger
+    strides = np.array([stride // data.itemsize for stride in data.strides], np.int64)
+    extras = (np.array(x.shape, np.int32), strides, np.array(x.ndim, np.int32))
     wanted = [extra for extra, is_used in zip(extras, used, strict=True) if is_used and x.ndim]
     for array in (data, *wanted):
         array.flags.writeable = False

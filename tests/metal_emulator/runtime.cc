@@ -1,5 +1,5 @@
-// Runs the threads of a Metal kernel as fibers of one operating-system thread, so that a schedule is
-// deterministic and a seed permutes it. A barrier parks a fiber; a simd-group operation parks 31
+// Runs the threads of a Metal kernel as fibers of one operating-system thread, so that a schedule
+// is deterministic and a seed permutes it. A barrier parks a fiber; a simd-group operation parks 31
 // lanes and the last one computes for all. Memory ends at inaccessible pages and starts as NaN.
 #include "runtime.h"
 
@@ -113,8 +113,8 @@ void on_bad_access(int number, siginfo_t* info, void*) {
   }
   const char* address = (const char*)info->si_addr;
   const ThreadState& t = s->running->thread;
-  std::string message = format("bad memory access by thread %u of threadgroup (%u, %u, %u)", t.index,
-                               t.group[0], t.group[1], t.group[2]);
+  std::string message = format("bad memory access by thread %u of threadgroup (%u, %u, %u)",
+                               t.index, t.group[0], t.group[1], t.group[2]);
   for (const Variable& v : s->variables)
     if (v.block.contains(address))
       message += format(": threadgroup variable %s of %zu bytes at byte %td", v.name.c_str(),
@@ -329,9 +329,10 @@ void simd_collective(void* slot, Collective run, const void* operation, const ch
   char* sync = &s->simd_sync[2 * group + s->simd_turn[group] % 2];
   if (s->orders(flags)) Sanitizer::release(sync);
   const int begin = group * lanes, end = std::min(begin + lanes, s->count);
-  const bool complete = std::all_of(&s->fibers[begin], &s->fibers[end - 1] + 1, [&](const Fiber& f) {
+  const auto here = [&](const Fiber& f) {
     return f.state == State::at_simd && f.operation == operation && f.line == line;
-  });
+  };
+  const bool complete = std::all_of(&s->fibers[begin], &s->fibers[end - 1] + 1, here);
   if (complete) {
     void* slots[lanes] = {};
     for (int i = begin; i < end; ++i) {

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from metal_emulator.build import Launch, compile_metal
-from metal_emulator.rewrite import MetalError
 
 
 class EmulatedShader:
@@ -35,11 +34,13 @@ class EmulatedShader:
 
 
 def _bound(argument: Any) -> np.ndarray:
-    """Buffer of one argument: a tensor's own storage, integers as int64, floats as float."""
+    """Buffer of one argument; integers are bound as int64, floats as float.
+
+    As with MPS, a tensor is its storage from its first element on, whatever its strides.
+    """
     if isinstance(argument, torch.Tensor):
-        if not argument.is_contiguous():
-            raise MetalError("MPS binds storage and ignores strides; pass a contiguous tensor")
-        return argument.detach().reshape(-1).view(torch.uint8).numpy()
+        storage = torch.empty(0, dtype=torch.uint8).set_(argument.detach().untyped_storage())
+        return storage[argument.storage_offset() * argument.element_size() :].numpy()
     array = np.asarray(argument)
     array = array.astype(np.int64 if array.dtype.kind in "iub" else np.float32)
     array.flags.writeable = False

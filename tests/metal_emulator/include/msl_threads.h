@@ -160,7 +160,8 @@ struct MultiplyAccumulate {
 template <class D, class A, class B, class C>
 void simdgroup_multiply_accumulate(simdgroup_matrix<D, 8, 8>& d, const simdgroup_matrix<A, 8, 8>& a,
                                    const simdgroup_matrix<B, 8, 8>& b,
-                                   const simdgroup_matrix<C, 8, 8>& c, int line = __builtin_LINE()) {
+                                   const simdgroup_matrix<C, 8, 8>& c,
+                                   int line = __builtin_LINE()) {
   using Lanes = MultiplyAccumulate<simdgroup_matrix<D, 8, 8>, simdgroup_matrix<A, 8, 8>,
                                    simdgroup_matrix<B, 8, 8>, simdgroup_matrix<C, 8, 8>>;
   static const char operation = 0;

@@ -27,7 +27,8 @@ struct bfloat {
   explicit(!std::is_integral_v<T>) constexpr bfloat(T value) : bits(0) {
     const uint32_t word = std::bit_cast<uint32_t>(float(value));
     const bool nan = (word & 0x7fffffffu) > 0x7f800000u;
-    bits = nan ? uint16_t((word >> 16) | 0x40) : uint16_t((word + 0x7fffu + ((word >> 16) & 1)) >> 16);
+    const uint32_t rounded = word + 0x7fffu + ((word >> 16) & 1);
+    bits = nan ? uint16_t((word >> 16) | 0x40) : uint16_t(rounded >> 16);
   }
   constexpr operator float() const { return std::bit_cast<float>(uint32_t(bits) << 16); }
 };

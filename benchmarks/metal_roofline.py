@@ -1,0 +1,87 @@
+"""What the Metal path should take on Apple GPUs: counted and divided by public rates, not measured.
+
+python benchmarks/metal_roofline.py prints the table of sessa_common/kernels/README.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# Rows of a block row, and of a tile inside it, as in the Metal text.
+BLOCK, TILE = 256, 32
+BANDWIDTH = 400e9  # bytes/s, the same on the three
+# Multiply-adds of 8x8 matrices: 102 of a core's 128 lanes, measured by others on M1 and M2.
+LANES, MATRIX_LANES = 128, 102
+# Assumed: one command in MLX's stream, one load-multiply-barrier turn, one diagonal tile.
+LAUNCH, TURN, DIAGONAL = 4e-6, 0.65e-6, 1.35e-6
+LAUNCHES = {"forward": 6, "backward": 14}
+
+
+@dataclass(frozen=True)
+class Chip:
+    """An Apple GPU by its public figures."""
+
+    name: str
+    cores: int
+    clock: float  # Hz
+
+    @property
+    def peak(self) -> float:
+        """Float32 operations a second."""
+        return 2 * self.cores * LANES * self.clock
+
+    @property
+    def matrix_rate(self) -> float:
+        """Operations a second of simdgroup matrix products, float32 and half alike."""
+        return self.peak * MATRIX_LANES / LANES
+
+
+CHIPS = (Chip("M1 Max", 32, 1.296e9), Chip("M2 Max", 38, 1.398e9), Chip("M3 Max", 40, 1.38e9))
+
+
+def times(chip: Chip, T: int, D: int) -> dict[str, float]:
+    """Seconds of one sequence at K = D in half storage, by part, forward and backward."""
+    seen = T * T / 2 * (1 + BLOCK / T)  # scores computed, upper halves of diagonal blocks included
+    solved = T * T / 2 - T * BLOCK / 2  # of those, columns of earlier block rows
+    tiles, rows = BLOCK // TILE, T / BLOCK
+    chain = rows * (tiles * (tiles - 1) / 2 * TURN + tiles * DIAGONAL)
+    # Bytes a score: float32 written once and read twice, half weights written and read.
+    bytes_of = {"forward": 4 + 8 + 2 + 2, "backward": (4 + 8 + 2 + 2 + 2) + (4 + 8) + (2 + 4)}
+    # u and dk of earlier rows: half product written and read, float32 sum read and written.
+    sums = {"forward": 0.0, "backward": 2 * (2 + 2 + 4 + 4) * D * T * T / (2 * BLOCK)}
+    operations = {
+        "forward": 2 * D * (seen + solved),
+        "backward": 2 * D * (4 * seen + solved),
+    }
+    result = {}
+    for kind in ("forward", "backward"):
+        result[f"{kind} products"] = operations[kind] / chip.matrix_rate
+        result[f"{kind} passes"] = (bytes_of[kind] * seen + sums[kind]) / BANDWIDTH
+        launches = rows * LAUNCHES[kind] * LAUNCH
+        result[kind] = chain + launches + sum(
+            result[f"{kind} {part}"] for part in ("products", "passes")
+        )  # fmt: skip
+    return result | {"chain": chain}
+
+
+def step_time(P: int, D: int) -> float:
+    """Seconds of one decode step: keys in half, states in float32, partial sums out and in."""
+    return P * D * (2 + 4 + 8 / TILE) / BANDWIDTH
+
+
+def main() -> None:
+    print("| chip | T | D | products | passes | chain | forward | products | passes | backward |")
+    print("| --- " * 10 + "|")
+    for chip in CHIPS:
+        for T, D in ((4096, 512), (4096, 1024), (16384, 1024)):
+            t = {name: f"{1e3 * seconds:.3g}" for name, seconds in times(chip, T, D).items()}
+            cells = [chip.name, T, D, t["forward products"], t["forward passes"], t["chain"],
+                     t["forward"], t["backward products"], t["backward passes"],
+                     t["backward"]]  # fmt: skip
+            print("| " + " | ".join(map(str, cells)) + " |")
+    for P, D in ((4096, 512), (4096, 1024), (16384, 1024)):
+        print(f"decode step at P {P}, D {D}: {1e6 * step_time(P, D):.0f} us")
+
+
+if __name__ == "__main__":
+    main()
