@@ -210,7 +210,7 @@ def check_memory() -> None:
         peaks.append(mlx_peak_mib(partial(with_gradients, run, arrays, ds)))
     shown = ", ".join(f"{peak:.0f}" for peak in peaks)
     growth = max(b / a for a, b in itertools.pairwise(peaks))
-    expect(f"growth of peak memory ({shown} MiB) for twice T", growth, 2.4)
+    expect(f"growth of peak memory ({shown} MiB) for twice T", growth, 2.6)
 
 
 def tf32_error() -> float:

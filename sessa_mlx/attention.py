@@ -8,7 +8,7 @@ Rope = tuple[mx.array, mx.array]
 
 
 def rope_tables(positions: mx.array, head_dim: int, theta: float, dtype: mx.Dtype) -> Rope:
-    """Cosines and sines (B, 1, T, d/2) of the angles position * theta^(-2i/d).
+    """Cosines and signed sines (B, 1, T, d), in pairs, of the angles position * theta^(-2i/d).
 
     positions (B, T). Angles are float32 (float64 for float64) whatever the model's dtype: in
     bfloat16 positions above 256 would fall together.
@@ -16,15 +16,15 @@ def rope_tables(positions: mx.array, head_dim: int, theta: float, dtype: mx.Dtyp
     work = mx.float64 if dtype == mx.float64 else mx.float32
     exponents = mx.arange(0, head_dim, 2, dtype=work) / head_dim
     angles = positions[:, None, :, None].astype(work) * theta**-exponents
-    return mx.cos(angles), mx.sin(angles)
+    cos, sin = mx.cos(angles), mx.sin(angles)
+    return mx.repeat(cos, 2, -1), mx.stack([-sin, sin], -1).flatten(-2)
 
 
 def apply_rope(x: mx.array, rope: Rope) -> mx.array:
     """Rotate the interleaved pairs (0,1), (2,3), ... of x (B, H, T, d) by the angles of `rope`."""
     cos, sin = rope
-    even, odd = x[..., ::2].astype(cos.dtype), x[..., 1::2].astype(cos.dtype)
-    pairs = mx.stack([even * cos - odd * sin, even * sin + odd * cos], -1)
-    return pairs.flatten(-2).astype(x.dtype)
+    swapped = mx.unflatten(x, -1, (-1, 2))[..., ::-1].flatten(-2)
+    return (x * cos + swapped * sin).astype(x.dtype)
 
 
 def causal_attention(

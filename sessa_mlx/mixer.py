@@ -62,7 +62,7 @@ class SessaMixer(nn.Module):
     def gain(self, a: mx.array) -> mx.array:
         """gamma (B, T) = gamma_max tanh(<a, w> + b), in float32 at least."""
         work = mx.float64 if a.dtype == mx.float64 else mx.float32
-        logits = (a.astype(work) * self.gamma_ctx.weight[0].astype(work)).sum(-1)
+        logits = (a * self.gamma_ctx.weight[0].astype(work)).sum(-1)
         return self.config.gamma_max * mx.tanh(logits + self.gamma_bias.astype(work))
 
     def _attend(

@@ -10,7 +10,7 @@ Rope = tuple[Tensor, Tensor]
 
 
 def rope_tables(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Rope:
-    """Cosines and sines (B, 1, T, d/2) of the angles position * theta^(-2i/d).
+    """Cosines and signed sines (B, 1, T, d), in pairs, of the angles position * theta^(-2i/d).
 
     positions (B, T). Angles are float32 (float64 for float64) whatever the model's dtype: in
     bfloat16 positions above 256 would fall together.
@@ -18,15 +18,15 @@ def rope_tables(positions: Tensor, head_dim: int, theta: float, dtype: torch.dty
     work = torch.promote_types(dtype, torch.float32)
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=work) / head_dim
     angles = positions[:, None, :, None].to(work) * theta**-exponents
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    return cos.repeat_interleave(2, -1), torch.stack([-sin, sin], -1).flatten(-2)
 
 
 def apply_rope(x: Tensor, rope: Rope) -> Tensor:
     """Rotate the interleaved pairs (0,1), (2,3), ... of x (B, H, T, d) by the angles of `rope`."""
     cos, sin = rope
-    even, odd = x[..., ::2].to(cos.dtype), x[..., 1::2].to(cos.dtype)
-    pairs = torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1)
-    return pairs.flatten(-2).to(x.dtype)
+    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return torch.addcmul(x * cos, swapped, sin).to(x.dtype)
 
 
 def causal_attention(

@@ -62,7 +62,7 @@ class SessaMixer(nn.Module):
     def gain(self, a: Tensor) -> Tensor:
         """gamma (B, T) = gamma_max tanh(<a, w> + b), in float32 at least and under any autocast."""
         work = torch.promote_types(a.dtype, torch.float32)
-        logits = (a.to(work) * self.gamma_ctx.weight[0].to(work)).sum(-1)
+        logits = (a * self.gamma_ctx.weight[0].to(work)).sum(-1)
         return self.config.gamma_max * torch.tanh(logits + self.gamma_bias.to(work))
 
     def _attend(

@@ -36,7 +36,7 @@ def outline(path):
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
             found[node.name] = signature(node)
-        if isinstance(node, ast.ClassDef):
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
             found[node.name] = [ast.unparse(base).split(".")[-1] for base in node.bases]
             for method in node.body:
                 if isinstance(method, ast.FunctionDef):

@@ -192,15 +192,19 @@ def train(
 
 def _start(ctx: typer.Context) -> Run:
     params = ctx.params
-    config_file, init = params["config"], params["init"]
+    # Not every version of Typer has made paths of these strings.
+    config_file, init, train_config, out = (
+        None if params[name] is None else Path(params[name])
+        for name in ("config", "init", "train_config", "out")
+    )
     given = given_fields(params, SessaConfig)
     config = choose_config(given, preset=params["preset"], file=config_file, init=init)
     base = TrainConfig()
-    if (path := params["train_config"]) is not None:
-        base = TrainConfig.from_dict(read_json(path), str(path))
+    if train_config is not None:
+        base = TrainConfig.from_dict(read_json(train_config), str(train_config))
     settings = TrainConfig(**base.to_dict() | given_fields(params, TrainConfig))
     return start_run(
-        params["out"] or DEFAULT_OUT,
+        out or DEFAULT_OUT,
         config,
         settings,
         fixed_vocabulary=config_file is not None,

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from sessa_common.operator import check_backend, check_shapes, choose_backend
 from sessa_torch.feedback import blocked
@@ -46,7 +47,9 @@ def feedback_solve(
         )
     if backend == "naive":
         return feedback_solve_naive(f, q, k, gamma, past_s, key_mask)
-    return _forward(f, q, k, gamma, past_s, key_mask, backend)[0]
+    # The custom op is what the compiler sees; its dispatch costs more time than a short solve.
+    solve = _forward if torch.compiler.is_compiling() else _Eager.apply
+    return solve(f, q, k, gamma, past_s, key_mask, backend)[0]
 
 
 def _check_types(
@@ -86,8 +89,7 @@ def _implementation(backend: str, f: Tensor, q: Tensor) -> Any:
     return kernels if choose_backend(backend, unavailable) == "kernel" else blocked
 
 
-@torch.library.custom_op("sessa::feedback_solve", mutates_args=())
-def _forward(
+def _solve(
     f: Tensor,
     q: Tensor,
     k: Tensor,
@@ -101,14 +103,7 @@ def _forward(
         return _implementation(backend, f, q).solve_forward(f, q, k, gamma, past_s, key_mask)
 
 
-@_forward.register_fake
-def _(f, q, k, gamma, past_s, key_mask, backend):
-    lse = f.new_empty(f.shape[:2], dtype=torch.promote_types(f.dtype, torch.float32))
-    return torch.empty_like(f, memory_format=torch.contiguous_format), lse
-
-
-@torch.library.custom_op("sessa::feedback_solve_backward", mutates_args=())
-def _backward(
+def _gradients(
     ds: Tensor,
     q: Tensor,
     k: Tensor,
@@ -126,6 +121,16 @@ def _backward(
     return *grads, s.new_empty(0) if dpast_s is None else dpast_s
 
 
+_forward = torch.library.custom_op("sessa::feedback_solve", _solve, mutates_args=())
+_backward = torch.library.custom_op("sessa::feedback_solve_backward", _gradients, mutates_args=())
+
+
+@_forward.register_fake
+def _(f, q, k, gamma, past_s, key_mask, backend):
+    lse = f.new_empty(f.shape[:2], dtype=torch.promote_types(f.dtype, torch.float32))
+    return torch.empty_like(f, memory_format=torch.contiguous_format), lse
+
+
 @_backward.register_fake
 def _(ds, q, k, gamma, s, lse, past_s, key_mask, backend):
     like = [s, q, k, gamma] + ([] if past_s is None else [past_s])
@@ -138,10 +143,27 @@ def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(q, k, gamma, *output, past_s, key_mask)
 
 
+def _by_input(ctx: Any, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    df, dq, dk, dgamma, dpast_s = grads
+    return df, dq, dk, dgamma, None if ctx.saved_tensors[5] is None else dpast_s, None, None
+
+
 def _differentiate(ctx: Any, ds: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    past_s = ctx.saved_tensors[5]
-    df, dq, dk, dgamma, dpast_s = _backward(ds, *ctx.saved_tensors, ctx.backend)
-    return df, dq, dk, dgamma, None if past_s is None else dpast_s, None, None
+    return _by_input(ctx, _backward(ds, *ctx.saved_tensors, ctx.backend))
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
+
+
+class _Eager(torch.autograd.Function):
+    """The same operator without the dispatch of a custom op."""
+
+    forward = staticmethod(_solve)
+    setup_context = staticmethod(_save)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, ds: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, gamma, s, lse, past_s, key_mask = ctx.saved_tensors
+        grads = _gradients(ds, q, k, gamma, s, lse, past_s, key_mask, ctx.backend)
+        return _by_input(ctx, grads)

@@ -1,0 +1,150 @@
+"""Triton kernels for the gradients of q, k and gamma, given u, the gradient of f.
+
+A chunk of query rows at a time, in a workspace of chunk x columns: the probabilities alpha; from
+them r = <u, alpha s>; over them the score gradients gamma alpha (u s^T - r); from those dq and dk.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from sessa_torch.feedback.triton_solve import LOG2_E, product, score_tile
+
+# Sizes for which no kernel of its own is compiled.
+COUNTS = ["first", "chunk", "T", "past", "width"]
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def probabilities_kernel(
+    q, k, lse, mask, p,
+    sqb, sqt, skb, skt, first, chunk, T, past, NP, width, scale2, shift,
+    K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """2^shift alpha of one tile of rows and columns into the workspace p (B, chunk, NP)."""
+    b = tl.program_id(2).to(tl.int64)
+    local = tl.program_id(1) * BM + tl.arange(0, BM)
+    rows = first + local
+    cols = tl.program_id(0) * BN + tl.arange(0, BN)
+    if tl.program_id(0) * BN < tl.cdiv(past + first + (tl.program_id(1) + 1) * BM, BM) * BM:
+        rows_ok = rows < T
+        cols_ok = cols < past + T
+        q_rows = q + b * sqb + (tl.minimum(rows, T - 1).to(tl.int64) * sqt)[:, None]
+        k_cols = k + b * skb + (tl.minimum(cols, past + T - 1).to(tl.int64) * skt)[None, :]
+        s = score_tile(q_rows, k_cols, width, K, BM, BN, BK, PRECISION)
+        top = tl.load(lse + b * T + rows, mask=rows_ok, other=float("inf")) * LOG2_E - shift
+        e = tl.exp2(s * scale2 - top[:, None])
+        seen = (cols[None, :] < past + rows[:, None]) & cols_ok[None, :]
+        if MASKED:
+            shown = tl.load(mask + b * (past + T) + cols, mask=cols_ok, other=0) != 0
+            seen = seen & shown[None, :]
+        e = tl.where(seen, e, 0.0)
+        at = p + (b * chunk + local[:, None]) * NP + cols[None, :]
+        tl.store(at, e.to(p.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=COUNTS[:4])
+def read_kernel(
+    p, u, states, r, sub, sut, ssb, sst, first, chunk, T, past, NP, shift,
+    D: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """r = <u, alpha s> of one row tile over BD columns of the states, into r (parts, B, T)."""
+    part = tl.program_id(0)
+    tile = tl.num_programs(1) - 1 - tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
+    local = tile * BM + tl.arange(0, BM)
+    rows = first + local
+    d = part * BD + tl.arange(0, BD)
+    d_ok = (d < D)[None, :]
+    p_rows = p + (b * chunk + local[:, None]) * NP
+    stop = tl.minimum(past + first + (tile + 1) * BM, past + T)
+    acc = tl.zeros((BM, BD), tl.float32)
+    acc = product(
+        acc, p_rows, states + b * ssb, sst, 0, stop, past + T - 1, d, D, BD, BK, PRECISION
+    )
+    rows_ok = rows < T
+    at = u + b * sub + (rows.to(tl.int64) * sut)[:, None] + d[None, :]
+    acc *= tl.load(at, mask=rows_ok[:, None] & d_ok, other=0.0).to(tl.float32)
+    tl.store(
+        r + (part * tl.num_programs(2) + b) * T + rows,
+        tl.sum(acc, 1) * tl.exp2(-shift),
+        mask=rows_ok,
+    )
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def score_gradients_kernel(
+    p, u, states, gamma, r, unit, sub, sut, ssb, sst,
+    first, chunk, T, past, NP, width, shift,
+    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Replace 2^shift alpha in the workspace by unit gamma alpha (<u, s> - r)."""
+    b = tl.program_id(2).to(tl.int64)
+    local = tl.program_id(1) * BM + tl.arange(0, BM)
+    rows = first + local
+    cols = tl.program_id(0) * BN + tl.arange(0, BN)
+    if tl.program_id(0) * BN < tl.cdiv(past + first + (tl.program_id(1) + 1) * BM, BM) * BM:
+        rows_ok = rows < T
+        u_rows = u + b * sub + (tl.minimum(rows, T - 1).to(tl.int64) * sut)[:, None]
+        s_cols = states + b * ssb + (tl.minimum(cols, past + T - 1).to(tl.int64) * sst)[None, :]
+        dP = score_tile(u_rows, s_cols, width, D, BM, BN, BK, PRECISION)
+        mean = tl.zeros((BM,), tl.float32)
+        for part in tl.static_range(PARTS):
+            mean += tl.load(r + (part * tl.num_programs(2) + b) * T + rows, mask=rows_ok, other=0.0)
+        gain = tl.load(gamma + b * T + rows, mask=rows_ok, other=0.0)
+        gain = gain.to(tl.float32) * tl.load(unit) * tl.exp2(-shift)
+        at = p + (b * chunk + local[:, None]) * NP + cols[None, :]
+        alpha = tl.load(at).to(tl.float32)
+        tl.store(at, (alpha * gain[:, None] * (dP - mean[:, None])).to(p.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=[*COUNTS[:4], "row_tasks", "last"])
+def products_kernel(
+    p, q, k, dq, dk, dk_sum, unit, sqb, sqt, skb, skt,
+    first, chunk, T, past, NP, scale, row_tasks, last,
+    K: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq of the chunk's rows, and what the chunk adds to dk_sum; the last chunk writes dk.
+
+    dq, dk and dk_sum are contiguous; dk_sum starts as zeros.
+    """
+    PARTS: tl.constexpr = (K + BD - 1) // BD
+    task = tl.program_id(0)
+    b = tl.program_id(1).to(tl.int64)
+    d = (task % PARTS) * BD + tl.arange(0, BD)
+    d_ok = (d < K)[None, :]
+    acc = tl.zeros((BM, BD), tl.float32)
+    scale = scale / tl.load(unit)
+    if task < row_tasks:
+        tile = (row_tasks - 1 - task) // PARTS
+        local = tile * BM + tl.arange(0, BM)
+        rows = first + local
+        p_rows = p + (b * chunk + local[:, None]) * NP
+        stop = tl.minimum(past + first + (tile + 1) * BM, past + T)
+        acc = product(acc, p_rows, k + b * skb, skt, 0, stop, past + T - 1, d, K, BD, BK, PRECISION)
+        dq_at = dq + (b * T + rows[:, None]) * K + d[None, :]
+        tl.store(dq_at, (acc * scale).to(dq.dtype.element_ty), mask=(rows < T)[:, None] & d_ok)
+    else:
+        tile = (task - row_tasks) // PARTS
+        cols = tile * BM + tl.arange(0, BM)
+        inner = tl.arange(0, BK)
+        begin = tl.maximum(tile * BM - past - first, 0) // BM * BM
+        for start in range(begin, tl.minimum(chunk, T - first), BK):
+            a = tl.load(p + (b * chunk + start + inner[:, None]) * NP + cols[None, :])
+            query = tl.minimum(first + start + inner, T - 1).to(tl.int64)
+            at = q + b * sqb + (query * sqt)[:, None] + d[None, :]
+            c = tl.load(at) if K % BD == 0 else tl.load(at, mask=d_ok, other=0.0)
+            acc = tl.dot(tl.trans(a), c, acc, input_precision=PRECISION)
+        dk_at = (b * (past + T) + cols[:, None]) * K + d[None, :]
+        dk_ok = (cols < past + T)[:, None] & d_ok
+        acc *= scale
+        if first > 0:
+            acc += tl.load(dk_sum + dk_at, mask=dk_ok, other=0.0)
+        if last:
+            tl.store(dk + dk_at, acc.to(dk.dtype.element_ty), mask=dk_ok)
+        else:
+            tl.store(dk_sum + dk_at, acc, mask=dk_ok)

@@ -1,0 +1,320 @@
+"""The feedback solve on CUDA: which inputs the Triton kernels take, and how they are launched.
+
+Triton is imported when a kernel first runs, so that this module can say what is missing.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MIB = 2**20
+# New rows and columns of s up to which a few rows behind a past have kernels of their own.
+DECODE_ROWS, DECODE_WIDTH = 16, 2048
+# The workspace of the score gradients: this many elements, but at least so many tiles of rows.
+CHUNK_ELEMENTS, CHUNK_TILES = 64 * MIB, 16
+# Row tiles by which the scores run ahead of the solve, for few sequences and for SEQUENCES or more.
+LAG, SHORT_LAG, SEQUENCES = 28, 5, 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiles:
+    """Sizes of the kernels' tiles: rows, columns of scores, inner length, columns of s or k.
+
+    A chunk is the windows of scores that one task computes.
+    """
+
+    rows: int
+    columns: int
+    inner: int
+    width: int
+    leaf: int = 32
+    chunk: int = 4
+    warps: int = 8
+    stages: int = 3
+
+
+# Triton's interpreter runs on the CPU; small tiles give it several of everything.
+INTERPRETED = Tiles(rows=32, columns=32, inner=32, width=32, leaf=8, chunk=2)
+HALF = Tiles(rows=128, columns=128, inner=64, width=128, warps=4)
+SINGLE = Tiles(rows=128, columns=128, inner=32, width=128)
+SINGLE_SHARED = 128 * 1024
+
+
+def unavailable(f: Tensor, q: Tensor) -> str | None:
+    """Why the kernels cannot run for these inputs; None when they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    if torch.promote_types(f.dtype, q.dtype) == torch.float64:
+        return "the kernels take float32, bfloat16 and float16, not float64"
+    if interpreted():
+        return None
+    if f.device.type != "cuda":
+        return f"f is on {f.device.type}, the kernels need CUDA"
+    if _capability(f.device) < (8, 0):
+        return "the GPU is older than compute capability 8.0"
+    if torch.float32 in (f.dtype, q.dtype) and _shared_memory(f.device) < SINGLE_SHARED:
+        return "the GPU gives a program less than the 128 KiB that float32 needs"
+    return None
+
+
+def interpreted() -> bool:
+    """Whether Triton interprets kernels on the CPU (TRITON_INTERPRET=1)."""
+    import triton
+
+    return triton.knobs.runtime.interpret
+
+
+@functools.cache
+def programs(device: torch.device) -> int:
+    """Multiprocessors of the device."""
+    if device.type != "cuda":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def _shared_memory(device: torch.device) -> int:
+    from triton.runtime import driver
+
+    return driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def tiles_for(dtype: torch.dtype, device: torch.device) -> Tiles:
+    """The tile sizes for operands of this dtype on this device."""
+    if device.type != "cuda":
+        return INTERPRETED
+    return SINGLE if dtype == torch.float32 else HALF
+
+
+def precision(dtype: torch.dtype) -> str:
+    """Triton's name for how products of this dtype run.
+
+    float32 runs as three TF32 products, which keep float32's accuracy. A single one does not, not
+    even where PyTorch allows TF32: its operands are cut off, and the scores lose three digits.
+    """
+    return "tf32x3" if dtype == torch.float32 else "ieee"
+
+
+def rows_contiguous(tensor: Tensor) -> Tensor:
+    """The tensor with unit stride along its last axis, copied only where it has another."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def mask_bytes(mask: Tensor | None) -> Tensor | None:
+    """A boolean mask as contiguous bytes."""
+    return None if mask is None else mask.contiguous().view(torch.uint8)
+
+
+def solve_forward(
+    f: Tensor,  # (B, T, D)
+    q: Tensor,  # (B, T, K)
+    k: Tensor,  # (B, P+T, K)
+    gamma: Tensor,  # (B, T)
+    past_s: Tensor | None = None,  # (B, P, D)
+    key_mask: Tensor | None = None,  # (B, P+T)
+) -> tuple[Tensor, Tensor]:
+    """Solve (I - N) s = f; give s (B, T, D) like f and the log-sum-exp (B, T) of every score row.
+
+    The log-sum-exp is float32, and +inf for a row that sees nothing.
+    """
+    B, T, D = f.shape
+    P = k.shape[1] - T
+    dtype = torch.promote_types(f.dtype, q.dtype)
+    if past_s is not None and T <= DECODE_ROWS and P > 0 and D <= DECODE_WIDTH:
+        return _decode(f, q.to(dtype), k.to(dtype), gamma, past_s, key_mask)
+    states = torch.empty(B, P + T, D, dtype=dtype, device=f.device)
+    if past_s is not None:
+        states[:, :P] = past_s
+    lse = torch.empty(B, T, dtype=torch.float32, device=f.device)
+    f, q, k = (rows_contiguous(x.to(dtype)) for x in (f, q, k))
+    _solve(f, q, k, gamma.contiguous(), mask_bytes(key_mask), lse, states, states, reverse=False)
+    return states[:, P:].to(f.dtype).contiguous(), lse
+
+
+def _decode(
+    f: Tensor, q: Tensor, k: Tensor, gamma: Tensor, past_s: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """solve_forward for at most DECODE_ROWS rows behind a past."""
+    from sessa_torch.feedback.triton_decode import ROWS, combine_kernel, past_kernel
+
+    (B, T, D), P, K = f.shape, past_s.shape[1], q.shape[2]
+    f, q, k, past_s = (rows_contiguous(x) for x in (f, q, k, past_s))
+    seen, gamma = mask_bytes(mask), gamma.contiguous()
+    wide = 1 << max(D - 1, 15).bit_length()
+    block = max(16, min(64, 2**16 // (wide * q.element_size())))
+    # At most 128 shares, so that the second kernel holds one row of all of them.
+    splits = max(1, min(128, programs(q.device) // B, -(-P // block)))
+    share = -(-P // (splits * block)) * block
+    splits = -(-P // share)
+    sums = torch.empty(B, splits, 2, ROWS.value, dtype=torch.float32, device=f.device)
+    parts = torch.empty(B, splits, T, D, dtype=torch.float32, device=f.device)
+    s = torch.empty(B, T, D, dtype=f.dtype, device=f.device)
+    lse = torch.empty(B, T, dtype=torch.float32, device=f.device)
+    # One wide piece of K would be buffered whole for every stage, beyond the shared memory.
+    inner = min(64, 1 << max(K - 1, 15).bit_length())
+    common = {"K": K, "D": D, "BK": inner, "SCALE": K**-0.5 * math.log2(math.e)}
+    common |= {"MASKED": mask is not None, "PRECISION": precision(q.dtype)}
+    seen = q if seen is None else seen
+    past_kernel[(splits, B)](
+        q, k, past_s, seen, sums, parts, *q.stride()[:2], *k.stride()[:2], *past_s.stride()[:2],
+        T, P, share, BN=block, BD=wide, num_warps=8, **common,
+    )  # fmt: skip
+    combine_kernel[(-(-D // 32), B)](
+        f, q, k, gamma, seen, sums, parts, s, lse,
+        *f.stride()[:2], *q.stride()[:2], *k.stride()[:2], T, P, splits,
+        BD=32, SPLITS=max(16, 1 << (splits - 1).bit_length()), num_warps=4, **common,
+    )  # fmt: skip
+    return s, lse
+
+
+def _solve(
+    f: Tensor,
+    q: Tensor,
+    k: Tensor,
+    gamma: Tensor,
+    mask: Tensor | None,
+    lse: Tensor,
+    values: Tensor,
+    out: Tensor,
+    *,
+    reverse: bool,
+) -> None:
+    """Run the solve kernel; when reverse, q are the keys, k the queries and out the gradient u."""
+    from sessa_torch.feedback.triton_solve import solve_kernel
+
+    (B, T, D), K, rows = f.shape, q.shape[2], out.shape[1]
+    t = tiles_for(q.dtype, q.device)
+    columns = T if reverse else rows
+    tiles, parts = -(-rows // t.rows), -(-D // t.width)
+    padded = -(-columns // t.rows) * t.rows
+    windows = -(-padded // t.columns)
+    tasks = -(-windows // t.chunk) + 1 + parts
+    # With many sequences a step has tasks enough to keep the device busy until the next.
+    lag = min(tiles, LAG if B < SEQUENCES else SHORT_LAG)
+    steps = tiles + lag - (0 if reverse else (rows - T) // t.rows)
+    ring = min(tiles, lag + 2 + programs(q.device) // (B * parts))
+    p = q.new_empty(B * ring * t.rows * padded)
+    work = lse.new_empty(B * ring * t.rows * (2 * windows + 3 + t.rows))
+    flags = torch.zeros(1 + 3 * B * tiles + B * parts, dtype=torch.int32, device=q.device)
+    half = q.dtype == torch.float16
+    solve_kernel[(steps * B * tasks,)](
+        f, q, k, gamma, q if mask is None else mask, lse, values, out, p, work, flags,
+        *f.stride()[:2], *q.stride()[:2], *k.stride()[:2], B, T, rows - T, ring,
+        (lag + 1) // 3 + 1, lag, K, t.leaf.bit_length() - 2,
+        K=K, D=D, BM=t.rows, BN=t.columns, BK=t.inner, BD=t.width, CHUNK=t.chunk, LEAF=t.leaf,
+        MERGES=(t.rows // t.leaf).bit_length() - 1,
+        SCALE=K**-0.5 * math.log2(math.e), HEADROOM=14.0 if half else 60.0,
+        SHIFT=15.0 if half else 0.0, REVERSE=reverse, MASKED=mask is not None,
+        EXACT="tf32" if q.element_size() == 2 else precision(q.dtype), PRECISION=precision(q.dtype),
+        num_warps=t.warps, num_stages=t.stages,
+    )  # fmt: skip
+
+
+def solve_backward(
+    ds: Tensor,  # (B, T, D)
+    q: Tensor,  # (B, T, K)
+    k: Tensor,  # (B, P+T, K)
+    gamma: Tensor,  # (B, T)
+    s: Tensor,  # (B, T, D)
+    lse: Tensor,  # (B, T)
+    past_s: Tensor | None = None,  # (B, P, D)
+    key_mask: Tensor | None = None,  # (B, P+T)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of f, q, k, gamma and past_s (None without a past) from ds, the gradient of s.
+
+    u = (I - N)^-T ds is the same solve backward in time; with r = rowsum(alpha * u s^T) the score
+    gradient is gamma alpha (u s^T - r) and the gradient of gamma is r.
+    """
+    dtype = torch.promote_types(s.dtype, q.dtype)
+    B, T, D = s.shape
+    columns = k.shape[1]
+    ds, qw, kw, states = (rows_contiguous(x.to(dtype)) for x in (ds, q, k, s))
+    gain, mask = gamma.contiguous(), mask_bytes(key_mask)
+    if past_s is not None:
+        states = torch.cat([past_s.to(dtype), states], 1)
+    u = torch.empty(B, columns, D, dtype=dtype, device=s.device)
+    w = torch.empty(B, T, D, dtype=dtype, device=s.device)
+    _solve(ds, kw, qw, gain, mask, lse, w, u, reverse=True)
+    new, past = u[:, columns - T :], u[:, : columns - T]
+    dq, dk, dgamma = _score_gradients(new, qw, kw, gain, states, lse, mask)
+    # df and dpast_s must not share memory, which slices of one sequence would.
+    dpast_s = None if past_s is None else past.to(past_s.dtype, copy=True).contiguous()
+    df = new.to(s.dtype).contiguous()
+    return df, dq.to(q.dtype), dk.to(k.dtype), dgamma.to(gamma.dtype), dpast_s
+
+
+def _score_gradients(
+    u: Tensor,
+    q: Tensor,
+    k: Tensor,
+    gamma: Tensor,
+    states: Tensor,
+    lse: Tensor,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dgamma from u (B, T, D) and all states (B, P+T, D), by chunks of query rows."""
+    from sessa_torch.feedback import triton_gradient as kernels
+
+    (B, T, D), (columns, K) = u.shape, k.shape[1:]
+    t = tiles_for(q.dtype, q.device)
+    rows = min(max(CHUNK_ELEMENTS // (B * columns), CHUNK_TILES * t.rows), T)
+    chunk = -(-rows // t.rows) * t.rows
+    padded = -(-columns // t.rows) * t.rows
+    parts = -(-D // t.width)
+    p = torch.empty(B, chunk, padded, dtype=q.dtype, device=q.device)
+    r = torch.empty(parts, B, T, dtype=torch.float32, device=q.device)
+    dq = torch.empty(B, T, K, dtype=q.dtype, device=q.device)
+    dk = torch.empty(B, columns, K, dtype=q.dtype, device=q.device)
+    dk_sum = torch.empty_like(dk, dtype=torch.float32) if chunk < T else dk
+    if chunk < T:
+        dk_sum.zero_()
+    shift = 15.0 if q.dtype == torch.float16 else 0.0
+    unit = _unit(u, states)
+    common = {"BM": t.rows, "BK": t.inner, "PRECISION": precision(q.dtype)}
+    common |= {"num_warps": t.warps, "num_stages": t.stages}
+    by_row = (*u.stride()[:2], *states.stride()[:2])
+    for first in range(0, T, chunk):
+        here = min(chunk, T - first)
+        seen = columns - T + first + here
+        tiles = -(-here // t.rows)
+        grid = (-(-seen // t.rows) * t.rows // t.columns, tiles, B)
+        where = (first, chunk, T, columns - T, padded)
+        kernels.probabilities_kernel[grid](
+            q, k, lse, q if mask is None else mask, p, *q.stride()[:2], *k.stride()[:2], *where, K,
+            K**-0.5 * math.log2(math.e), shift,
+            K=K, BN=t.columns, MASKED=mask is not None, **common,
+        )  # fmt: skip
+        kernels.read_kernel[(parts, tiles, B)](
+            p, u, states, r, *by_row, *where, shift, D=D, BD=t.width, **common
+        )
+        kernels.score_gradients_kernel[grid](
+            p, u, states, gamma, r, unit, *by_row, *where, D, shift,
+            D=D, BN=t.columns, PARTS=parts, **common,
+        )  # fmt: skip
+        wide = -(-K // t.width)
+        row_tasks = tiles * wide
+        kernels.products_kernel[(row_tasks + -(-seen // t.rows) * wide, B)](
+            p, q, k, dq, dk, dk_sum, unit, *q.stride()[:2], *k.stride()[:2], *where, K**-0.5,
+            row_tasks, first + chunk >= T, K=K, BD=t.width, **common,
+        )  # fmt: skip
+    return dq, dk, r.sum(0)
+
+
+def _unit(u: Tensor, states: Tensor) -> Tensor:
+    """The factor that keeps score gradients, of which float16 holds few magnitudes, below 2^14."""
+    if u.dtype != torch.float16:
+        return torch.ones(1, dtype=torch.float32, device=u.device)
+    largest = [torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).amax() for x in (u, states)]
+    bound = 2 * largest[0] * largest[1]
+    return torch.where(bound > 0, 2.0**14 / bound, 1.0).reshape(1)

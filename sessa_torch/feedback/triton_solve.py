@@ -1,0 +1,421 @@
+"""The feedback solve as one Triton kernel, forward in time and, for the gradient, backward in time.
+
+Rows are cut into tiles. A program draws a ticket and does one task; a task waits only for tasks of
+lower tickets, which are running or done, so the order of the tickets excludes a deadlock:
+
+    scores   exp2(score - m) of one row tile over a chunk of columns, into a ring of row tiles
+    inverse  softmax sums of a row tile; X = (I - N_ii)^-1 and Y_ij = X N_ij of the LINKS tiles j
+             before i, in the place of N in the ring
+    mix      z = X (f + N s over the tiles before those), then s_i = z + Y s, for a slice of D
+
+Only the product with Y waits for the tiles just before, so the chain through time is one small
+product a tile, and the scores run ahead of it as far as the ring allows.
+
+Backward in time the same system is u = ds + N^T u. Rows are then keys, columns are queries, both
+counted from the last position, the probabilities are known (lse), and the values are w = gamma u.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Tiles before its own whose part in a row tile goes through Y.
+LINKS = tl.constexpr(2)
+# The maximum of a row in which nothing is visible.
+NOTHING = tl.constexpr(-1e30)
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def wait(flag, count):
+    """Spin until the flag reaches count; what was written before it was raised is then visible."""
+    seen = tl.atomic_add(flag, 0, sem="acquire")
+    while seen < count:
+        seen = tl.atomic_add(flag, 0, sem="acquire")
+    return seen
+
+
+@triton.jit
+def signal(flag):
+    tl.debug_barrier()
+    tl.atomic_add(flag, 1, sem="release")
+
+
+@triton.jit
+def score_tile(
+    q, k, width, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Products (BM, BN) in float32; q (BM, 1) and k (1, BN) point to the start of their rows.
+
+    width is K, passed at run time so that the loop is not unrolled.
+    """
+    inner = tl.arange(0, BK)
+    acc = tl.zeros((BM, BN), tl.float32)
+    for start in range(0, width, BK):
+        if K % BK == 0:
+            a = tl.load(q + (start + inner)[None, :])
+            b = tl.load(k + (start + inner)[:, None])
+        else:
+            inside = start + inner < K
+            a = tl.load(q + (start + inner)[None, :], mask=inside[None, :], other=0.0)
+            b = tl.load(k + (start + inner)[:, None], mask=inside[:, None], other=0.0)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def product(
+    acc, a_rows, values, stride, begin, end, last, d, D: tl.constexpr, BD: tl.constexpr,
+    BK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """acc + columns begin to end of a_rows (BM, 1) times these rows of values, columns d (BD,).
+
+    Rows of values behind the last repeat it; a_rows must be 0 there.
+    """
+    inner = tl.arange(0, BK)
+    columns = values + d[None, :]
+    for start in range(begin, end, BK):
+        a = tl.load(a_rows + (start + inner)[None, :])
+        at = columns + (tl.minimum(start + inner, last).to(tl.int64) * stride)[:, None]
+        b = tl.load(at) if D % BD == 0 else tl.load(at, mask=(d < D)[None, :], other=0.0)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def scores_task(
+    q, k, lse, mask, p, stats, ref_ring, ref_done, scores_done, sqt, skt, row, chunk, T, P, NP, NW,
+    width,
+    K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, CHUNK: tl.constexpr,
+    SCALE: tl.constexpr, HEADROOM: tl.constexpr, SHIFT: tl.constexpr,
+    REVERSE: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Windows of BN columns, counted down from the diagonal, of the probabilities of one row tile.
+
+    A window is stored relative to the row's maximum in the first window that shows it anything, or
+    to its own where that is more than HEADROOM higher: few rows need rescaling and none overflows.
+    """
+    local = tl.arange(0, BM)
+    rows = row * BM + local
+    columns = T if REVERSE else P + T
+    # Rows and columns outside repeat the nearest one inside; what they give is masked or unused.
+    if REVERSE:
+        near_rows = tl.maximum(P + T - 1 - rows, 0)
+    else:
+        near_rows = tl.minimum(tl.maximum(rows - P, 0), T - 1)
+    end = tl.minimum((row + 1) * BM, NP)
+    windows = tl.cdiv(end, BN)
+    q_rows = q + (near_rows.to(tl.int64) * sqt)[:, None]
+    ref = tl.full((BM,), NOTHING, tl.float32)
+    if REVERSE:
+        rows_ok = rows < P + T
+        if MASKED:
+            rows_ok = rows_ok & (tl.load(mask + near_rows) != 0)
+        ref = tl.where(rows_ok, -SHIFT, float("inf"))
+    elif chunk > 0:
+        wait(ref_done, 1)
+        ref = tl.load(ref_ring + local)
+    for window in range(chunk * CHUNK, tl.minimum((chunk + 1) * CHUNK, windows)):
+        first = end - (window + 1) * BN
+        cols = first + tl.arange(0, BN)
+        near_cols = tl.minimum(tl.maximum(cols, 0), columns - 1)
+        if REVERSE:
+            near_cols = T - 1 - near_cols
+        k_cols = k + (near_cols.to(tl.int64) * skt)[None, :]
+        s = score_tile(q_rows, k_cols, width, K, BM, BN, BK, PRECISION) * SCALE
+        if REVERSE:
+            s -= (tl.load(lse + near_cols) * LOG2_E)[None, :]
+        elif MASKED:
+            s = tl.where((tl.load(mask + near_cols) != 0)[None, :], s, float("-inf"))
+        if (first < 0) | (first + BN > tl.minimum(row * BM, columns)):
+            seen = (cols >= 0) & (cols < columns)
+            s = tl.where((cols[None, :] < rows[:, None]) & seen[None, :], s, float("-inf"))
+        m = ref
+        if not REVERSE:
+            top = tl.max(s, 1)
+            m = tl.where(top > ref + HEADROOM, top, ref)
+        rounded = tl.exp2(s - m[:, None]).to(p.dtype.element_ty)
+        tl.store(p + local[:, None] * NP + cols[None, :], rounded, mask=(cols >= 0)[None, :])
+        if not REVERSE:
+            # The sum of what is multiplied, so that the weights of a row add up to one.
+            tl.store(stats + window * BM + local, m)
+            tl.store(stats + (NW + window) * BM + local, tl.sum(rounded.to(tl.float32), 1))
+            ref = tl.where(ref == NOTHING, m, ref)
+            if (chunk == 0) & (window == tl.minimum(1, windows - 1)):
+                tl.store(ref_ring + local, ref)
+                signal(ref_done)
+    signal(scores_done)
+
+
+@triton.jit
+def softmax_sums(stats, p, windows, end, NP, NW, BM: tl.constexpr, BN: tl.constexpr):
+    """Maximum and sum (BM,) of a row tile, whose windows end up relative to the maximum.
+
+    Windows stored relative to something else are rescaled in place.
+    """
+    local = tl.arange(0, BM)
+    top = tl.full((BM,), NOTHING, tl.float32)
+    low = tl.full((BM,), -NOTHING, tl.float32)
+    total = tl.zeros((BM,), tl.float32)
+    for start in range(0, windows, 8):
+        # Eight at a time, so that their loads are under way together.
+        for ahead in tl.static_range(8):
+            at = stats + tl.minimum(start + ahead, windows - 1) * BM + local
+            m = tl.load(at)
+            part = tl.load(at + NW * BM) * tl.where(start + ahead < windows, 1.0, 0.0)
+            low = tl.minimum(low, tl.where(part > 0, m, -NOTHING))
+            new = tl.maximum(top, tl.where(part > 0, m, NOTHING))
+            total = total * tl.exp2(top - new) + part * tl.exp2(tl.minimum(m - new, 0.0))
+            top = new
+    if tl.max(top - low, 0) > 0:
+        for window in range(0, windows):
+            cols = end - (window + 1) * BN + tl.arange(0, BN)
+            cells = p + (local.to(tl.int64) * NP)[:, None] + cols[None, :]
+            inside = (cols >= 0)[None, :] & (local >= 0)[:, None]
+            weight = tl.exp2(tl.minimum(tl.load(stats + window * BM + local) - top, 0.0))
+            old = tl.load(cells, mask=inside, other=0.0).to(tl.float32)
+            tl.store(cells, (old * weight[:, None]).to(p.dtype.element_ty), mask=inside)
+        tl.debug_barrier()
+    return top, total
+
+
+@triton.jit
+def merge_inverses(
+    N, gain, colgain, x, NP, BM: tl.constexpr, SIZE: tl.constexpr, PRECISION: tl.constexpr
+):
+    """Make inverses of 2 SIZE rows of those of SIZE rows: the lower-left block is X2 N21 X1."""
+    i = tl.arange(0, SIZE)[:, None]
+    j = tl.arange(0, SIZE)[None, :]
+    for pair in range(0, BM, 2 * SIZE):
+        lower = pair + SIZE
+        # Above the diagonal x was never written.
+        first = tl.load(x + (pair + i) * BM + pair + j, mask=i >= j, other=0.0)
+        second = tl.load(x + (lower + i) * BM + lower + j, mask=i >= j, other=0.0)
+        low = tl.load(N + (lower + i).to(tl.int64) * NP + pair + j).to(tl.float32)
+        low *= tl.load(gain + lower + i) * tl.load(colgain + pair + j)
+        low = tl.dot(second, low, input_precision=PRECISION)
+        low = tl.dot(low, first, input_precision=PRECISION)
+        tl.store(x + (lower + i) * BM + pair + j, low)
+    tl.debug_barrier()
+
+
+@triton.jit
+def invert_tile(
+    N, gain, colgain, x, NP, doublings, BM: tl.constexpr, LEAF: tl.constexpr,
+    MERGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(I - gain N colgain)^-1 of a tile into x (BM, BM), on and below the diagonal, in float32.
+
+    N is nilpotent: a leaf is (I + N)(I + N^2)(I + N^4)..., then neighbours merge.
+    """
+    leaf = LEAF * tl.arange(0, BM // LEAF)[:, None, None]
+    i = tl.arange(0, LEAF)[None, :, None]
+    j = tl.arange(0, LEAF)[None, None, :]
+    power = tl.load(N + (leaf + i).to(tl.int64) * NP + leaf + j).to(tl.float32)
+    power *= tl.load(gain + leaf + i) * tl.load(colgain + leaf + j)
+    X = power + tl.where((i == j) & (leaf >= 0), 1.0, 0.0)
+    for _ in range(doublings):
+        power = tl.dot(power, power, input_precision=PRECISION)
+        X += tl.dot(X, power, input_precision=PRECISION)
+    tl.store(x + (leaf + i) * BM + leaf + j, X)
+    tl.debug_barrier()
+    for level in tl.static_range(MERGES):
+        merge_inverses(N, gain, colgain, x, NP, BM, LEAF * 2**level, PRECISION)
+
+
+@triton.jit
+def inverse_task(
+    p, stats, lse, gamma, gain, x, scores_done, inverse_done, row, T, P, NP, NW,
+    doublings,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, CHUNK: tl.constexpr, LEAF: tl.constexpr,
+    MERGES: tl.constexpr, SHIFT: tl.constexpr,
+    REVERSE: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gain of a row tile, and lse when forward; X - I takes the place of N_ii, Y of N_{i,i-1}."""
+    local = tl.arange(0, BM)
+    rows = row * BM + local
+    end = tl.minimum((row + 1) * BM, NP)
+    windows = tl.cdiv(end, BN)
+    colgain = gain + BM
+    wait(scores_done, tl.cdiv(windows, CHUNK))
+    if REVERSE:
+        own = tl.load(gamma + T - 1 - rows, mask=rows < T, other=0.0)
+        tl.store(gain + local, tl.full((BM,), 2.0**-SHIFT, tl.float32))
+        tl.store(colgain + local, own.to(tl.float32))
+    else:
+        top, total = softmax_sums(stats, p, windows, end, NP, NW, BM, BN)
+        rows_ok = (rows >= P) & (rows < P + T)
+        seen = total > 0
+        value = (top + tl.log2(tl.where(seen, total, 1.0))) / LOG2_E
+        tl.store(lse + rows - P, tl.where(seen, value, float("inf")), mask=rows_ok)
+        own = tl.load(gamma + rows - P, mask=rows_ok, other=0.0).to(tl.float32)
+        tl.store(gain + local, tl.where(seen, own / tl.where(seen, total, 1.0), 0.0))
+        tl.store(colgain + local, tl.full((BM,), 1.0, tl.float32))
+    tl.debug_barrier()
+    diagonal = p + row * BM
+    cells = local[:, None] * NP + tl.arange(0, BN)[None, :]
+    if row * BM < end:
+        invert_tile(diagonal, gain, colgain, x, NP, doublings, BM, LEAF, MERGES, EXACT)
+        for first in range(0, BM, BN):
+            cols = first + tl.arange(0, BN)[None, :]
+            X = tl.load(x + local[:, None] * BM + cols, mask=local[:, None] > cols, other=0.0)
+            tl.store(diagonal + first + cells, X.to(p.dtype.element_ty))
+    for tile in range(tl.maximum(row - LINKS, 0), tl.minimum(row, NP // BM)):
+        for first in range(tile * BM, (tile + 1) * BM, BN):
+            N = tl.load(p + first + cells).to(tl.float32) * tl.load(gain + local)[:, None]
+            tl.store(p + first + cells, N.to(p.dtype.element_ty))
+            tl.debug_barrier()
+            if row * BM < end:
+                cols = first + tl.arange(0, BN)
+                N = product(
+                    N, diagonal + local[:, None] * NP, p, NP, 0, BM, BM - 1, cols,
+                    BN, BN, BK, PRECISION,
+                )  # fmt: skip
+                tl.store(p + first + cells, N.to(p.dtype.element_ty))
+    signal(inverse_done)
+
+
+@triton.jit
+def read_solved(
+    acc, p_rows, v, solved, known, begin, end, last, d, D: tl.constexpr, BM: tl.constexpr,
+    BD: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """acc + the columns of tiles begin to end times v, as far as solved at a time."""
+    done = begin
+    while done < end:
+        ready = tl.minimum(tl.atomic_add(solved, 0, sem="acquire") + known, end)
+        acc = product(acc, p_rows, v, D, done * BM, ready * BM, last, d, D, BD, BK, PRECISION)
+        done = tl.maximum(ready, done)
+    return acc
+
+
+@triton.jit
+def mix_task(
+    f, v, out, p, gain, inverse_done, solved, sft, row, part, T, P, NP,
+    D: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr,
+    REVERSE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Solve one row tile for BD columns of the states; solved counts the tiles done, in order."""
+    local = tl.arange(0, BM)
+    rows = row * BM + local
+    d = part * BD + tl.arange(0, BD)
+    d_ok = (d < D)[None, :]
+    last = T - 1 if REVERSE else P + T - 1
+    known = 0 if REVERSE else P // BM
+    before = tl.maximum(tl.minimum(row - LINKS, NP // BM), 0)
+    p_rows = p + (local.to(tl.int64) * NP)[:, None]
+    wait(inverse_done, 1)
+    acc = tl.zeros((BM, BD), tl.float32)
+    acc = read_solved(
+        acc, p_rows, v, solved, known, 0, before, last, d, D, BM, BD, BK, PRECISION
+    )  # fmt: skip
+    if REVERSE:
+        f_rows = T - 1 - rows
+        out += (P + T - 1).to(tl.int64) * D
+        step = -D
+    else:
+        f_rows = rows - P
+        step = D
+    f_ok = ((f_rows >= 0) & (f_rows < T))[:, None] & d_ok
+    f_at = f + (f_rows.to(tl.int64) * sft)[:, None] + d[None, :]
+    z = tl.load(f_at, mask=f_ok, other=0.0).to(tl.float32)
+    out_at = out + (rows.to(tl.int64) * step)[:, None] + d[None, :]
+    out_ok = (rows < P + T)[:, None] & d_ok
+    if not REVERSE:
+        out_ok = out_ok & (rows >= P)[:, None]
+        if row * BM < P:
+            old = (rows < P)[:, None] & d_ok
+            z += tl.load(out_at, mask=old, other=0.0).to(tl.float32)
+    z += tl.load(gain + local)[:, None] * acc
+    if row * BM < NP:
+        # The right-hand side passes through the rows of its own solution to become an operand.
+        tl.store(out_at, z.to(out.dtype.element_ty), mask=out_ok)
+        tl.debug_barrier()
+        z = product(
+            z, p_rows, out, step, row * BM, (row + 1) * BM, P + T - 1, d, D, BD, BK, PRECISION
+        )
+    z = read_solved(
+        z, p_rows, v, solved, known, before, tl.minimum(row, NP // BM), last,
+        d, D, BM, BD, BK, PRECISION,
+    )  # fmt: skip
+    if row * BM > NP:
+        wait(solved, row - known)
+    tl.store(out_at, z.to(out.dtype.element_ty), mask=out_ok)
+    if REVERSE:
+        w = (z * tl.load(gain + BM + local)[:, None]).to(v.dtype.element_ty)
+        w_at = v + (rows.to(tl.int64) * D)[:, None] + d[None, :]
+        tl.store(w_at, w, mask=(rows < T)[:, None] & d_ok)
+    signal(solved)
+
+
+@triton.jit(
+    do_not_specialize=["B", "T", "P", "ring", "inverse_lag", "mix_lag", "width", "doublings"]
+)
+def solve_kernel(
+    f, q, k, gamma, mask, lse, v, out, p, work, flags, sfb, sft, sqb, sqt, skb, skt,
+    B, T, P, ring, inverse_lag, mix_lag, width, doublings,
+    K: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BD: tl.constexpr, CHUNK: tl.constexpr, LEAF: tl.constexpr,
+    MERGES: tl.constexpr, SCALE: tl.constexpr, HEADROOM: tl.constexpr,
+    SHIFT: tl.constexpr, REVERSE: tl.constexpr, MASKED: tl.constexpr, EXACT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Draw a ticket: step by step the chunks of scores, one inverse and the mixes, per batch.
+
+    gamma, lse (B, T), mask (B, P+T), out (B, P+T, D) and v are contiguous. Forward v is out, whose
+    first P rows are given; backward in time v (B, T, D) takes w, last position first. A slot of the
+    ring is BM x NP in p, and the statistics, factors and x in work. The lags are the steps by which
+    the tickets of a row tile's inverse and mixes follow those of its first scores.
+    """
+    PARTS: tl.constexpr = (D + BD - 1) // BD
+    columns = T if REVERSE else P + T
+    first_tile = 0 if REVERSE else P // BM
+    tiles = tl.cdiv(P + T, BM)
+    NP = tl.cdiv(columns, BM) * BM
+    NW = tl.cdiv(NP, BN)
+    chunks = tl.cdiv(NW, CHUNK)
+    ticket = tl.atomic_add(flags, 1)
+    b = ticket % B
+    task = (ticket // B) % (chunks + 1 + PARTS)
+    step = ticket // (B * (chunks + 1 + PARTS))
+    lag = tl.where(task > chunks, mix_lag, tl.minimum(task, 1))
+    lag = tl.where(task == chunks, inverse_lag, lag)
+    row = first_tile + step - lag
+    if (step >= lag) & (row < tiles):
+        wide = b.to(tl.int64)
+        slot = wide * ring + row % ring
+        p += slot * (BM * NP)
+        work += slot * (2 * NW * BM + 3 * BM + BM * BM)
+        ref_ring = work + 2 * NW * BM
+        gain = ref_ring + BM
+        x = gain + 2 * BM
+        lse += wide * T
+        count = B * tiles
+        ref_done = flags + 1 + b * tiles + row
+        scores_done = ref_done + count
+        inverse_done = scores_done + count
+        solved = flags + 1 + 3 * count + b * PARTS
+        if task < chunks:
+            if task * CHUNK * BN < tl.minimum((row + 1) * BM, NP):
+                for part in range(PARTS):
+                    wait(solved + part, row - first_tile - ring + 1)
+                scores_task(
+                    q + wide * sqb, k + wide * skb, lse, mask + wide * (P + T), p, work, ref_ring,
+                    ref_done, scores_done, sqt, skt, row, task, T, P, NP, NW, width,
+                    K, BM, BN, BK, CHUNK, SCALE, HEADROOM, SHIFT, REVERSE, MASKED, PRECISION,
+                )  # fmt: skip
+        elif task == chunks:
+            inverse_task(
+                p, work, lse, gamma + wide * T, gain, x, scores_done, inverse_done,
+                row, T, P, NP, NW, doublings, BM, BN, BK, CHUNK, LEAF, MERGES, SHIFT,
+                REVERSE, EXACT, PRECISION,
+            )  # fmt: skip
+        else:
+            part = task - chunks - 1
+            mix_task(
+                f + wide * sfb, v + wide * columns * D, out + wide * (P + T) * D, p, gain,
+                inverse_done, solved + part, sft, row, part, T, P, NP,
+                D, BM, BD, BK, REVERSE, PRECISION,
+            )  # fmt: skip

@@ -1,0 +1,142 @@
+"""The Triton kernels in Triton's interpreter on the CPU, in float32, against float64.
+
+Triton decides when it is imported whether it interprets, so one process of its own computes every
+case (this file run as a script) and the tests read its results. Nothing here needs a GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+CASES = {
+    "one row": {"T": 1},
+    "one row sees one": {"T": 1, "P": 1},
+    "below a tile": {"T": 31, "D": 24},
+    "a tile": {"T": 32},
+    "past a tile": {"T": 33, "K": 40, "D": 8},
+    "ring used again": {"B": 1, "T": 290, "K": 16, "D": 16},
+    "several chunks of gradients": {"T": 100, "chunk_tiles": 1},
+    "past and mask": {"T": 70, "P": 37, "masked": True},
+    "past of whole tiles": {"B": 1, "T": 40, "P": 64},
+    "decode": {"T": 1, "P": 150, "D": 72, "masked": True},
+    "decode a few": {"T": 16, "P": 33, "K": 40},
+    "strided": {"T": 40, "P": 3, "strided": True},
+    "logits to 80": {"B": 1, "T": 130, "K": 16, "D": 16, "logits": 80.0},
+    "gamma 0": {"T": 40, "gamma": 0.0},
+    "gamma 0.999": {"T": 65, "gamma": 0.999},
+    "gamma -0.999": {"T": 65, "gamma": -0.999},
+}
+# The scores near 80 carry float32's rounding of 80 into the exponent.
+LIMITS = {"logits to 80": 2e-4, "gamma 0.999": 1e-5}
+
+
+@pytest.fixture(scope="module")
+def results() -> dict:
+    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    env["PYTHONPATH"] = str(Path(__file__).parent.parent)
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", __file__], capture_output=True, text=True, env=env
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(run.stdout)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_interpreted_kernels_equal_float64(results, name):
+    errors = results[name]
+    assert {"s", "df", "dq", "dk", "dgamma"} <= errors.keys()
+    for what, error in errors.items():
+        assert error <= LIMITS.get(name, 3e-6), what
+
+
+def test_same_inputs_give_the_same_bits(results):
+    assert results["same bits"] == 0
+
+
+def test_unavailable_says_why():
+    from sessa_torch.feedback.triton_kernels import unavailable
+
+    f = torch.zeros(1, 2, 4)
+    assert "CUDA" in unavailable(f, f)
+    assert "float64" in unavailable(f.double(), f.double())
+
+
+def draw(B=2, T=40, K=24, D=40, P=0, masked=False, gamma=None, logits=None, strided=False, **_):
+    generator = torch.Generator().manual_seed(T + P)
+
+    def normal(*shape):
+        x = torch.randn(*shape, generator=generator)
+        return torch.stack([x, x], -1)[..., 0] if strided else x
+
+    f, q, k = normal(B, T, D), normal(B, T, K), normal(B, P + T, K)
+    gain = torch.rand(B, T, generator=generator) * 1.998 - 0.999
+    if gamma is not None:
+        gain.fill_(gamma)
+    if logits:
+        q *= logits / (q @ k.mT * K**-0.5).abs().max()
+    mask = None
+    if masked:
+        mask = torch.rand(B, P + T, generator=generator) > 0.4
+        mask[0, : P + min(T, 4)] = False
+    return f, q, k, gain, normal(B, P, D) if P else None, mask
+
+
+def poison(make):
+    """Workspaces filled with NaN: what is read before it is written shows."""
+
+    def filled(*args, **kwargs):
+        x = make(*args, **kwargs)
+        return x.fill_(float("nan")) if x.is_floating_point() else x
+
+    return filled
+
+
+def relative(got, want):
+    """Error over the size of what is wanted, or the error itself where zero is."""
+    size = want.norm().item()
+    return ((got.double() - want).norm() / (size if size > 1e-12 else 1)).item()
+
+
+def compare(case, kernels, blocked):
+    args = draw(**case)
+    ds = torch.randn(args[0].shape, generator=torch.Generator().manual_seed(1))
+    kernels.CHUNK_TILES = case.get("chunk_tiles", 16)
+    s, lse = kernels.solve_forward(*args)
+    grads = kernels.solve_backward(ds, *args[1:4], s, lse, *args[4:])
+    exact = [x.double() if x is not None and x.is_floating_point() else x for x in args]
+    s64, lse64 = blocked.solve_forward(*exact)
+    wanted = blocked.solve_backward(ds.double(), *exact[1:4], s64, lse64, *exact[4:])
+    seen = torch.isfinite(lse64)
+    assert torch.equal(torch.isfinite(lse), seen)
+    names = ("df", "dq", "dk", "dgamma", "dpast_s")
+    errors = {"s": relative(s, s64), "lse": relative(lse[seen], lse64[seen])}
+    pairs = zip(names, grads, wanted, strict=True)
+    return errors | {name: relative(x, y) for name, x, y in pairs if y is not None}
+
+
+def main():
+    from sessa_torch.feedback import blocked
+    from sessa_torch.feedback import triton_kernels as kernels
+
+    torch.empty = poison(torch.empty)
+    torch.Tensor.new_empty = poison(torch.Tensor.new_empty)
+    # A short lead leaves fewer slots in the ring than the longest case has tiles; chunks are small.
+    kernels.LAG, kernels.CHUNK_ELEMENTS = 3, 1
+    results = {name: compare(case, kernels, blocked) for name, case in CASES.items()}
+    args = draw(T=40, P=3)
+    first, second = (kernels.solve_forward(*args)[0] for _ in range(2))
+    results["same bits"] = int(not torch.equal(first, second))
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
