@@ -1,11 +1,12 @@
 # Each target is a line a person could type. `make demo` and `make test` set everything up themselves.
 PYTHON ?= python3
 BIN := .venv/bin
-# MLX's own BLAS on Linux is slow; Debian's libopenblas0-pthread, where installed, is 20 times faster.
+# MLX's own BLAS on Linux is slow; Debian's libopenblas0-pthread, where installed, is faster. It takes
+# PyTorch's products over as well, whose own threads it must not multiply.
 OPENBLAS := $(wildcard /usr/lib/*-linux-gnu/openblas-pthread/libblas.so.3)
-PRELOAD := $(if $(OPENBLAS),LD_PRELOAD=$(firstword $(OPENBLAS)))
+PRELOAD := $(if $(OPENBLAS),LD_PRELOAD=$(firstword $(OPENBLAS)) OPENBLAS_NUM_THREADS=1)
 
-.PHONY: setup demo test check bench ort-op-fuzz ort-op-sanitize metal-races clean
+.PHONY: setup web demo test check bench ort-op-fuzz ort-op-sanitize metal-races clean
 
 setup: .venv/.installed
 
@@ -14,8 +15,13 @@ setup: .venv/.installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[mlx,torch,onnx,data,plot,dev]'
 	touch $@
 
+# Packages of the web page and of the tests in node and in a browser.
+web:
+	npm install --silent --prefix export/web
+	npm install --silent --prefix tests/clients
+
 demo: setup
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(PRELOAD) bash examples/demo.sh
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh
 
 test: setup
 	$(PRELOAD) $(BIN)/python -m pytest -m 'not slow'
@@ -29,6 +35,7 @@ bench: setup
 	$(BIN)/python benchmarks/feedback_solve.py --device cpu
 	$(BIN)/python benchmarks/mixer.py --device cpu
 	$(BIN)/python benchmarks/ort_op.py
+	$(BIN)/python benchmarks/exported_model.py
 
 ort-op-fuzz: setup
 	$(BIN)/python tests/ort_op_fuzz.py --count 2000

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
@@ -22,17 +21,24 @@ from sessa_common import reference
 from sessa_common.checkpoint import load_weights
 from sessa_common.errors import SessaError
 from sessa_common.generation import left_pad
-from sessa_export.folder import export_checkpoint
+from sessa_export.folder import Options, export_checkpoint
 from sessa_export.graph import OPSETS, build_model, kv_layers, save_model
-from sessa_export.runtime import Stepper, load_stepper
+from sessa_export.runtime import load_stepper
+
+PLAIN = ("grouped", "single_head", "norope", "weak_gamma")
 
 
-@pytest.fixture(scope="module", params=VARIANTS)
+@pytest.fixture(
+    scope="module",
+    params=[(name, 23) for name in VARIANTS] + [(name, 21) for name in PLAIN],
+    ids=lambda given: f"{given[0]}-{given[1]}",
+)
 def exported(request, tmp_path_factory) -> tuple[Path, Path]:
-    """A checkpoint folder and its export, for each variant of the architecture."""
-    folder = tmp_path_factory.mktemp(request.param)
-    checkpoint, _ = write_checkpoint(folder / "checkpoint", small_config(request.param))
-    export_checkpoint(checkpoint, folder / "exported")
+    """A checkpoint folder and its export: each variant of the architecture, and older operators."""
+    variant, opset = request.param
+    folder = tmp_path_factory.mktemp(variant)
+    checkpoint, _ = write_checkpoint(folder / "checkpoint", small_config(variant))
+    export_checkpoint(checkpoint, folder / "exported", Options(opset=opset))
     return checkpoint, folder / "exported"
 
 
@@ -63,7 +69,7 @@ def test_chunks_and_decode(exported) -> None:
     cache = reference.empty_cache(config, 2)
     expected = reference.model_logits(config, weights, tokens, cache=cache)
     assert_logits(np.concatenate(pieces, axis=1), expected)
-    kept = [value.numpy() for value in stepper.past]
+    kept = stepper.caches.arrays()
     pairs = 2 if config.feedback else 1
     for i, layer in enumerate(cache.layers):
         wanted = [layer.k, layer.v, layer.k_fb[:, None], layer.s[:, None]][: 2 * pairs]
@@ -119,7 +125,7 @@ def test_masked_dummy_past_is_no_past(exported) -> None:
 def test_interface_of_the_graph(tmp_path: Path, opset: int) -> None:
     config = small_config("grouped")
     checkpoint, _ = write_checkpoint(tmp_path / "checkpoint", config)
-    export_checkpoint(checkpoint, tmp_path / "out", opset=opset)
+    export_checkpoint(checkpoint, tmp_path / "out", Options(opset=opset))
     model = onnx.load(tmp_path / "out" / "model.onnx")
     assert model.ir_version <= 10
     assert {item.domain: item.version for item in model.opset_import} == {"": opset, "sessa": 1}
@@ -149,9 +155,9 @@ def test_folder_holds_what_goes_with_the_model(exported) -> None:
 def test_large_weights_become_external_data(tmp_path: Path) -> None:
     checkpoint, _ = write_checkpoint(tmp_path / "checkpoint", small_config("untied"))
     export_checkpoint(checkpoint, tmp_path / "one")
-    export_checkpoint(checkpoint, tmp_path / "two", external_data_bytes=100_000)
-    assert not (tmp_path / "one" / "model.onnx.data").exists()
-    assert (tmp_path / "two" / "model.onnx.data").stat().st_size > 100_000
+    export_checkpoint(checkpoint, tmp_path / "two", Options(external_data_bytes=100_000))
+    assert not (tmp_path / "one" / "model.onnx_data").exists()
+    assert (tmp_path / "two" / "model.onnx_data").stat().st_size > 100_000
     assert (tmp_path / "two" / "model.onnx").stat().st_size < 100_000
     tokens, _ = left_pad(batch((20,)))
     one, two = (load_stepper(tmp_path / name).logits(tokens) for name in ("one", "two"))
@@ -203,7 +209,7 @@ def test_failed_check_keeps_the_folder_it_would_replace(tmp_path: Path, monkeypa
 def test_bad_requests(tmp_path: Path, monkeypatch) -> None:
     checkpoint, _ = write_checkpoint(tmp_path / "checkpoint", small_config())
     with pytest.raises(SessaError, match="opset is 20"):
-        export_checkpoint(checkpoint, tmp_path / "out", opset=20)
+        export_checkpoint(checkpoint, tmp_path / "out", Options(opset=20))
     with pytest.raises(SessaError, match="the checkpoint itself"):
         export_checkpoint(checkpoint, checkpoint, force=True)
     with pytest.raises(SessaError, match="no such"):
@@ -230,30 +236,12 @@ def test_damaged_export_is_refused(tmp_path: Path) -> None:
 def test_export_imports_no_framework(tmp_path: Path) -> None:
     checkpoint, _ = write_checkpoint(tmp_path / "checkpoint", small_config())
     code = (
-        "import json, sys; from sessa_export.folder import export_checkpoint;"
+        "import json, sys; from sessa_export.folder import Options, export_checkpoint;"
         f"export_checkpoint({str(checkpoint)!r}, {str(tmp_path / 'out')!r});"
         "print(json.dumps([m for m in ('torch', 'mlx', 'onnxscript') if m in sys.modules]))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(run.stdout) == []
-
-
-def test_steppers_in_threads_share_a_session(exported) -> None:
-    first = load_stepper(exported[1], threads=1)
-    prompts = batch((40, 33, 21, 8))
-
-    def run(prompt: list[int]) -> np.ndarray:
-        stepper = Stepper(first.session, first.config)
-        tokens = np.array([prompt])
-        pieces = [stepper.logits(tokens[:, :5])]
-        pieces += [stepper.step(tokens[:, i : i + 1])[:, None] for i in range(5, len(prompt))]
-        return np.concatenate(pieces, axis=1)
-
-    alone = [run(prompt) for prompt in prompts]
-    with ThreadPoolExecutor(4) as pool:
-        together = list(pool.map(run, prompts))
-    for one, other in zip(alone, together, strict=True):
-        np.testing.assert_array_equal(one, other)
 
 
 def test_stepper_refuses_a_mask_of_another_length(exported) -> None:

@@ -28,7 +28,7 @@ def export(
     ] = None,
     layout: Annotated[
         str | None,
-        typer.Option(help="Caches: natural, or uniform (all of one shape: genai can rewind)."),
+        typer.Option(help="Caches: natural, uniform (genai can rewind) or buffer (our runner)."),
     ] = None,
     native: Annotated[
         bool, typer.Option("--native", help="Build the native operator and put it beside.")

@@ -38,11 +38,14 @@ class Exported:
     library: str | None = None  # the native operator's file beside the model
 
 
-def choose_clients(given: Sequence[str]) -> tuple[str, ...]:
-    """The clients that are asked for; SessaError for an unknown one."""
+def choose_clients(given: Sequence[str], layout: str) -> tuple[str, ...]:
+    """The clients asked for; SessaError for one that is unknown or cannot take `layout`."""
     unknown = [name for name in given if name not in CLIENTS]
     if unknown:
         raise SessaError(f"client is {unknown[0]!r}, expected some of {', '.join(CLIENTS)}")
+    if layout == "buffer" and set(given) - {"ort"}:
+        raise SessaError("the buffer layout is for this project's runner; other clients need "
+                         "natural or uniform")  # fmt: skip
     return tuple(name for name in CLIENTS if name in given or name == "ort")
 
 

@@ -34,7 +34,7 @@ class Options:
     layout: str = "natural"
     clients: Sequence[str] = ("ort",)
     native: bool = False
-    opset: int = 21
+    opset: int = 23
     data: Sequence[str] = ("pydoc",)
     external_data_bytes: int | None = None
 
@@ -98,7 +98,7 @@ def _write_folder(
 ) -> None:
     from sessa_export import clients, native
 
-    asked = clients.choose_clients(options.clients)
+    asked = clients.choose_clients(options.clients, options.layout)
     stop = clients.require_tokenizer(source, config, asked)
     library = native.build() if options.native else None
     path = clients.model_path(asked, options.dtype)

@@ -7,7 +7,7 @@ d = D/H, V vocabulary. The layer is the one of `sessa_common.reference`.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +21,10 @@ from sessa_export.function import DOMAIN, OP_TYPE, VERSION, add_function
 from sessa_export.runtime import CONFIG_KEY
 
 OPSETS = (21, 22, 23)
-LAYOUTS = ("natural", "uniform")
+# From here on there are Attention and RotaryEmbedding; earlier sets get plain operators.
+FUSED_OPSET = 23
+# natural and uniform return grown caches; buffer returns new rows, for a runner that fills them in.
+LAYOUTS = ("natural", "uniform", "buffer")
 IR_VERSION = 10
 # A score that no softmax sees; finite, so that a row with nothing to see stays a number.
 HIDDEN = np.float32(-1e30)
@@ -38,17 +41,33 @@ class Builder:
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, onnx.TensorProto] = {}
         self.scope = ""
+        self.count = 0
 
     def add(self, op: str, *inputs: str, output: str = "", domain: str = "", **attrs: Any) -> str:
         """Append a node and name its one output after the scope, the operator and its number."""
-        name = f"{self.scope}{op}_{len(self.nodes)}"
+        name = self.name(op)
         output = output or name
         self.nodes.append(helper.make_node(op, inputs, [output], name=name, domain=domain, **attrs))
         return output
 
+    def name(self, op: str) -> str:
+        """A name that no other node has, in subgraphs neither."""
+        self.count += 1
+        return f"{self.scope}{op}_{self.count}"
+
+    def either(self, condition: str, then: Callable[[], str], otherwise: Callable[[], str]) -> str:
+        """Append an If on the nodes that two functions add; each returns its float32 result."""
+        outer, branches = self.nodes, {}
+        for key, make in (("then_branch", then), ("else_branch", otherwise)):
+            self.nodes = []
+            result = helper.make_tensor_value_info(make(), TensorProto.FLOAT, None)
+            branches[key] = helper.make_graph(self.nodes, self.name(key), [], [result])
+        self.nodes = outer
+        return self.add("If", condition, **branches)
+
     def split(self, x: str, parts: int, axis: int) -> list[str]:
         """Append a Split into equal parts."""
-        name = f"{self.scope}Split_{len(self.nodes)}"
+        name = self.name("Split")
         outputs = [f"{name}.{i}" for i in range(parts)]
         node = helper.make_node("Split", [x], outputs, name=name, axis=axis, num_outputs=parts)
         self.nodes.append(node)
@@ -81,9 +100,11 @@ class Shared(NamedTuple):
 
     bias: str  # (B, 1, T, S) 0 or HIDDEN
     key_mask: str  # (B, S) bool
-    rotation: tuple[str, str] | None  # cosines and sines (B, 1, T, d), each angle twice
+    rotation: tuple[str, str] | None  # cosines and sines, as `_rotation` says
+    fused: bool  # whether there are Attention and RotaryEmbedding
     past: str  # [P]
     total: str  # [S]
+    single: str  # whether T is 1, in the buffer layout; else empty
     pairs: list[tuple[int, int]]  # heads and width of the cached pairs of one layer
 
 
@@ -96,7 +117,7 @@ def layer_pairs(config: SessaConfig, layout: str = "natural") -> list[tuple[int,
     first = (G, config.head_dim)
     if not config.feedback:
         return [first]
-    return [first, (1, config.hidden_size)] if layout == "natural" else [first] * (1 + H // G)
+    return [first] * (1 + H // G) if layout == "uniform" else [first, (1, config.hidden_size)]
 
 
 def kv_layers(config: SessaConfig, layout: str = "natural") -> list[tuple[int, int]]:
@@ -105,21 +126,23 @@ def kv_layers(config: SessaConfig, layout: str = "natural") -> list[tuple[int, i
 
 
 def build_model(
-    config: SessaConfig, weights: Weights, *, opset: int = 21, layout: str = "natural"
+    config: SessaConfig, weights: Weights, *, opset: int = 23, layout: str = "natural"
 ) -> onnx.ModelProto:
     """The whole model in float32: ids, mask and past caches in, logits and present caches out.
 
     input_ids (B, T) and attention_mask (B, S) are int64, zero for padding; past_key_values.{j}.key
     and .value are (B, heads, P, width) as in `kv_layers`, P may be 0; logits are (B, T, V);
-    present.{j}.* hold S tokens. Raises SessaError for an opset that is not in OPSETS and a layout
-    that is not in LAYOUTS.
+    present.{j}.* hold S tokens. In the buffer layout the past is a buffer whose unused rows are
+    masked, feedback keys have one row more that is never seen, and new.{j}.* (B, heads, T, width)
+    take the place of present.{j}.*. Raises SessaError for an opset that is not in OPSETS and a
+    layout that is not in LAYOUTS.
     """
     if opset not in OPSETS:
         raise SessaError(f"opset is {opset}, expected one of {', '.join(map(str, OPSETS))}")
     if layout not in LAYOUTS:
-        raise SessaError(f"layout is {layout!r}, expected {' or '.join(LAYOUTS)}")
+        raise SessaError(f"layout is {layout!r}, expected one of {', '.join(LAYOUTS)}")
     g = Builder()
-    shared = _shared(g, config, layout)
+    shared = _shared(g, config, layout, opset >= FUSED_OPSET)
     embedding = g.weight("model.embed_tokens.weight", weights["model.embed_tokens.weight"])
     x = g.add("Gather", embedding, "input_ids")
     for i in range(config.num_hidden_layers):
@@ -134,7 +157,7 @@ def build_model(
     return _finish(g, config, opset, layout)
 
 
-def _shared(g: Builder, config: SessaConfig, layout: str) -> Shared:
+def _shared(g: Builder, config: SessaConfig, layout: str, fused: bool) -> Shared:
     past, total = g.size("past_key_values.0.key", 2), g.size("attention_mask", 1)
     key_mask = g.add("Cast", "attention_mask", to=TensorProto.BOOL)
     columns = g.add("Range", _scalar(g, g.ints(0)), _scalar(g, total), _scalar(g, g.ints(1)))
@@ -142,35 +165,50 @@ def _shared(g: Builder, config: SessaConfig, layout: str) -> Shared:
     causal = g.add("LessOrEqual", columns, g.add("Unsqueeze", rows, g.ints(1)))  # (T, S)
     seen = g.add("And", causal, g.add("Unsqueeze", key_mask, g.ints(1, 2)))  # (B, 1, T, S)
     bias = g.add("Where", seen, g.number(0.0), g.number(float(HIDDEN)))
-    rotation = _rotation(g, config, past, total) if config.use_forward_rope else None
-    return Shared(bias, key_mask, rotation, past, total, layer_pairs(config, layout))
+    rotation = _rotation(g, config, past, total, fused) if config.use_forward_rope else None
+    new = _scalar(g, g.size("input_ids", 1))
+    single = g.add("Equal", new, _scalar(g, g.ints(1))) if layout == "buffer" else ""
+    pairs = layer_pairs(config, layout)
+    return Shared(bias, key_mask, rotation, fused, past, total, single, pairs)
 
 
 def _scalar(g: Builder, x: str) -> str:
     return g.add("Squeeze", x)
 
 
-def _rotation(g: Builder, config: SessaConfig, past: str, total: str) -> tuple[str, str]:
-    """Cosines and sines of RoPE; a token's position is the number of real tokens before it."""
+def _rotation(
+    g: Builder, config: SessaConfig, past: str, total: str, fused: bool
+) -> tuple[str, str]:
+    """Cosines and sines of RoPE: (B, T, d/2) for RotaryEmbedding, else (B, 1, T, d), twice each.
+
+    A token's position is the number of real tokens before it.
+    """
     count = g.add("CumSum", "attention_mask", _scalar(g, g.ints(1)))
     position = g.add("Max", g.add("Sub", count, g.ints(1)), g.ints(0))
     position = g.add("Slice", position, past, total, g.ints(1))
-    position = g.add("Cast", g.add("Unsqueeze", position, g.ints(1, 3)), to=TensorProto.FLOAT)
+    axes = g.ints(2) if fused else g.ints(1, 3)
+    position = g.add("Cast", g.add("Unsqueeze", position, axes), to=TensorProto.FLOAT)
     d = config.head_dim
     frequency = config.rope_theta ** (-np.arange(0, d, 2, dtype=np.float64) / d)
-    angle = g.add("Mul", position, g.weight("rope_frequency", np.repeat(frequency, 2)))
+    frequency = frequency if fused else np.repeat(frequency, 2)
+    angle = g.add("Mul", position, g.weight("rope_frequency", frequency))
     return g.add("Cos", angle), g.add("Sin", angle)
 
 
-def _rotate(g: Builder, config: SessaConfig, x: str, rotation: tuple[str, str]) -> str:
+def _rotate(g: Builder, config: SessaConfig, x: str, shared: Shared) -> str:
     """RoPE of interleaved pairs; x (B, heads, T, d).
 
-    The turned pair (-x1, x0) is a product with a constant: Split and Concat of single columns cost
-    more in ONNX Runtime.
+    Without RotaryEmbedding the turned pair (-x1, x0) is a product with a constant: Split and Concat
+    of single columns cost more in ONNX Runtime.
     """
+    if shared.rotation is None:
+        return x
+    cosines, sines = shared.rotation
+    if shared.fused:
+        return g.add("RotaryEmbedding", x, cosines, sines, interleaved=1)
     turn = np.kron(np.eye(config.head_dim // 2), np.array([[0.0, 1.0], [-1.0, 0.0]]))
     turned = g.add("MatMul", x, g.weight("rope_turn", turn))
-    return g.add("Add", g.add("Mul", x, rotation[0]), g.add("Mul", turned, rotation[1]))
+    return g.add("Add", g.add("Mul", x, cosines), g.add("Mul", turned, sines))
 
 
 def _layer_norm(g: Builder, config: SessaConfig, weights: Weights, name: str, x: str) -> str:
@@ -229,10 +267,12 @@ def _attention(
     q = _heads(g, _linear(g, weights, prefix + "q_proj", x), H)
     k = _heads(g, _linear(g, weights, prefix + "k_proj", x), G)
     v = _heads(g, _linear(g, weights, prefix + "v_proj", x), G)
-    if shared.rotation:
-        q, k = (_rotate(g, config, z, shared.rotation) for z in (q, k))
-    k, v = _extend(g, j, "key", k), _extend(g, j, "value", v)
-    read = _softmax_read(g, config, q, k, v, shared)
+    q, k = (_rotate(g, config, z, shared) for z in (q, k))
+    if shared.single:
+        read = _buffered_read(g, config, j, q, k, v, shared)
+    else:
+        k, v = _extend(g, j, "key", k), _extend(g, j, "value", v)
+        read = _softmax_read(g, config, q, k, v, shared)
     f = _join(g, config, read, H)
     return f if H == 1 else _linear(g, weights, prefix + "out_proj", f)
 
@@ -240,6 +280,8 @@ def _attention(
 def _softmax_read(g: Builder, config: SessaConfig, q: str, k: str, v: str, shared: Shared) -> str:
     """q (B, H, T, d), k and v (B, G, S, d) -> (B, H, T, d)."""
     H, G, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    if shared.fused:
+        return g.add("Attention", q, k, v, shared.bias, scale=d**-0.5)
 
     def regroup(x: str, heads: int, width: int | None = None) -> str:
         # The H/G query heads of one key head stand below one another, so keys need no repeating.
@@ -255,21 +297,73 @@ def _softmax_read(g: Builder, config: SessaConfig, q: str, k: str, v: str, share
     return regroup(g.add("MatMul", probabilities, v), H, d)
 
 
+def _buffered_read(
+    g: Builder, config: SessaConfig, j: int, q: str, k: str, v: str, shared: Shared
+) -> str:
+    """`_softmax_read` of past and new rows; a single token reads the buffers where they are."""
+    H, G, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    past_k, past_v = f"past_key_values.{j}.key", f"past_key_values.{j}.value"
+    for part, new in (("key", k), ("value", v)):
+        g.add("Identity", new, output=f"new.{j}.{part}")
+
+    def several() -> str:
+        keys, values = (g.add("Concat", *pair, axis=2) for pair in ((past_k, k), (past_v, v)))
+        return _softmax_read(g, config, q, keys, values, shared)
+
+    def single() -> str:
+        rows = g.add("Reshape", g.add("Mul", q, g.number(d**-0.5)), g.ints(0, G, -1, d))
+        turned = (g.add("Transpose", x, perm=[0, 1, 3, 2]) for x in (past_k, k))
+        scores = g.add("Concat", *(g.add("MatMul", rows, x) for x in turned), axis=-1)
+        p = g.add("Softmax", g.add("Add", scores, shared.bias), axis=-1)  # (B, G, H/G, C + 1)
+        past = g.add("Slice", p, g.ints(0), shared.past, g.ints(3))
+        own = g.add("Slice", p, shared.past, shared.total, g.ints(3))
+        read = g.add("Add", g.add("MatMul", past, past_v), g.add("MatMul", own, v))
+        return g.add("Reshape", read, g.ints(0, H, -1, d))
+
+    return g.either(shared.single, single, several)
+
+
 def _feedback(
     g: Builder, config: SessaConfig, weights: Weights, i: int, x: str, f: str, shared: Shared
 ) -> str:
     """Feedback solve: x, f (B, T, D) -> s (B, T, D)."""
     prefix = f"model.layers.{i}.mixer."
     q, k_new = g.split(_linear(g, weights, prefix + "proj_fb", x), 2, -1)
-    k = _rows(g, config, _append_rows(g, i, "key", k_new, shared), shared)
     gain = g.add("Squeeze", _linear(g, weights, prefix + "gamma_ctx", x), g.ints(2))
     gain = g.add("Add", gain, g.weight(prefix + "gamma_bias", weights[prefix + "gamma_bias"]))
     gamma = g.add("Mul", g.add("Tanh", gain), g.number(config.gamma_max))
     past = [f"past_key_values.{j}.value" for j in _row_pairs(i, shared)]
-    s = g.add(
-        OP_TYPE, f, q, k, gamma, _rows(g, config, past, shared), shared.key_mask, domain=DOMAIN
-    )
-    _append_rows(g, i, "value", s, shared)
+    past_s = _rows(g, config, past, shared)
+
+    def solve(k: str) -> str:
+        return g.add(OP_TYPE, f, q, k, gamma, past_s, shared.key_mask, domain=DOMAIN)
+
+    if shared.single:
+        s = _buffered_solve(g, i, k_new, solve, shared)
+    else:
+        s = solve(_rows(g, config, _append_rows(g, i, "key", k_new, shared), shared))
+        _append_rows(g, i, "value", s, shared)
+    return s
+
+
+def _buffered_solve(
+    g: Builder, i: int, k_new: str, solve: Callable[[str], str], shared: Shared
+) -> str:
+    """The operator on a buffer of keys (B, C + 1, D).
+
+    A single token never sees its own key, so the buffer with its spare row stands for past and new
+    keys together.
+    """
+    (j,) = _row_pairs(i, shared)
+    buffer = g.add("Squeeze", f"past_key_values.{j}.key", g.ints(1))
+
+    def several() -> str:
+        past = g.add("Slice", buffer, g.ints(0), shared.past, g.ints(1))
+        return solve(g.add("Concat", past, k_new, axis=1))
+
+    s = g.either(shared.single, lambda: solve(buffer), several)
+    for part, new in (("key", k_new), ("value", s)):
+        g.add("Unsqueeze", new, g.ints(1), output=f"new.{j}.{part}")
     return s
 
 
@@ -299,10 +393,13 @@ def _finish(g: Builder, config: SessaConfig, opset: int, layout: str) -> onnx.Mo
     info = helper.make_tensor_value_info
     inputs = [info("input_ids", integer, [B, T]), info("attention_mask", integer, [B, S])]
     outputs = [info("logits", real, [B, T, config.vocab_size])]
+    kind, rows = ("new", T) if layout == "buffer" else ("present", S)
     for j, (heads, width) in enumerate(kv_layers(config, layout)):
         for part in ("key", "value"):
-            inputs.append(info(f"past_key_values.{j}.{part}", real, [B, heads, P, width]))
-            outputs.append(info(f"present.{j}.{part}", real, [B, heads, S, width]))
+            spare = layout == "buffer" and config.feedback and j % 2 and part == "key"
+            past = "past_sequence_length_plus_1" if spare else P
+            inputs.append(info(f"past_key_values.{j}.{part}", real, [B, heads, past, width]))
+            outputs.append(info(f"{kind}.{j}.{part}", real, [B, heads, rows, width]))
     graph = helper.make_graph(g.nodes, "sessa", inputs, outputs, list(g.initializers.values()))
     imports = [helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, VERSION)]
     model = helper.make_model(

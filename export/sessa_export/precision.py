@@ -21,6 +21,7 @@ DTYPES = ("fp32", "fp16", "int8", "int4")
 INT4_BLOCK = 32
 # Smaller tensors (biases, norms, constants) stay in float32.
 SMALLEST_HALF = 1024
+LARGEST_HALF = float(np.finfo(np.float16).max)
 
 
 def prepare(
@@ -67,7 +68,7 @@ def _store_half(model: onnx.ModelProto) -> None:
 
 def _to_half(value: np.ndarray, name: str) -> np.ndarray:
     largest = float(np.abs(value).max())
-    if not largest <= np.finfo(np.float16).max:
+    if not largest <= LARGEST_HALF:
         raise SessaError(f"{name} holds {largest:.3g}, which float16 cannot; use --dtype fp32")
     return value.astype(np.float16)
 
@@ -81,7 +82,7 @@ def _linear_nodes(model: onnx.ModelProto) -> list[str]:
 
 
 def _int8(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Dynamic quantisation: int8 weights for each output column, activations as they come."""
+    """Dynamic quantisation: a scale for each output column, activations as they come."""
     with _quiet(), tempfile.TemporaryDirectory(prefix="sessa-int8-") as scratch:
         from onnxruntime.quantization import QuantType, quantize_dynamic
 
@@ -91,15 +92,45 @@ def _int8(model: onnx.ModelProto) -> onnx.ModelProto:
             file,
             op_types_to_quantize=["MatMul"],
             nodes_to_quantize=_linear_nodes(model),
-            weight_type=QuantType.QInt8,
+            # u8 x s8 products saturate on x86 processors without VNNI; u8 x u8 is exact everywhere.
+            weight_type=QuantType.QUInt8,
             per_channel=True,
             use_external_data_format=True,
         )
-        return onnx.load(file)
+        model = onnx.load(file)
+    _sort_nodes(model.graph)
+    return model
+
+
+def _sort_nodes(graph: onnx.GraphProto) -> None:
+    """Put nodes behind what they read; the tool forgets what their subgraphs read."""
+    makers = {name: node for node in graph.node for name in node.output}
+    ordered: dict[str, onnx.NodeProto] = {}
+
+    def place(node: onnx.NodeProto) -> None:
+        for name in _read_names(node):
+            maker = makers.get(name)
+            if maker is not None and maker.output[0] not in ordered:
+                place(maker)
+        ordered.setdefault(node.output[0], node)
+
+    for node in graph.node:
+        place(node)
+    nodes = list(ordered.values())
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def _read_names(node: onnx.NodeProto) -> Iterator[str]:
+    yield from node.input
+    for attribute in node.attribute:
+        for inner in attribute.g.node:
+            yield from _read_names(inner)
 
 
 def _int4(model: onnx.ModelProto) -> onnx.ModelProto:
     """Blocks of 32 weights share a scale and a zero point (com.microsoft MatMulNBits)."""
+    linear = set(_linear_nodes(model))
     with _quiet():
         from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
@@ -109,7 +140,7 @@ def _int4(model: onnx.ModelProto) -> onnx.ModelProto:
             block_size=INT4_BLOCK,
             is_symmetric=False,
             accuracy_level=4,  # ONNX Runtime multiplies in int8
-            nodes_to_include=_linear_nodes(model),
+            nodes_to_exclude=[node.name for node in model.graph.node if node.name not in linear],
         )
         quantizer.process()
         return quantizer.model.model

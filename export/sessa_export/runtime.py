@@ -9,6 +9,7 @@ import numpy as np
 
 from sessa_common.config import SessaConfig
 from sessa_common.errors import SessaError
+from sessa_export.caches import BufferedCaches, GrownCaches
 
 MODEL_FILE = "model.onnx"
 # Keys of the model's own metadata: its configuration as JSON, and the dtype of its weights.
@@ -28,39 +29,28 @@ def require_onnx() -> None:
 class Stepper:
     """`sessa_common.generation.Stepper` on an ONNX Runtime session of an exported model.
 
-    The present caches of one run are the past of the next, bound as they are. Not for use by two
-    threads at once; several may share one `session`.
+    Caches are bound as they are, never copied by the runner. Not for use by two threads at once;
+    several may share one `session`.
     """
 
     def __init__(self, session, config: SessaConfig) -> None:
         self.session = session
         self.config = config
         self.dtype = session.get_modelmeta().custom_metadata_map.get(DTYPE_KEY, "fp32")
-        self.past_names = [i.name for i in session.get_inputs() if i.name.startswith("past_")]
-        self.past_shapes = [i.shape for i in session.get_inputs() if i.name in self.past_names]
-        self.outputs = [output.name for output in session.get_outputs()]
+        buffered = any(output.name.startswith("new.") for output in session.get_outputs())
+        self.caches = BufferedCaches(session) if buffered else GrownCaches(session)
         self.reset()
 
     def reset(self) -> None:
         """Empty the cache."""
-        self.past: list | None = None
+        self.caches.reset()
         self.mask: np.ndarray | None = None
 
     def logits(self, tokens: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
         """Append tokens (B, T) and return their logits (B, T, V)."""
         tokens = np.ascontiguousarray(tokens, np.int64)
         self.mask = self._grown_mask(tokens, mask)
-        binding = self.session.io_binding()
-        binding.bind_cpu_input("input_ids", tokens)
-        binding.bind_cpu_input("attention_mask", self.mask)
-        for name, value in zip(self.past_names, self._past(len(tokens)), strict=True):
-            binding.bind_ortvalue_input(name, value)
-        for name in self.outputs:
-            binding.bind_output(name, "cpu")
-        self.session.run_with_iobinding(binding)
-        found = dict(zip(self.outputs, binding.get_outputs(), strict=True))
-        self.past = [found[n.replace("past_key_values", "present")] for n in self.past_names]
-        return found["logits"].numpy()
+        return self.caches.run(tokens, self.mask)
 
     def step(self, tokens: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
         """Append tokens (B, T) and return the logits of the last, (B, V)."""
@@ -74,14 +64,6 @@ class Stepper:
         if mask.shape != expected:
             raise ValueError(f"mask has shape {mask.shape}, expected {expected}")
         return np.ascontiguousarray(mask, np.int64)
-
-    def _past(self, batch: int) -> list:
-        from onnxruntime import OrtValue
-
-        if self.past is None:
-            shapes = [(batch, heads, 0, width) for _, heads, _, width in self.past_shapes]
-            return [OrtValue.ortvalue_from_numpy(np.zeros(s, np.float32)) for s in shapes]
-        return self.past
 
 
 def find_model(folder: Path | str) -> Path | None:

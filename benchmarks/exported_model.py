@@ -1,0 +1,156 @@
+"""A whole exported model in ONNX Runtime against PyTorch: prefill, decode, load time, size.
+
+python benchmarks/exported_model.py [--preset sessa-9m] [--tokens 1024] [--rounds 7]
+
+Every export passed the float64 check of `sessa export` before it is timed, and on the timed
+tokens the float32 ones are compared with PyTorch once more. All runtimes take turns in every round
+and use the same number of threads; figures are medians over the rounds, ratios those of one run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from measure import machine, save, table
+
+from sessa_common.checkpoint import save_weights
+from sessa_common.config import PRESETS
+from sessa_common.generation import Stepper
+from sessa_common.initial import initial_weights
+from sessa_export import native
+from sessa_export.check import TOLERANCE
+from sessa_export.folder import Options, export_checkpoint
+from sessa_export.precision import DTYPES
+from sessa_export.runtime import load_stepper
+from sessa_torch.generate import load_stepper as load_torch
+
+STEPS = 16
+LOADS = 5
+BASE = "PyTorch eager"
+# The threads of a runtime that has just run keep a core busy for a moment.
+REST_SECONDS = 0.05
+
+
+class Runtime(NamedTuple):
+    """One line of the table."""
+
+    name: str
+    dtype: str
+    layout: str
+    folder: Path
+    load: Callable[[], Stepper]
+
+
+def make_runtimes(root: Path, preset: str, context: int, threads: int) -> list[Runtime]:
+    """A checkpoint with random weights in PyTorch, and its exports in ONNX Runtime."""
+    config = dataclasses.replace(PRESETS[preset], max_position_embeddings=context)
+    checkpoint = root / "checkpoint"
+    checkpoint.mkdir()
+    save_weights(checkpoint, config, initial_weights(config, 0))
+    native.build()
+    runtimes = [Runtime(BASE, "fp32", "", checkpoint, partial(load_torch, checkpoint))]
+    for layout, dtype in product(("natural", "buffer"), DTYPES):
+        folder = root / f"{layout}-{dtype}"
+        report = export_checkpoint(checkpoint, folder, Options(dtype=dtype, layout=layout))
+        worst = max(r.difference for results in report.results.values() for r in results)
+        print(f"{layout} {dtype}: logits to {worst:.1e} of the largest", flush=True)
+        for operator in (False, True) if dtype == "fp32" else (True,):
+            name = "ONNX Runtime, native operator" if operator else "ONNX Runtime"
+            load = partial(load_stepper, folder, threads=threads, native=operator)
+            runtimes.append(Runtime(name, dtype, layout, folder, load))
+    return runtimes
+
+
+def require_agreement(steppers: dict[Runtime, Stepper], tokens: np.ndarray) -> None:
+    """Compare the float32 runtimes on the tokens that will be timed."""
+    found = {}
+    for runtime, stepper in steppers.items():
+        if runtime.dtype == "fp32":
+            stepper.reset()
+            single = (tokens[:, i : i + 1] for i in range(STEPS))
+            found[runtime] = np.stack([stepper.step(piece) for piece in (tokens, *single)])
+    want = next(logits for runtime, logits in found.items() if runtime.name == BASE)
+    for runtime, got in found.items():
+        error = np.abs(got - want).max() / np.abs(want).max()
+        if not error <= TOLERANCE:
+            raise SystemExit(f"{runtime.name}: differs from PyTorch by {error:.1e}, not timed")
+
+
+def clock(run: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+def time_once(stepper: Stepper, tokens: np.ndarray) -> tuple[float, list[float]]:
+    """Seconds of the prefill, and of every decoded token after it."""
+    time.sleep(REST_SECONDS)
+    stepper.reset()
+    whole = clock(lambda: stepper.step(tokens))
+    return whole, [clock(lambda: stepper.step(tokens[:, :1])) for _ in range(STEPS)]
+
+
+def measure(runtimes: list[Runtime], length: int, rounds: int) -> list[dict[str, Any]]:
+    steppers = {runtime: runtime.load() for runtime in runtimes}
+    vocab_size = next(iter(steppers.values())).config.vocab_size
+    tokens = np.random.default_rng(0).integers(0, vocab_size, (1, length))
+    require_agreement(steppers, tokens)
+    times: dict[Runtime, list] = {runtime: [] for runtime in runtimes}
+    # The first round warms up.
+    for turn in range(rounds + 1):
+        for runtime, stepper in steppers.items():
+            found = time_once(stepper, tokens)
+            times[runtime] += [found] if turn else []
+    seconds = {
+        runtime: (float(np.median([a for a, _ in rows])), float(np.median([b for _, b in rows])))
+        for runtime, rows in times.items()
+    }
+    base = next(value for runtime, value in seconds.items() if runtime.name == BASE)
+    return [row(runtime, seconds[runtime], base, length) for runtime in runtimes]
+
+
+def row(
+    runtime: Runtime, seconds: tuple[float, float], base: tuple[float, float], length: int
+) -> dict[str, Any]:
+    loads = [clock(runtime.load) for _ in range(LOADS)]
+    size = sum(file.stat().st_size for file in runtime.folder.iterdir())
+    return {
+        "runtime": runtime.name,
+        "weights": runtime.dtype,
+        "layout": runtime.layout,
+        f"prefill {length} (ms)": round(1e3 * seconds[0], 1),
+        "x PyTorch": round(base[0] / seconds[0], 2),
+        f"decode after {length} (tokens/s)": round(1 / seconds[1], 1),
+        "x PyTorch ": round(base[1] / seconds[1], 2),
+        "load (ms)": round(1e3 * float(np.median(loads))),
+        "folder (MB)": round(size / 1e6, 1),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="sessa-9m")
+    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--rounds", type=int, default=7)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="sessa-bench-") as root:
+        threads = torch.get_num_threads()
+        runtimes = make_runtimes(Path(root), args.preset, 2 * args.tokens, threads)
+        rows = measure(runtimes, args.tokens, args.rounds)
+    print(machine())
+    print(table(rows))
+    print(save("exported_model", rows))
+
+
+if __name__ == "__main__":
+    main()
