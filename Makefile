@@ -23,8 +23,9 @@ web:
 demo: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh
 
+# Two processes of one thread each: many small products gain nothing from more.
 test: setup
-	$(PRELOAD) $(BIN)/python -m pytest -m 'not slow'
+	$(PRELOAD) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' -n 2 --dist loadfile
 
 check: setup
 	$(BIN)/ruff check .
