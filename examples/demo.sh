@@ -5,7 +5,7 @@ out=${1:-demo}
 prompt="The "
 rm -rf "$out"
 set -x
-sessa train --backend torch --out "$out/torch"
+sessa train --backend torch --out "$out/torch" --steps 400
 sessa convert "$out/torch" "$out/mlx" --to mlx
 sessa convert "$out/mlx" "$out/back" --to torch
 cmp "$out/torch/model.safetensors" "$out/back/model.safetensors"
