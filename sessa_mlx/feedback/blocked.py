@@ -10,7 +10,7 @@ from __future__ import annotations
 import mlx.core as mx
 
 BLOCK = 256
-LEAF = 32
+LEAF = 64
 
 
 def solve_forward(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 256
-LEAF = 32
+LEAF = 64
 
 
 def solve_forward(
