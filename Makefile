@@ -33,7 +33,7 @@ check: setup
 	$(BIN)/mypy
 
 bench: setup
-	$(BIN)/python benchmarks/feedback_solve.py --device cpu
+	$(BIN)/python benchmarks/feedback_solve.py
 	$(BIN)/python benchmarks/mixer.py --device cpu
 	$(BIN)/python benchmarks/ort_op.py
 	$(BIN)/python benchmarks/exported_model.py
