@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,8 @@ from typing import Any
 from sessa_common.errors import SessaError
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-MIXERS = ("sessa",)
+MIXERS = ("sessa", "attention", "mamba2")
+BLOCKS = ("mlp", "gated")
 PRECISIONS = ("auto", "float32", "bfloat16")
 
 # Keys that other tools write into a config.json and that do not change what the model computes.
@@ -56,8 +58,14 @@ def _is_count(value: object) -> bool:
 class SessaConfig:
     """Architecture of a Sessa language model, under the keys that the ecosystem's config.json uses.
 
-    Raises SessaError when the numbers cannot make a model. `num_key_value_heads` and `head_dim` of
-    0 stand for `num_attention_heads` and `hidden_size // num_attention_heads`.
+    `mixer` is one name for all layers or a list with one a layer, of "sessa", "attention" and
+    "mamba2"; `attention_block` is "mlp" (the standard pre-norm block) or "gated" (Sessa's block, so
+    Sessa without feedback). The `mamba_*` keys are state size N, width of the convolution, inner
+    width / hidden_size and head width P, named as hybrid models in transformers name them.
+
+    Raises SessaError when the numbers cannot make a model. `num_key_value_heads`, `head_dim` and
+    `intermediate_size` of 0 stand for `num_attention_heads`, `hidden_size // num_attention_heads`
+    and 4 * `hidden_size`.
     """
 
     model_type: str = "sessa"
@@ -75,15 +83,22 @@ class SessaConfig:
     eos_token_id: int | None = None
     pad_token_id: int | None = None
     dtype: str = "float32"
-    mixer: str = "sessa"
+    mixer: str | tuple[str, ...] = "sessa"
     feedback: bool = True
     gamma_max: float = 0.999
     use_forward_rope: bool = True
+    attention_block: str = "mlp"
+    intermediate_size: int = 0
+    mamba_d_state: int = 64
+    mamba_d_conv: int = 4
+    mamba_expand: int = 2
+    mamba_d_head: int = 64
 
     def __post_init__(self) -> None:
         _require(self.model_type == "sessa", f"model_type is {self.model_type!r}, expected 'sessa'")
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
-                     "max_position_embeddings"):  # fmt: skip
+                     "max_position_embeddings", "mamba_d_state", "mamba_d_conv", "mamba_expand",
+                     "mamba_d_head"):  # fmt: skip
             value = getattr(self, name)
             _require(_is_count(value), f"{name} is {value!r}, expected a positive integer")
         for name in ("feedback", "use_forward_rope", "tie_word_embeddings"):
@@ -103,7 +118,9 @@ class SessaConfig:
         _require(_is_count(kv) and H % kv == 0,
                  f"num_key_value_heads {kv} does not divide num_attention_heads {H}")  # fmt: skip
         _require(d * H == D, f"head_dim {d} times {H} heads is not hidden_size {D}")
-        _require(not (self.use_forward_rope and d % 2),
+        self._check_mixers()
+        rotates = self.use_forward_rope and set(self.mixers) != {"mamba2"}
+        _require(not (rotates and d % 2),
                  f"head_dim {d} is odd: RoPE rotates pairs; use an even head_dim "
                  "or use_forward_rope=false")  # fmt: skip
         _require(0 < self.gamma_max < 1, f"gamma_max is {self.gamma_max}, expected between 0 and 1")
@@ -114,13 +131,42 @@ class SessaConfig:
         _require(
             self.dtype in DTYPES, f"dtype is {self.dtype!r}, expected one of {', '.join(DTYPES)}"
         )
-        _require(
-            self.mixer in MIXERS, f"mixer is {self.mixer!r}, expected one of {', '.join(MIXERS)}"
-        )
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             value = getattr(self, name)
             fits = value is None or (isinstance(value, int) and 0 <= value < self.vocab_size)
             _require(fits, f"{name} is {value!r}, expected below vocab_size {self.vocab_size}")
+
+    def _check_mixers(self) -> None:
+        if not isinstance(self.mixer, str):
+            names, L = tuple(self.mixer), self.num_hidden_layers
+            _require(len(names) == L, f"mixer lists {len(names)} names for {L} layers")
+            object.__setattr__(self, "mixer", names[0] if len(set(names)) == 1 else names)
+        for name in self.mixers:
+            _require(name in MIXERS, f"mixer is {name!r}, expected one of {', '.join(MIXERS)}")
+        _require(self.attention_block in BLOCKS,
+                 f"attention_block is {self.attention_block!r}, expected mlp or gated")  # fmt: skip
+        if self.intermediate_size == 0:
+            object.__setattr__(self, "intermediate_size", 4 * self.hidden_size)
+        F = self.intermediate_size
+        _require(_is_count(F), f"intermediate_size is {F!r}, expected 0 or more")
+        inner, P = self.mamba_expand * self.hidden_size, self.mamba_d_head
+        _require("mamba2" not in self.mixers or inner % P == 0,
+                 f"mamba_d_head {P} does not divide the inner width {inner}")  # fmt: skip
+
+    @property
+    def mixers(self) -> tuple[str, ...]:
+        """The mixer of each layer."""
+        return (self.mixer,) * self.num_hidden_layers if isinstance(self.mixer, str) else self.mixer
+
+    @property
+    def final_norm(self) -> str:
+        """ "rms" for a stack of Mamba-2 layers only, as its release has it, else "layer"."""
+        return "rms" if set(self.mixers) == {"mamba2"} else "layer"
+
+    @property
+    def feeds_back(self) -> bool:
+        """Whether any layer has a feedback solve."""
+        return self.feedback and "sessa" in self.mixers
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any], where: str = "config") -> SessaConfig:
@@ -138,22 +184,39 @@ class SessaConfig:
             raise SessaError(f"{where}: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
-        """The keys of config.json, and those that only other tools read."""
-        return {
-            "architectures": ["SessaModel"],
-            **dataclasses.asdict(self),
-            "torch_dtype": self.dtype,
-        }
+        """The keys of config.json that this stack reads, and those that only other tools read."""
+        keys = dataclasses.asdict(self)
+        if "mamba2" not in self.mixers:
+            keys = {name: value for name, value in keys.items() if not name.startswith("mamba_")}
+        if "attention" not in self.mixers:
+            del keys["attention_block"], keys["intermediate_size"]
+        return {"architectures": ["SessaModel"], **keys, "torch_dtype": self.dtype}
 
 
-# "demo" is what `sessa train` trains when no model is named.
+def _sizes(name: str, D: int, H: int, sessa: int, layers: int, deep: tuple[int, int],
+           mamba: tuple[int, int]) -> dict[str, SessaConfig]:  # fmt: skip
+    """The models of one size: layers of Sessa and of two Transformers, layers and P of Mamba-2."""
+
+    def config(count: int, **rest: Any) -> SessaConfig:
+        return SessaConfig(hidden_size=D, num_attention_heads=H, num_hidden_layers=count, **rest)
+
+    return {
+        f"sessa-{name}": config(sessa),
+        f"transformer-{name}": config(layers, mixer="attention"),
+        f"transformer-{name}-deep": config(deep[0], mixer="attention", intermediate_size=deep[1]),
+        f"mamba2-{name}": config(mamba[0], mixer="mamba2", mamba_d_head=mamba[1]),
+    }
+
+
+# "demo" is what `sessa train` trains when no model is named. The models of one size differ by less
+# than 1 % in parameters; "-deep" has Sessa's number of layers and a narrower MLP.
 PRESETS: dict[str, SessaConfig] = {
     "demo": SessaConfig(vocab_size=2048, max_position_embeddings=256),
-    "sessa-1m": SessaConfig(),
-    "sessa-9m": SessaConfig(hidden_size=320, num_hidden_layers=8, num_attention_heads=5),
-    "sessa-10m": SessaConfig(hidden_size=256, num_hidden_layers=16, num_attention_heads=4),
-    "sessa-30m": SessaConfig(hidden_size=512, num_hidden_layers=12, num_attention_heads=8),
-    "sessa-131m": SessaConfig(hidden_size=768, num_hidden_layers=24, num_attention_heads=12),
+    **_sizes("1m", 128, 4, 4, 3, (4, 320), (5, 16)),
+    **_sizes("9m", 320, 5, 8, 6, (8, 800), (11, 16)),
+    **_sizes("10m", 256, 4, 16, 12, (16, 640), (22, 64)),
+    **_sizes("30m", 512, 8, 12, 9, (12, 1280), (17, 32)),
+    **_sizes("131m", 768, 12, 24, 18, (24, 1920), (35, 64)),
 }
 
 
@@ -240,29 +303,84 @@ class TrainConfig:
 def parameter_shapes(config: SessaConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every learned tensor, in the order a reader meets them.
 
-    The names inside a layer are those of the author's release; a Linear's weight is (out, in).
+    The names inside a Sessa layer are those of the author's release, inside a Mamba-2 layer those
+    of state-spaces/mamba; a Linear's weight is (out, in), a convolution's (channels, 1, width).
     """
     D, V = config.hidden_size, config.vocab_size
-    kv = config.num_key_value_heads * config.head_dim
-    linears = {"W_in": (2 * D, D), "mixer.q_proj": (D, D), "mixer.k_proj": (kv, D),
-               "mixer.v_proj": (kv, D)}  # fmt: skip
-    if config.feedback:
-        linears["mixer.proj_fb"] = (2 * D, D)
-    linears["W_out"] = (D, D)
-    layer: dict[str, tuple[int, ...]] = {"ln.weight": (D,), "ln.bias": (D,)}
-    for name, shape in linears.items():
-        layer[f"{name}.weight"], layer[f"{name}.bias"] = shape, shape[:1]
-    if config.num_attention_heads > 1:
-        layer["mixer.out_proj.weight"] = (D, D)
-    if config.feedback:
-        layer["mixer.gamma_ctx.weight"], layer["mixer.gamma_bias"] = (1, D), ()
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (V, D)}
-    for i in range(config.num_hidden_layers):
+    for i, mixer in enumerate(config.mixers):
+        layer = _mamba2_shapes(config) if mixer == "mamba2" else _attention_shapes(config, mixer)
         shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
-    shapes |= {"model.norm.weight": (D,), "model.norm.bias": (D,)}
+    shapes["model.norm.weight"] = (D,)
+    if config.final_norm == "layer":
+        shapes["model.norm.bias"] = (D,)
     if not config.tie_word_embeddings:
         shapes["lm_head.weight"] = (V, D)
     return shapes
+
+
+def parameter_count(config: SessaConfig) -> int:
+    """The number of learned parameters, a tied embedding counted once."""
+    return sum(math.prod(shape) for shape in parameter_shapes(config).values())
+
+
+def check_matched(configs: Mapping[str, SessaConfig], tolerance: float = 0.01) -> None:
+    """Raise SessaError unless all models have the parameters of the first, give or take a share.
+
+    configs are models by the names that the message uses.
+    """
+    counts = {name: parameter_count(config) for name, config in configs.items()}
+    first = next(iter(counts.values()), 0)
+    if any(abs(count - first) > tolerance * first for count in counts.values()):
+        listed = ", ".join(
+            f"{name} {count:,} ({count / first - 1:+.2%})" for name, count in counts.items()
+        )
+        raise SessaError(
+            f"these models are not matched: {listed} parameters, expected within "
+            f"{100 * tolerance:g}% of the first; take presets of one size, with the same vocabulary"
+        )
+
+
+def _attention_shapes(config: SessaConfig, mixer: str) -> dict[str, tuple[int, ...]]:
+    D, F = config.hidden_size, config.intermediate_size
+    kv = config.num_key_value_heads * config.head_dim
+    gated = mixer == "sessa" or config.attention_block == "gated"
+    feedback = mixer == "sessa" and config.feedback
+    linears = {"mixer.q_proj": (D, D), "mixer.k_proj": (kv, D), "mixer.v_proj": (kv, D)}
+    layer: dict[str, tuple[int, ...]] = {"ln.weight": (D,), "ln.bias": (D,)}
+    if gated:
+        linears = {"W_in": (2 * D, D), **linears}
+        linears |= {"mixer.proj_fb": (2 * D, D)} if feedback else {}
+        linears["W_out"] = (D, D)
+    else:
+        linears["mixer.out_proj"] = (D, D)
+        linears |= {"mlp.up_proj": (F, D), "mlp.down_proj": (D, F)}
+    for name, shape in linears.items():
+        layer[f"{name}.weight"], layer[f"{name}.bias"] = shape, shape[:1]
+    if gated and config.num_attention_heads > 1:
+        layer["mixer.out_proj.weight"] = (D, D)
+    if feedback:
+        layer["mixer.gamma_ctx.weight"], layer["mixer.gamma_bias"] = (1, D), ()
+    if not gated:
+        layer["ln_mlp.weight"], layer["ln_mlp.bias"] = (D,), (D,)
+    return layer
+
+
+def _mamba2_shapes(config: SessaConfig) -> dict[str, tuple[int, ...]]:
+    D, N = config.hidden_size, config.mamba_d_state
+    inner = config.mamba_expand * D
+    heads, channels = inner // config.mamba_d_head, inner + 2 * N
+    return {
+        "ln.weight": (D,),
+        "mixer.in_proj.weight": (inner + channels + heads, D),
+        "mixer.conv1d.weight": (channels, 1, config.mamba_d_conv),
+        "mixer.conv1d.bias": (channels,),
+        "mixer.dt_bias": (heads,),
+        "mixer.A_log": (heads,),
+        "mixer.D": (heads,),
+        "mixer.norm.weight": (inner,),
+        "mixer.out_proj.weight": (D, inner),
+    }
 
 
 def read_json(path: Path) -> dict[str, Any]:

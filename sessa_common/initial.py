@@ -2,29 +2,62 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from sessa_common.config import SessaConfig, parameter_shapes
+
+# The range from which Mamba-2 draws its first time steps, and the smallest one it takes.
+DT_RANGE, DT_FLOOR = (1e-3, 0.1), 1e-4
 
 
 def initial_weights(config: SessaConfig, seed: int) -> dict[str, np.ndarray]:
     """Draw every parameter in float32, by the names of `parameter_shapes`.
 
-    Linear weights are N(0, 1/fan_in), so that queries, keys and the gate start at unit scale;
-    W_out is divided by sqrt(num_hidden_layers), so that the residual stream keeps its scale at any
-    depth; the embedding is N(0, 0.02^2), so that tied logits start near uniform. Norm weights are
-    1, biases 0 and the gain bias 1.0, as in the author's release.
+    Linear weights are N(0, 1/fan_in), so that queries, keys and the gate start at unit scale. What
+    a layer adds to the residual stream is divided by the square root of the number of such terms,
+    so that the stream keeps its scale at any depth: W_out and Mamba-2's out_proj by
+    sqrt(num_hidden_layers), out_proj and down_proj of the standard block by sqrt(2 *
+    num_hidden_layers). The embedding is N(0, 0.02^2), so that tied logits start near uniform. Norm
+    weights are 1, biases 0 and the gain bias 1.0, as in the author's release.
+
+    Mamba-2, as in state-spaces/mamba: dt_bias is the inverse softplus of a log-uniform draw in
+    [1e-3, 0.1], at least 1e-4; A_log the logarithm of a uniform draw in [1, 16]; D is 1; the
+    convolution is uniform within width^-1/2, its bias 0.
     """
     rng = np.random.default_rng(seed)
-    weights = {}
-    for name, shape in parameter_shapes(config).items():
-        if name.endswith((".ln.weight", "norm.weight", "gamma_bias")):
-            weights[name] = np.ones(shape, np.float32)
-        elif name.endswith(".bias"):
-            weights[name] = np.zeros(shape, np.float32)
-        else:
-            std = 0.02 if name.startswith(("model.embed", "lm_head")) else shape[-1] ** -0.5
-            if name.endswith("W_out.weight"):
-                std /= config.num_hidden_layers**0.5
-            weights[name] = rng.normal(0.0, std, shape).astype(np.float32)
-    return weights
+    return {
+        name: _draw(config, name, shape, rng).astype(np.float32)
+        for name, shape in parameter_shapes(config).items()
+    }
+
+
+def _draw(
+    config: SessaConfig, name: str, shape: tuple[int, ...], rng: np.random.Generator
+) -> np.ndarray:
+    if name.endswith((".ln.weight", ".ln_mlp.weight", "norm.weight", "gamma_bias", "mixer.D")):
+        return np.ones(shape)
+    if name.endswith(".bias"):
+        return np.zeros(shape)
+    if name.endswith("dt_bias"):
+        low, high = (math.log(dt) for dt in DT_RANGE)
+        dt = np.exp(rng.uniform(low, high, shape)).clip(DT_FLOOR)
+        return dt + np.log(-np.expm1(-dt))
+    if name.endswith("A_log"):
+        return np.log(rng.uniform(1.0, 16.0, shape))
+    if name.endswith("conv1d.weight"):
+        return rng.uniform(-(shape[-1] ** -0.5), shape[-1] ** -0.5, shape)
+    std = 0.02 if name.startswith(("model.embed", "lm_head")) else shape[-1] ** -0.5
+    return rng.normal(0.0, std / math.sqrt(_residual_terms(config, name)), shape)
+
+
+def _residual_terms(config: SessaConfig, name: str) -> int:
+    """How many terms like this weight's output the residual stream sums; 1 for any other weight."""
+    parts = name.split(".")
+    if parts[1] != "layers":
+        return 1
+    mixer, layers = config.mixers[int(parts[2])], config.num_hidden_layers
+    if mixer == "attention" and config.attention_block == "mlp":
+        return 2 * layers if parts[-2] in ("out_proj", "down_proj") else 1
+    return layers if parts[-2] == ("out_proj" if mixer == "mamba2" else "W_out") else 1

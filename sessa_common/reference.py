@@ -1,6 +1,7 @@
-"""The layer and the language model in float64 NumPy, gradients written out: judge of all others.
+"""The layers and the language model in float64 NumPy, gradients written out: judge of all others.
 
-Letters and equations as in `sessa_common.reference_ops`, which has the operators.
+Letters and equations as in `sessa_common.reference_ops`, which has the operators. Which block a
+layer is can be read off its weights; the Mamba-2 block has no gradients here.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import NamedTuple
 import numpy as np
 
 from sessa_common.config import SessaConfig
+from sessa_common.errors import SessaError
+from sessa_common.reference_mamba2 import MambaCache, empty_mamba_cache, mamba2_layer
 from sessa_common.reference_ops import (
     attention,
     attention_backward,
@@ -24,12 +27,14 @@ from sessa_common.reference_ops import (
     gelu_derivative,
     layer_norm,
     layer_norm_backward,
+    rms_norm,
     rotate,
     uniform_kernel,
 )
 
 __all__ = [
     "LayerCache",
+    "MambaCache",
     "ModelCache",
     "attention",
     "attention_backward",
@@ -49,6 +54,9 @@ __all__ = [
 ]
 
 Weights = Mapping[str, np.ndarray]
+NO_GRADIENTS = (
+    "the NumPy reference has no gradients of a Mamba-2 layer; take those of PyTorch in float64"
+)
 
 
 def _linear(weights: Weights, name: str, x: np.ndarray) -> np.ndarray:
@@ -86,7 +94,7 @@ class LayerCache(NamedTuple):
 
 
 def empty_layer_cache(config: SessaConfig, B: int) -> LayerCache:
-    """A cache of zero tokens for B sequences."""
+    """A cache of zero tokens for B sequences in a layer with attention."""
     heads = np.zeros((B, config.num_key_value_heads, 0, config.head_dim))
     wide = np.zeros((B, 0, config.hidden_size))
     return LayerCache(heads, heads, wide, wide)
@@ -96,19 +104,59 @@ def _layer(
     config: SessaConfig,
     weights: Weights,
     x: np.ndarray,
-    past: LayerCache | None = None,
+    past: LayerCache | MambaCache | None = None,
     positions: np.ndarray | None = None,
     key_mask: np.ndarray | None = None,
 ) -> SimpleNamespace:
-    """One layer with everything it computes on the way, for `layer_backward` to read."""
-    c, x = SimpleNamespace(x=f64(x), key_mask=key_mask), f64(x)
-    past = past or empty_layer_cache(config, x.shape[0])
-    P, T = past.k.shape[2], x.shape[1]
-    c.positions = np.arange(P, P + T)[None] if positions is None else positions
-    norm = (f64(weights["ln.weight"]), f64(weights["ln.bias"]), config.layer_norm_eps)
-    c.normed = layer_norm(x, *norm)
+    """One layer with everything it computes on the way, for `_backward` to read."""
+    c = SimpleNamespace(x=f64(x), key_mask=key_mask, positions=positions)
+    if "mixer.A_log" in weights:
+        assert not isinstance(past, LayerCache)
+        c.y, c.cache = mamba2_layer(config, weights, c.x, past, key_mask)
+        return c
+    assert not isinstance(past, MambaCache)
+    past = past or empty_layer_cache(config, len(x))
+    c.normed = _norm(config, weights, "ln", c.x)
+    block = _standard_block if "mlp.up_proj.weight" in weights else _gated_block
+    block(config, weights, c, past)
+    return c
+
+
+def _norm(config: SessaConfig, weights: Weights, name: str, x: np.ndarray) -> np.ndarray:
+    weight, bias = f64(weights[f"{name}.weight"]), f64(weights[f"{name}.bias"])
+    return layer_norm(x, weight, bias, config.layer_norm_eps)
+
+
+def _gated_block(
+    config: SessaConfig, weights: Weights, c: SimpleNamespace, past: LayerCache
+) -> None:
     c.a, c.g = np.split(_linear(weights, "W_in", c.normed), 2, axis=-1)
     c.mixer_in = gelu(c.a)
+    _attention(config, weights, c, past)
+    c.s = c.f
+    if _feeds_back(config, weights):
+        _feedback(config, weights, c, past)
+    c.y = c.x + _linear(weights, "W_out", c.s * c.g)
+
+
+def _standard_block(
+    config: SessaConfig, weights: Weights, c: SimpleNamespace, past: LayerCache
+) -> None:
+    c.mixer_in = c.normed
+    _attention(config, weights, c, past)
+    c.middle = c.x + c.f
+    c.normed_mlp = _norm(config, weights, "ln_mlp", c.middle)
+    c.up = _linear(weights, "mlp.up_proj", c.normed_mlp)
+    c.y = c.middle + _linear(weights, "mlp.down_proj", gelu(c.up))
+
+
+def _feeds_back(config: SessaConfig, weights: Weights) -> bool:
+    return config.feedback and "mixer.proj_fb.weight" in weights
+
+
+def _attention(config: SessaConfig, weights: Weights, c: SimpleNamespace, past: LayerCache) -> None:
+    P, T = past.k.shape[2], c.x.shape[1]
+    c.positions = np.arange(P, P + T)[None] if c.positions is None else c.positions
     c.q = _split_heads(_linear(weights, "mixer.q_proj", c.mixer_in), config.num_attention_heads)
     k = _split_heads(_linear(weights, "mixer.k_proj", c.mixer_in), config.num_key_value_heads)
     v = _split_heads(_linear(weights, "mixer.v_proj", c.mixer_in), config.num_key_value_heads)
@@ -116,14 +164,10 @@ def _layer(
         c.q = rotate(c.q, c.positions, config.rope_theta)
         k = rotate(k, c.positions, config.rope_theta)
     c.k, c.v = np.concatenate([past.k, k], axis=2), np.concatenate([past.v, v], axis=2)
-    c.heads = _join_heads(attention(c.q, c.k, c.v, key_mask))
-    single = config.num_attention_heads == 1
-    c.f = c.heads if single else _linear(weights, "mixer.out_proj", c.heads)
-    c.s, c.cache = c.f, past._replace(k=c.k, v=c.v)
-    if config.feedback:
-        _feedback(config, weights, c, past)
-    c.y = x + _linear(weights, "W_out", c.s * c.g)
-    return c
+    c.heads = _join_heads(attention(c.q, c.k, c.v, c.key_mask))
+    projects = "mixer.out_proj.weight" in weights
+    c.f = _linear(weights, "mixer.out_proj", c.heads) if projects else c.heads
+    c.cache = past._replace(k=c.k, v=c.v)
 
 
 def _feedback(config: SessaConfig, weights: Weights, c: SimpleNamespace, past: LayerCache) -> None:
@@ -144,7 +188,10 @@ def layer_forward(
     positions: np.ndarray | None = None,
     key_mask: np.ndarray | None = None,
 ) -> np.ndarray:
-    """One layer on whole sequences, x (B, T, D) -> y (B, T, D); weights by the release's names."""
+    """One layer on whole sequences, x (B, T, D) -> y (B, T, D).
+
+    weights by the names of `parameter_shapes` without the layer's prefix; key_mask (B, T).
+    """
     return _layer(config, weights, x, None, positions, key_mask).y
 
 
@@ -152,11 +199,11 @@ def layer_decode(
     config: SessaConfig,
     weights: Weights,
     x: np.ndarray,
-    cache: LayerCache | None = None,
+    cache: LayerCache | MambaCache | None = None,
     *,
     positions: np.ndarray | None = None,
     key_mask: np.ndarray | None = None,
-) -> tuple[np.ndarray, LayerCache]:
+) -> tuple[np.ndarray, LayerCache | MambaCache]:
     """One layer on the next T tokens: y (B, T, D) and the grown cache; key_mask is (B, P+T)."""
     c = _layer(config, weights, x, cache, positions, key_mask)
     return c.y, c.cache
@@ -171,18 +218,50 @@ def layer_backward(
     positions: np.ndarray | None = None,
     key_mask: np.ndarray | None = None,
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Gradients of `layer_forward`: dx (B, T, D), and one array a weight, by its name."""
+    """Gradients of `layer_forward`: dx (B, T, D), and one array a weight, by its name.
+
+    Raises SessaError for a Mamba-2 layer.
+    """
     return _backward(config, weights, _layer(config, weights, x, None, positions, key_mask), dy)
 
 
 def _backward(
     config: SessaConfig, weights: Weights, c: SimpleNamespace, dy: np.ndarray
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    if "mixer.A_log" in weights:
+        raise SessaError(NO_GRADIENTS)
     grads: dict[str, np.ndarray] = {}
-    dy = f64(dy)
+    block = _standard_backward if "mlp.up_proj.weight" in weights else _gated_backward
+    dresidual, dnormed = block(config, weights, c, f64(dy), grads)
+    dx = _norm_backward(config, weights, "ln", c.x, dnormed, grads)
+    return dresidual + dx, grads
+
+
+def _norm_backward(
+    config: SessaConfig,
+    weights: Weights,
+    name: str,
+    x: np.ndarray,
+    dy: np.ndarray,
+    grads: dict[str, np.ndarray],
+) -> np.ndarray:
+    dx, grads[f"{name}.weight"], grads[f"{name}.bias"] = layer_norm_backward(
+        dy, x, f64(weights[f"{name}.weight"]), config.layer_norm_eps
+    )
+    return dx
+
+
+def _gated_backward(
+    config: SessaConfig,
+    weights: Weights,
+    c: SimpleNamespace,
+    dy: np.ndarray,
+    grads: dict[str, np.ndarray],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Gradients at the residual stream and at the normed input."""
     dgated = _linear_backward(weights, "W_out", c.s * c.g, dy, grads)
     df, dmixer_in = dgated * c.g, np.zeros_like(c.mixer_in)
-    if config.feedback:
+    if _feeds_back(config, weights):
         df, dq_fb, dk_fb, dgamma, _ = feedback_solve_backward(
             df, c.f, c.q_fb, c.k_fb, c.gamma, None, c.key_mask
         )
@@ -191,41 +270,71 @@ def _backward(
         dgain = (config.gamma_max * (1 - c.tanh**2) * dgamma)[..., None]
         dmixer_in += _linear_backward(weights, "mixer.gamma_ctx", c.mixer_in, dgain, grads)
         grads["mixer.gamma_bias"] = dgain.sum()
-    if config.num_attention_heads > 1:
+    dmixer_in += _attention_backward(config, weights, c, df, grads)
+    dag = np.concatenate([dmixer_in * gelu_derivative(c.a), dgated * c.s], axis=-1)
+    return dy, _linear_backward(weights, "W_in", c.normed, dag, grads)
+
+
+def _standard_backward(
+    config: SessaConfig,
+    weights: Weights,
+    c: SimpleNamespace,
+    dy: np.ndarray,
+    grads: dict[str, np.ndarray],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Gradients at the residual stream and at the normed input."""
+    dup = _linear_backward(weights, "mlp.down_proj", gelu(c.up), dy, grads)
+    dnormed = _linear_backward(
+        weights, "mlp.up_proj", c.normed_mlp, dup * gelu_derivative(c.up), grads
+    )
+    dmiddle = dy + _norm_backward(config, weights, "ln_mlp", c.middle, dnormed, grads)
+    return dmiddle, _attention_backward(config, weights, c, dmiddle, grads)
+
+
+def _attention_backward(
+    config: SessaConfig,
+    weights: Weights,
+    c: SimpleNamespace,
+    df: np.ndarray,
+    grads: dict[str, np.ndarray],
+) -> np.ndarray:
+    if "mixer.out_proj.weight" in weights:
         df = _linear_backward(weights, "mixer.out_proj", c.heads, df, grads)
     dheads = _split_heads(df, config.num_attention_heads)
     dq, dk, dv = attention_backward(dheads, c.q, c.k, c.v, c.key_mask)
     if config.use_forward_rope:
         dq = rotate(dq, -c.positions, config.rope_theta)
         dk = rotate(dk, -c.positions, config.rope_theta)
+    dmixer_in = np.zeros_like(c.mixer_in)
     for name, gradient in (("q_proj", dq), ("k_proj", dk), ("v_proj", dv)):
         joined = _join_heads(gradient)
         dmixer_in += _linear_backward(weights, f"mixer.{name}", c.mixer_in, joined, grads)
-    dag = np.concatenate([dmixer_in * gelu_derivative(c.a), dgated * c.s], axis=-1)
-    dnormed = _linear_backward(weights, "W_in", c.normed, dag, grads)
-    dx, grads["ln.weight"], grads["ln.bias"] = layer_norm_backward(
-        dnormed, c.x, f64(weights["ln.weight"]), config.layer_norm_eps
-    )
-    return dy + dx, grads
+    return dmixer_in
 
 
 @dataclass
 class ModelCache:
     """The layers' caches and the mask (B, P) of the tokens in them, None when all are real."""
 
-    layers: list[LayerCache]
+    layers: list[LayerCache | MambaCache]
     mask: np.ndarray | None = None
+    length: int = 0
 
 
 def empty_cache(config: SessaConfig, B: int) -> ModelCache:
     """A cache of zero tokens for the whole model, B sequences."""
-    return ModelCache([empty_layer_cache(config, B) for _ in range(config.num_hidden_layers)])
+    return ModelCache(
+        [
+            empty_mamba_cache(config, B) if mixer == "mamba2" else empty_layer_cache(config, B)
+            for mixer in config.mixers
+        ]
+    )
 
 
 def _mask_and_positions(
     attention_mask: np.ndarray | None, cache: ModelCache | None, B: int, T: int
 ) -> tuple[np.ndarray | None, np.ndarray]:
-    P = cache.layers[0].k.shape[2] if cache else 0
+    P = cache.length if cache else 0
     if attention_mask is None and cache and cache.mask is not None:
         attention_mask = np.concatenate([cache.mask, np.ones((B, T), dtype=bool)], axis=1)
     if attention_mask is None:
@@ -258,8 +367,11 @@ def _model(
             cache.layers[i] = c.cache
     if cache:
         cache.mask = mask
-    norm = (f64(weights["model.norm.weight"]), f64(weights["model.norm.bias"]))
-    normed = layer_norm(x, *norm, config.layer_norm_eps)
+        cache.length += T
+    if config.final_norm == "rms":
+        normed = rms_norm(x, f64(weights["model.norm.weight"]), config.layer_norm_eps)
+    else:
+        normed = _norm(config, weights, "model.norm", x)
     return SimpleNamespace(x=x, normed=normed, layers=layers)
 
 
@@ -308,15 +420,18 @@ def model_backward(
     dlogits: np.ndarray,
     attention_mask: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
-    """Gradient of every weight, given dlogits (B, T, V) at the logits of `model_logits`."""
+    """Gradient of every weight, given dlogits (B, T, V) at the logits of `model_logits`.
+
+    Raises SessaError when a layer is Mamba-2.
+    """
+    if "mamba2" in config.mixers:
+        raise SessaError(NO_GRADIENTS)
     c = _model(config, weights, input_ids, attention_mask, None)
     head = _head(config, weights)
     flat = f64(dlogits).reshape(-1, head.shape[0])
     dhead = flat.T @ c.normed.reshape(-1, head.shape[1])
-    dx, dweight, dbias = layer_norm_backward(
-        dlogits @ head, c.x, f64(weights["model.norm.weight"]), config.layer_norm_eps
-    )
-    grads = {"model.norm.weight": dweight, "model.norm.bias": dbias}
+    grads: dict[str, np.ndarray] = {}
+    dx = _norm_backward(config, weights, "model.norm", c.x, dlogits @ head, grads)
     for i in reversed(range(config.num_hidden_layers)):
         dx, layer = _backward(config, _layer_weights(weights, i), c.layers[i], dx)
         grads |= {f"model.layers.{i}.{name}": gradient for name, gradient in layer.items()}

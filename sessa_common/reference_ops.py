@@ -197,6 +197,21 @@ def gelu_derivative(x: np.ndarray) -> np.ndarray:
     return 0.5 * (1 + _erf(x / math.sqrt(2))) + x * density
 
 
+def silu(x: np.ndarray) -> np.ndarray:
+    """x times the logistic function, which is a half plus half a tanh at any size of x."""
+    return x * 0.5 * (1 + np.tanh(x / 2))
+
+
+def softplus(x: np.ndarray) -> np.ndarray:
+    """log(1 + exp(x))."""
+    return np.logaddexp(0.0, x)
+
+
+def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
+    """Divide the last axis by its root mean square, then scale."""
+    return x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + eps) * weight
+
+
 def layer_norm(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, eps: float) -> np.ndarray:
     """Normalise the last axis, then scale and shift."""
     x = x - x.mean(axis=-1, keepdims=True)

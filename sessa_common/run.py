@@ -78,6 +78,8 @@ def override(config: SessaConfig, given: Mapping[str, Any]) -> SessaConfig:
         values.setdefault("head_dim", 0)
         if config.num_key_value_heads == config.num_attention_heads:
             values.setdefault("num_key_value_heads", 0)
+        if config.intermediate_size == 4 * config.hidden_size:
+            values.setdefault("intermediate_size", 0)
     return dataclasses.replace(config, **values)
 
 

@@ -1,8 +1,15 @@
-"""The forward branch: causal softmax attention with grouped heads and rotary positions."""
+"""Causal softmax attention with grouped heads and rotary positions: alone, or Sessa's first half.
+
+Letters: B batch, T time, P past, D width, H heads, Hkv key/value heads, d head width.
+"""
 
 from __future__ import annotations
 
 import mlx.core as mx
+from mlx import nn
+
+from sessa_common.config import SessaConfig
+from sessa_mlx.cache import LayerCache
 
 Rope = tuple[mx.array, mx.array]
 
@@ -45,3 +52,44 @@ def causal_attention(
     row, column = mx.arange(S - T, S)[:, None], mx.arange(S)
     visible = (column <= row) & (key_mask[:, None, None, :] | (column == row))
     return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=visible)
+
+
+class AttentionMixer(nn.Module):
+    """Causal attention of a with H heads.
+
+    In Sessa's gated block `out_proj` has no bias and is there for several heads only, as the
+    author's release has it; in the standard block it is always there, with a bias.
+    """
+
+    def __init__(self, config: SessaConfig, *, gated: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        D, kv = config.hidden_size, config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(D, D)
+        self.k_proj = nn.Linear(D, kv)
+        self.v_proj = nn.Linear(D, kv)
+        self.projects = config.num_attention_heads > 1 or not gated
+        if self.projects:
+            self.out_proj = nn.Linear(D, D, bias=not gated)
+
+    def __call__(
+        self,
+        a: mx.array,  # (B, T, D)
+        *,
+        rope: Rope | None = None,
+        cache: LayerCache | None = None,
+        key_mask: mx.array | None = None,  # (B, P+T)
+    ) -> mx.array:
+        """Mix a (B, T, D) over time; with a cache, a continues what the cache holds."""
+        B, T, D = a.shape
+        d = self.config.head_dim
+        q, k, v = (
+            project(a).reshape(B, T, -1, d).swapaxes(1, 2)  # (B, heads, T, d)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if rope is not None:
+            q, k = apply_rope(q, rope), apply_rope(k, rope)
+        if cache is not None:
+            k, v = cache.k.append(k), cache.v.append(v)
+        f = causal_attention(q, k, v, key_mask).swapaxes(1, 2).reshape(B, T, D)
+        return self.out_proj(f) if self.projects else f

@@ -1,4 +1,4 @@
-"""What decoding keeps: per layer the forward keys and values, the feedback keys and the states."""
+"""What decoding keeps: per layer the rows that attention and feedback read, or Mamba's state."""
 
 from __future__ import annotations
 
@@ -52,12 +52,35 @@ class LayerCache:
         self.k, self.v = GrowingRows(2), GrowingRows(2)
         self.k_fb, self.s = GrowingRows(1), GrowingRows(1)
 
+    def trim(self, length: int) -> None:
+        """Keep the first `length` positions."""
+        for rows in vars(self).values():
+            rows.length = min(rows.length, length)
+
+
+class MambaCache:
+    """One Mamba-2 layer's past: conv (B, width-1, channels), and state (B, heads, P, N) float32.
+
+    Both are None before the first token.
+    """
+
+    def __init__(self) -> None:
+        self.conv: mx.array | None = None
+        self.state: mx.array | None = None
+
+    def trim(self, length: int) -> None:
+        """Forget everything when length is 0; the caller refuses anything in between."""
+        if length == 0:
+            self.conv = self.state = None
+
 
 class SessaCache:
     """The cache of a whole model for inference without gradients; dropping positions is exact."""
 
     def __init__(self, config: SessaConfig) -> None:
-        self.layers = [LayerCache() for _ in range(config.num_hidden_layers)]
+        self.layers = [
+            MambaCache() if mixer == "mamba2" else LayerCache() for mixer in config.mixers
+        ]
         self.mask: mx.array | None = None  # (B, P), True where a token is not padding
         self.length = 0
 
@@ -87,12 +110,22 @@ class SessaCache:
         return mask
 
     def trim(self, count: int) -> None:
-        """Drop the last `count` positions; a state depends on earlier positions only."""
+        """Drop the last `count` positions; rows and states depend on earlier positions only.
+
+        Raises ValueError, before anything is changed, for more positions than there are, and for a
+        part of them when a layer is Mamba-2, whose state cannot be rolled back.
+        """
         if not 0 <= count <= self.length:
             raise ValueError(f"cannot drop {count} of {self.length} cached positions")
+        recurrent = any(isinstance(layer, MambaCache) for layer in self.layers)
+        if recurrent and 0 < count < self.length:
+            raise ValueError(
+                f"cannot drop {count} of {self.length} positions: the state of a Mamba-2 layer "
+                "cannot be rolled back; drop all of them and read the prompt again"
+            )
         self.length -= count
         if self.mask is not None:
             self.mask = self.mask[:, : self.length]
-        for layer in self.layers:
-            for rows in vars(layer).values():
-                rows.length = min(rows.length, self.length)
+        if count:
+            for layer in self.layers:
+                layer.trim(self.length)

@@ -37,8 +37,10 @@ class Stepper:
         seen = None if mask is None else mx.array(mask != 0)
         logits = self.model(ids, cache=self.cache, attention_mask=seen, logits_to_keep=keep)
         # Nothing may stay lazy in the cache, or the graph would grow with every token.
-        rows = [r.buffer for layer in self.cache.layers for r in vars(layer).values()]
-        mx.eval(logits, [buffer for buffer in rows if buffer is not None])
+        held = [
+            getattr(x, "buffer", x) for layer in self.cache.layers for x in vars(layer).values()
+        ]
+        mx.eval(logits, [array for array in held if array is not None])
         return np.array(logits.astype(mx.float32))
 
 

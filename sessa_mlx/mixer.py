@@ -1,7 +1,6 @@
 """The Sessa mixer: causal attention inside a feedback loop.
 
-Letters: B batch, T time, P past, D width, H heads, Hkv key/value heads, d head width; f, s, q, k,
-gamma as in arXiv 2604.18580.
+Letters as in `attention`; f, s, q, k, gamma as in arXiv 2604.18580.
 """
 
 from __future__ import annotations
@@ -10,12 +9,12 @@ import mlx.core as mx
 from mlx import nn
 
 from sessa_common.config import SessaConfig
-from sessa_mlx.attention import Rope, apply_rope, causal_attention
+from sessa_mlx.attention import AttentionMixer, Rope
 from sessa_mlx.cache import LayerCache
 from sessa_mlx.feedback import feedback_solve
 
 
-class SessaMixer(nn.Module):
+class SessaMixer(AttentionMixer):
     """s = (I - diag(gamma) alpha)^-1 f, with f the causal attention of a (section 3 of the paper).
 
     Forward attention has H heads and RoPE; feedback attention is one head of width D without
@@ -23,14 +22,8 @@ class SessaMixer(nn.Module):
     """
 
     def __init__(self, config: SessaConfig) -> None:
-        super().__init__()
-        self.config = config
-        D, kv = config.hidden_size, config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(D, D)
-        self.k_proj = nn.Linear(D, kv)
-        self.v_proj = nn.Linear(D, kv)
-        if config.num_attention_heads > 1:
-            self.out_proj = nn.Linear(D, D, bias=False)
+        super().__init__(config, gated=True)
+        D = config.hidden_size
         if config.feedback:
             self.proj_fb = nn.Linear(D, 2 * D)
             self.gamma_ctx = nn.Linear(D, 1, bias=False)
@@ -45,7 +38,7 @@ class SessaMixer(nn.Module):
         key_mask: mx.array | None = None,  # (B, P+T)
     ) -> mx.array:
         """Mix a (B, T, D) over time; with a cache, a continues what the cache holds."""
-        f = self._attend(a, rope, cache, key_mask)
+        f = super().__call__(a, rope=rope, cache=cache, key_mask=key_mask)
         if not self.config.feedback:
             return f
         q, k = mx.split(self.proj_fb(a), 2, -1)
@@ -64,19 +57,3 @@ class SessaMixer(nn.Module):
         work = mx.float64 if a.dtype == mx.float64 else mx.float32
         logits = (a * self.gamma_ctx.weight[0].astype(work)).sum(-1)
         return self.config.gamma_max * mx.tanh(logits + self.gamma_bias.astype(work))
-
-    def _attend(
-        self, a: mx.array, rope: Rope | None, cache: LayerCache | None, key_mask: mx.array | None
-    ) -> mx.array:
-        B, T, D = a.shape
-        d = self.config.head_dim
-        q, k, v = (
-            project(a).reshape(B, T, -1, d).swapaxes(1, 2)  # (B, heads, T, d)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        if rope is not None:
-            q, k = apply_rope(q, rope), apply_rope(k, rope)
-        if cache is not None:
-            k, v = cache.k.append(k), cache.v.append(v)
-        f = causal_attention(q, k, v, key_mask).swapaxes(1, 2).reshape(B, T, D)
-        return self.out_proj(f) if self.config.num_attention_heads > 1 else f

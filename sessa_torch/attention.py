@@ -1,10 +1,16 @@
-"""The forward branch: causal softmax attention with grouped heads and rotary positions."""
+"""Causal softmax attention with grouped heads and rotary positions: alone, or Sessa's first half.
+
+Letters: B batch, T time, P past, D width, H heads, Hkv key/value heads, d head width.
+"""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from sessa_common.config import SessaConfig
+from sessa_torch.cache import LayerCache
 
 Rope = tuple[Tensor, Tensor]
 
@@ -50,3 +56,44 @@ def causal_attention(
         own = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T)
         visible = visible & (key_mask[:, None, None, :] | own)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=grouped)
+
+
+class AttentionMixer(nn.Module):
+    """Causal attention of a with H heads.
+
+    In Sessa's gated block `out_proj` has no bias and is there for several heads only, as the
+    author's release has it; in the standard block it is always there, with a bias.
+    """
+
+    def __init__(self, config: SessaConfig, *, gated: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        D, kv = config.hidden_size, config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(D, D)
+        self.k_proj = nn.Linear(D, kv)
+        self.v_proj = nn.Linear(D, kv)
+        self.projects = config.num_attention_heads > 1 or not gated
+        if self.projects:
+            self.out_proj = nn.Linear(D, D, bias=not gated)
+
+    def forward(
+        self,
+        a: Tensor,  # (B, T, D)
+        *,
+        rope: Rope | None = None,
+        cache: LayerCache | None = None,
+        key_mask: Tensor | None = None,  # (B, P+T)
+    ) -> Tensor:
+        """Mix a (B, T, D) over time; with a cache, a continues what the cache holds."""
+        B, T, D = a.shape
+        d = self.config.head_dim
+        q, k, v = (
+            project(a).view(B, T, -1, d).transpose(1, 2)  # (B, heads, T, d)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if rope is not None:
+            q, k = apply_rope(q, rope), apply_rope(k, rope)
+        if cache is not None:
+            k, v = cache.k.append(k), cache.v.append(v)
+        f = causal_attention(q, k, v, key_mask).transpose(1, 2).reshape(B, T, D)
+        return self.out_proj(f) if self.projects else f

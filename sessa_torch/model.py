@@ -1,4 +1,4 @@
-"""The Sessa language model: embedding, gated blocks, final norm, tied or untied head."""
+"""The language model: embedding, one block a layer by its mixer, final norm, the head."""
 
 from __future__ import annotations
 
@@ -7,20 +7,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sessa_common.config import SessaConfig
-from sessa_torch.attention import Rope, rope_tables
-from sessa_torch.cache import LayerCache, SessaCache
+from sessa_torch.attention import AttentionMixer, Rope, rope_tables
+from sessa_torch.cache import LayerCache, MambaCache, SessaCache
+from sessa_torch.mamba2 import Mamba2Mixer
 from sessa_torch.mixer import SessaMixer
 
 
 class SessaLayer(nn.Module):
-    """One pre-norm gated block: y = x + W_out(mixer(gelu(a)) * g), a and g the halves of W_in."""
+    """One pre-norm gated block: y = x + W_out(mixer(gelu(a)) * g), a and g the halves of W_in.
 
-    def __init__(self, config: SessaConfig) -> None:
+    mixer "attention" is Sessa's block without the feedback.
+    """
+
+    def __init__(self, config: SessaConfig, mixer: str = "sessa") -> None:
         super().__init__()
         D = config.hidden_size
         self.ln = nn.LayerNorm(D, eps=config.layer_norm_eps)
         self.W_in = nn.Linear(D, 2 * D)
-        self.mixer = SessaMixer(config)
+        self.mixer = SessaMixer(config) if mixer == "sessa" else AttentionMixer(config, gated=True)
         self.W_out = nn.Linear(D, D)
 
     def forward(
@@ -37,15 +41,82 @@ class SessaLayer(nn.Module):
         return x + self.W_out(s * g)
 
 
+class MLP(nn.Module):
+    """down_proj(gelu(up_proj(x))), D -> intermediate_size -> D."""
+
+    def __init__(self, config: SessaConfig) -> None:
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply to x (B, T, D)."""
+        return self.down_proj(F.gelu(self.up_proj(x)))
+
+
+class TransformerLayer(nn.Module):
+    """The standard pre-norm block: x = x + attention(ln(x)); x = x + mlp(ln_mlp(x))."""
+
+    def __init__(self, config: SessaConfig) -> None:
+        super().__init__()
+        self.ln = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mixer = AttentionMixer(config)
+        self.ln_mlp = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(
+        self,
+        x: Tensor,  # (B, T, D)
+        *,
+        rope: Rope | None = None,
+        cache: LayerCache | None = None,
+        key_mask: Tensor | None = None,  # (B, P+T)
+    ) -> Tensor:
+        """Apply the block to x (B, T, D); rope comes from `rope_tables`, None switches it off."""
+        x = x + self.mixer(self.ln(x), rope=rope, cache=cache, key_mask=key_mask)
+        return x + self.mlp(self.ln_mlp(x))
+
+
+class Mamba2Layer(nn.Module):
+    """x = x + mamba2(rmsnorm(x)); it has no positions, so `rope` is not read."""
+
+    def __init__(self, config: SessaConfig) -> None:
+        super().__init__()
+        self.ln = nn.RMSNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mixer = Mamba2Mixer(config)
+
+    def forward(
+        self,
+        x: Tensor,  # (B, T, D)
+        *,
+        rope: Rope | None = None,
+        cache: MambaCache | None = None,
+        key_mask: Tensor | None = None,  # (B, P+T)
+    ) -> Tensor:
+        """Apply the block to x (B, T, D)."""
+        return x + self.mixer(self.ln(x), cache=cache, key_mask=key_mask)
+
+
+def new_layer(config: SessaConfig, mixer: str) -> nn.Module:
+    """The block of a layer that has this mixer."""
+    if mixer == "mamba2":
+        return Mamba2Layer(config)
+    if mixer == "attention" and config.attention_block == "mlp":
+        return TransformerLayer(config)
+    return SessaLayer(config, mixer)
+
+
 class SessaBackbone(nn.Module):
-    """Token embedding, the blocks and the final LayerNorm."""
+    """Token embedding, the blocks and the final norm."""
 
     def __init__(self, config: SessaConfig) -> None:
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(SessaLayer(config) for _ in range(config.num_hidden_layers))
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layers = nn.ModuleList(new_layer(config, mixer) for mixer in config.mixers)
+        norm = nn.RMSNorm if config.final_norm == "rms" else nn.LayerNorm
+        self.norm = norm(config.hidden_size, eps=config.layer_norm_eps)
+        self.rotates = config.use_forward_rope and set(config.mixers) != {"mamba2"}
 
     def forward(
         self,
@@ -61,7 +132,7 @@ class SessaBackbone(nn.Module):
             mask = cache.extend(input_ids.shape[1], attention_mask)
         else:
             mask = None if attention_mask is None else attention_mask.bool()
-        rope = self._rope(past, input_ids, mask, x.dtype) if self.config.use_forward_rope else None
+        rope = self._rope(past, input_ids, mask, x.dtype) if self.rotates else None
         for i, layer in enumerate(self.layers):
             layer_cache = cache.layers[i] if cache is not None else None
             x = layer(x, rope=rope, cache=layer_cache, key_mask=mask)
@@ -76,7 +147,7 @@ class SessaBackbone(nn.Module):
 
 
 class SessaModel(nn.Module):
-    """A Sessa language model; parameter names are the keys of the checkpoint."""
+    """A model of Sessa, attention or Mamba-2 layers; parameter names are the checkpoint's keys."""
 
     def __init__(self, config: SessaConfig) -> None:
         super().__init__()

@@ -47,7 +47,7 @@ class Torch:
         }
 
     def layer(self, config: Any, params: Arrays, dtype: str) -> Any:
-        layer = self.model.SessaLayer(config).to(getattr(torch, dtype))
+        layer = self.model.new_layer(config, config.mixers[0]).to(getattr(torch, dtype))
         layer.load_state_dict({name: self.array(value) for name, value in params.items()})
         return layer
 
@@ -59,6 +59,15 @@ class Torch:
         y.backward(torch.tensor(dy, dtype=dtype))
         grads = {name: self.numpy(p.grad) for name, p in layer.named_parameters()}
         return {**grads, "y": self.numpy(y), "dx": self.numpy(leaf.grad)}
+
+    def model_gradients(
+        self, model: Any, ids: np.ndarray, mask: np.ndarray, dlogits: np.ndarray
+    ) -> Arrays:
+        """The gradient of every parameter, given one at the logits."""
+        dtype = next(model.parameters()).dtype
+        logits = model(torch.tensor(ids), attention_mask=torch.tensor(mask))
+        logits.backward(torch.tensor(dlogits, dtype=dtype))
+        return {name: self.numpy(p.grad) for name, p in model.named_parameters()}
 
 
 class MLX:
@@ -84,7 +93,7 @@ class MLX:
         return {name: self.numpy(g).astype(np.float64) for name, g in grads.items()}
 
     def layer(self, config: Any, params: Arrays, dtype: str) -> Any:
-        layer = self.model.SessaLayer(config)
+        layer = self.model.new_layer(config, config.mixers[0])
         layer.set_dtype(getattr(mx, dtype))
         layer.load_weights([(name, self.array(value, dtype)) for name, value in params.items()])
         return layer
@@ -101,6 +110,18 @@ class MLX:
         dx = mx.grad(lambda x: loss(layer, x))(x)
         named = {name: self.numpy(value) for name, value in tree_flatten(grads)}
         return {**named, "y": self.numpy(layer(x, rope=rope)), "dx": self.numpy(dx)}
+
+    def model_gradients(
+        self, model: Any, ids: np.ndarray, mask: np.ndarray, dlogits: np.ndarray
+    ) -> Arrays:
+        """The gradient of every parameter, given one at the logits."""
+        ids, mask, dlogits = mx.array(ids), mx.array(mask), mx.array(dlogits, dtype=mx.float32)
+
+        def loss() -> mx.array:
+            return (model(ids, attention_mask=mask) * dlogits).sum()
+
+        _, grads = mlx_nn.value_and_grad(model, loss)()
+        return {name: self.numpy(value) for name, value in tree_flatten(grads)}
 
 
 FRAMEWORKS = [Torch(), MLX()]

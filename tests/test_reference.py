@@ -10,6 +10,7 @@ from golden_cases import gradient_errors, relative_error
 
 from sessa_common import reference
 from sessa_common.config import SessaConfig, parameter_shapes
+from sessa_common.errors import SessaError
 from sessa_common.reference_ops import masked_softmax
 
 CONFIGS = {
@@ -27,12 +28,44 @@ CONFIGS = {
     "no_feedback": SessaConfig(
         vocab_size=11, hidden_size=12, num_hidden_layers=2, num_attention_heads=2, feedback=False
     ),
+    "standard": SessaConfig(
+        vocab_size=11, hidden_size=12, num_hidden_layers=2, num_attention_heads=6,
+        num_key_value_heads=3, mixer="attention", intermediate_size=20,
+    ),
+    "standard_one_head": SessaConfig(
+        vocab_size=11, hidden_size=10, num_hidden_layers=1, num_attention_heads=1,
+        mixer="attention", tie_word_embeddings=False,
+    ),
+    "gated_then_sessa": SessaConfig(
+        vocab_size=11, hidden_size=12, num_hidden_layers=2, num_attention_heads=2,
+        mixer=("attention", "sessa"), attention_block="gated",
+    ),
+}  # fmt: skip
+RECURRENT = {
+    "mamba2": SessaConfig(
+        vocab_size=11, hidden_size=12, num_hidden_layers=2, num_attention_heads=3,
+        mixer="mamba2", mamba_d_state=5, mamba_d_head=6, mamba_d_conv=3, tie_word_embeddings=False,
+    ),
+    "mamba2_no_window": SessaConfig(
+        vocab_size=11, hidden_size=10, num_hidden_layers=1, num_attention_heads=1,
+        mixer="mamba2", mamba_d_state=3, mamba_d_head=4, mamba_d_conv=1,
+    ),
+    "hybrid": SessaConfig(
+        vocab_size=11, hidden_size=12, num_hidden_layers=3, num_attention_heads=2,
+        mixer=("mamba2", "attention", "sessa"), mamba_d_state=5, mamba_d_head=8,
+    ),
 }  # fmt: skip
 
 
 @pytest.fixture(params=CONFIGS)
 def config(request) -> SessaConfig:
+    """Every model that has gradients here."""
     return CONFIGS[request.param]
+
+
+@pytest.fixture(params=[*CONFIGS, *RECURRENT])
+def any_config(request) -> SessaConfig:
+    return {**CONFIGS, **RECURRENT}[request.param]
 
 
 def random_weights(config: SessaConfig, seed: int = 0) -> dict[str, np.ndarray]:
@@ -220,6 +253,27 @@ def test_model_backward(config):
     directional(loss, weights, grads)
 
 
+@pytest.mark.parametrize("name", RECURRENT)
+def test_gradients_of_mamba2_are_refused(name):
+    config, ids = RECURRENT[name], np.zeros((1, 3), dtype=int)
+    with pytest.raises(SessaError, match="no gradients of a Mamba-2 layer"):
+        reference.model_backward(config, random_weights(config), ids, np.zeros((1, 3, 11)))
+    x = np.zeros((1, 3, config.hidden_size))
+    with pytest.raises(SessaError, match="no gradients of a Mamba-2 layer"):
+        reference.layer_backward(config, layer_weights(config), x, x)
+
+
+def test_mamba2_layer_decodes_what_it_computes_at_once():
+    config = RECURRENT["mamba2"]
+    weights, x = layer_weights(config), np.random.default_rng(3).normal(size=(2, 7, 12))
+    cache, rows = None, []
+    for piece in np.split(x, [4, 5], axis=1):
+        y, cache = reference.layer_decode(config, weights, piece, cache)
+        rows.append(y)
+    want = reference.layer_forward(config, weights, x)
+    assert relative_error(np.concatenate(rows, axis=1), want) <= 1e-13
+
+
 def test_cross_entropy_of_equal_logits_is_the_log_of_their_number():
     loss, dlogits = reference.cross_entropy(np.zeros((2, 3, 11)), np.zeros((2, 3), dtype=int))
     assert loss == pytest.approx(np.log(11))
@@ -227,7 +281,8 @@ def test_cross_entropy_of_equal_logits_is_the_log_of_their_number():
 
 
 @pytest.mark.parametrize("cuts", [(13,), (5, 9, 13), tuple(range(1, 14))], ids=["1", "3", "13"])
-def test_pieces_through_a_cache_equal_the_whole(config, cuts):
+def test_pieces_through_a_cache_equal_the_whole(any_config, cuts):
+    config = any_config
     weights = random_weights(config)
     ids = np.random.default_rng(4).integers(0, config.vocab_size, (2, 13))
     cache = reference.empty_cache(config, 2)
@@ -237,7 +292,8 @@ def test_pieces_through_a_cache_equal_the_whole(config, cuts):
     assert relative_error(np.concatenate(got, axis=1), want) <= 1e-12
 
 
-def test_left_padded_batch_equals_each_prompt_alone(config):
+def test_left_padded_batch_equals_each_prompt_alone(any_config):
+    config = any_config
     weights = random_weights(config)
     rng = np.random.default_rng(6)
     prompts = [rng.integers(0, config.vocab_size, n) for n in (8, 5, 1)]
@@ -256,7 +312,8 @@ def test_left_padded_batch_equals_each_prompt_alone(config):
         assert relative_error(got, want) <= 1e-12
 
 
-def test_padding_tokens_do_not_reach_real_ones(config):
+def test_padding_tokens_do_not_reach_real_ones(any_config):
+    config = any_config
     weights = random_weights(config)
     ids = np.random.default_rng(8).integers(0, config.vocab_size, (1, 9))
     mask = np.arange(9)[None] >= 4

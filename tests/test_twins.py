@@ -56,17 +56,28 @@ def test_same_outline_and_signatures(name):
     assert first == second
 
 
+KINDS = {
+    "sessa": {},
+    "nofeedback": {"feedback": False},
+    "transformer": {"mixer": "attention"},
+    "transformer-narrow": {"mixer": "attention", "intermediate_size": 20},
+    "gated": {"mixer": "attention", "attention_block": "gated"},
+    "mamba2": {"mixer": "mamba2", "mamba_d_state": 6, "mamba_d_head": 2, "mamba_d_conv": 3},
+    "hybrid": {"mixer": ("mamba2", "sessa"), "mamba_d_head": 4},
+}
+
+
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("heads", [1, 4])
-@pytest.mark.parametrize("feedback", [True, False])
-def test_parameter_names_and_shapes_are_those_of_the_checkpoint(tied, heads, feedback):
+@pytest.mark.parametrize("kind", KINDS)
+def test_parameter_names_and_shapes_are_those_of_the_checkpoint(tied, heads, kind):
     config = SessaConfig(
         vocab_size=20,
         hidden_size=8,
         num_hidden_layers=2,
         num_attention_heads=heads,
         tie_word_embeddings=tied,
-        feedback=feedback,
+        **KINDS[kind],
     )
     for framework in FRAMEWORKS:
         model = framework.checkpoint.new_model(config)

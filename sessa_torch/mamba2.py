@@ -1,0 +1,172 @@
+"""The Mamba-2 mixer: a scalar-decay state space, by chunks for training, by steps for decoding.
+
+Letters: B batch, T time, D width, H heads of width P, N state size, Q chunk, n chunks, W width of
+the convolution; x, dt, A, b, c as in state-spaces/mamba (b and c are shared by all heads).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sessa_common.config import SessaConfig
+from sessa_torch.cache import MambaCache
+
+CHUNK = 64
+
+
+def ssd_step(
+    x: Tensor,  # (B, 1, H, P)
+    dt: Tensor,  # (B, 1, H)
+    A: Tensor,  # (H,)
+    b: Tensor,  # (B, 1, N)
+    c: Tensor,  # (B, 1, N)
+    state: Tensor,  # (B, H, P, N)
+) -> tuple[Tensor, Tensor]:
+    """One row of h = exp(dt A) h + dt x b^T, y = h c: y (B, 1, H, P) and the next state."""
+    inputs = (x * dt[..., None])[:, 0, :, :, None] * b[:, :, None, :]
+    state = torch.exp(dt[:, 0] * A)[..., None, None] * state + inputs
+    return (state * c[:, :, None, :]).sum(-1)[:, None], state
+
+
+def ssd_chunked(
+    x: Tensor,  # (B, T, H, P)
+    dt: Tensor,  # (B, T, H)
+    A: Tensor,  # (H,)
+    b: Tensor,  # (B, T, N)
+    c: Tensor,  # (B, T, N)
+    state: Tensor | None = None,  # (B, H, P, N)
+) -> tuple[Tensor, Tensor]:
+    """T rows of the recurrence of `ssd_step` as matrix products: y (B, T, H, P), the last state.
+
+    dt and A must be float32 at least: decays and states are computed in their dtype, the large
+    products in that of x. Section 6 of arXiv 2405.21060; memory O(T Q), since the (T/Q)^2 decays
+    between chunks are fewer up to T = Q^3.
+    """
+    T, H, P = x.shape[1:]
+    Q = min(CHUNK, T)
+    x, dt, b, c = (_chunks(rows, Q) for rows in (x, dt, b, c))
+    # One step may forget at most exp(-40), less than float64 resolves: sums of logs stay accurate.
+    logs = (dt * A).clamp_min(-40).cumsum(2)  # (B, n, Q, H)
+    inputs = (x * dt[..., None]).to(x.dtype)  # (B, n, Q, H, P)
+    weights = (c @ b.mT)[:, :, None] * _decays(logs.mT).to(x.dtype)  # (B, n, H, Q, Q)
+    inside = (weights @ inputs.transpose(2, 3)).transpose(2, 3)  # (B, n, Q, H, P)
+    kept = torch.exp(logs[:, :, -1:] - logs)[..., None]
+    local = b.mT @ (inputs * kept).to(x.dtype).flatten(3)  # (B, n, N, H P)
+    states = _carry(local.unflatten(-1, (H, P)), logs[:, :, -1], state)
+    before = (c @ states[:, :-1].to(x.dtype).flatten(3)).unflatten(-1, (H, P))
+    y = inside + before * torch.exp(logs)[..., None]
+    return y.flatten(1, 2)[:, :T], states[:, -1].permute(0, 2, 3, 1)
+
+
+def _chunks(rows: Tensor, Q: int) -> Tensor:
+    """(B, T, ...) -> (B, n, Q, ...); rows of padding have dt = 0, so they change no state."""
+    missing = -rows.shape[1] % Q
+    if missing:
+        rows = F.pad(rows, [0, 0] * (rows.ndim - 2) + [0, missing])
+    return rows.unflatten(1, (-1, Q))
+
+
+def _decays(logs: Tensor) -> Tensor:
+    """exp(logs[i] - logs[j]) for j <= i, else 0: (..., Q) -> (..., Q, Q)."""
+    Q = logs.shape[-1]
+    future = torch.full((Q, Q), -torch.inf, dtype=logs.dtype, device=logs.device).triu(1)
+    # Masked before exp: above the diagonal it would overflow and poison the gradient. The sum of a
+    # negated row and the work in place spare copies of the largest array there is.
+    return (logs[..., :, None] + (-logs)[..., None, :]).add_(future).exp_()
+
+
+def _carry(local: Tensor, totals: Tensor, state: Tensor | None) -> Tensor:
+    """States (B, n+1, N, H, P) at the chunks' borders, from what each adds and its decay."""
+    local = local.to(totals.dtype)
+    first = torch.zeros_like(local[:, 0]) if state is None else state.permute(0, 3, 1, 2)
+    local = torch.cat([first[:, None], local], 1)
+    decays = _decays(F.pad(totals.cumsum(1), (0, 0, 1, 0)).mT)  # (B, H, n+1, n+1)
+    with torch.autocast(local.device.type, enabled=False):
+        return torch.einsum("bhij,bjnhp->binhp", decays, local)
+
+
+class CausalConv1d(nn.Module):
+    """Depth-wise convolution over time: a sum of W shifted products, weight (channels, 1, W)."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(channels, 1, width))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, W-1+T, channels) -> (B, T, channels)."""
+        taps = self.weight[:, 0].to(x.dtype).unbind(-1)
+        T = x.shape[1] - len(taps) + 1
+        y = self.bias.to(x.dtype)
+        for i, tap in enumerate(taps):
+            y = torch.addcmul(y, x[:, i : i + T], tap)
+        return y
+
+
+class Mamba2Mixer(nn.Module):
+    """Mamba-2 with one group: projection, convolution, state space, gated RMSNorm, projection."""
+
+    def __init__(self, config: SessaConfig) -> None:
+        super().__init__()
+        D, N = config.hidden_size, config.mamba_d_state
+        self.inner = config.mamba_expand * D
+        self.heads, self.states = self.inner // config.mamba_d_head, N
+        channels = self.inner + 2 * N
+        self.in_proj = nn.Linear(D, self.inner + channels + self.heads, bias=False)
+        self.conv1d = CausalConv1d(channels, config.mamba_d_conv)
+        self.dt_bias = nn.Parameter(torch.zeros(self.heads))
+        self.A_log = nn.Parameter(torch.zeros(self.heads))
+        self.D = nn.Parameter(torch.ones(self.heads))
+        self.norm = nn.RMSNorm(self.inner, eps=config.layer_norm_eps)
+        self.out_proj = nn.Linear(self.inner, D, bias=False)
+
+    def forward(
+        self,
+        a: Tensor,  # (B, T, D)
+        *,
+        cache: MambaCache | None = None,
+        key_mask: Tensor | None = None,  # (B, P+T)
+    ) -> Tensor:
+        """Mix a (B, T, D) over time; with a cache, a continues what the cache holds.
+
+        A position that key_mask hides enters neither the convolution nor the state.
+        """
+        T = a.shape[1]
+        z, xbc, dt = self.in_proj(a).split(
+            [self.inner, self.inner + 2 * self.states, self.heads], -1
+        )
+        work = torch.promote_types(dt.dtype, torch.float32)
+        dt = F.softplus(dt.to(work) + self.dt_bias.to(work))
+        if key_mask is not None:
+            real = key_mask[:, -T:, None]
+            xbc, dt = xbc * real, dt * real
+        xbc = F.silu(self.conv1d(self._with_past(xbc, cache)))
+        x, b, c = xbc.split([self.inner, self.states, self.states], -1)
+        x = x.unflatten(-1, (self.heads, -1))
+        y = self._scan(x, dt, b, c, cache) + self.D.to(work)[:, None] * x
+        gated = y.flatten(2) * F.silu(z)
+        return self.out_proj(self.norm(gated.to(self.norm.weight.dtype)))
+
+    def _with_past(self, xbc: Tensor, cache: MambaCache | None) -> Tensor:
+        past = self.conv1d.weight.shape[-1] - 1
+        if cache is None or cache.conv is None:
+            rows = F.pad(xbc, (0, 0, past, 0))
+        else:
+            rows = torch.cat([cache.conv, xbc], 1)
+        if cache is not None:
+            cache.conv = rows[:, xbc.shape[1] :]
+        return rows
+
+    def _scan(
+        self, x: Tensor, dt: Tensor, b: Tensor, c: Tensor, cache: MambaCache | None
+    ) -> Tensor:
+        A = -self.A_log.to(dt.dtype).exp()
+        if cache is None:
+            return ssd_chunked(x, dt, A, b, c)[0]
+        if cache.state is not None and x.shape[1] == 1:
+            y, cache.state = ssd_step(x, dt, A, b, c, cache.state)
+        else:
+            y, cache.state = ssd_chunked(x, dt, A, b, c, cache.state)
+        return y
