@@ -109,7 +109,8 @@ def load_config(folder: Path | str) -> SessaConfig:
 def load_weights(folder: Path | str) -> tuple[SessaConfig, dict[str, np.ndarray]]:
     """Read configuration and tensors of a checkpoint folder; names and shapes are checked.
 
-    A folder that MLX quantised is dequantised, in the type of its scales.
+    A folder that MLX quantised is dequantised, in the type of its scales; convolutions come as
+    (channels, 1, width), whatever their layout in the file.
     """
     folder = Path(folder)
     config = load_config(folder)
@@ -117,6 +118,7 @@ def load_weights(folder: Path | str) -> tuple[SessaConfig, dict[str, np.ndarray]
     if is_quantized(weights):
         settings = read_json(folder / "config.json").get("quantization")
         weights = dequantize_weights(weights, settings, config.hidden_size, str(folder))
+    weights = channels_first(weights)
     check_weights(config, weights, str(folder))
     return config, weights
 
@@ -127,6 +129,28 @@ def read_tensors(folder: Path) -> dict[str, np.ndarray]:
     for file in weight_files(folder):
         tensors |= read_safetensors(file)
     return tensors
+
+
+def channels_first(weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Turn convolutions from MLX's layout (channels, width, 1) to ours, (channels, 1, width)."""
+    # The axis of length 1 tells the layouts apart; at width 1 they are the same.
+    return {
+        name: value.swapaxes(1, 2) if is_convolution(name, value) and value.shape[2] == 1 else value
+        for name, value in weights.items()
+    }
+
+
+def channels_last(weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Turn convolutions from our layout to MLX's; the inverse of `channels_first`."""
+    return {
+        name: value.swapaxes(1, 2) if is_convolution(name, value) else value
+        for name, value in weights.items()
+    }
+
+
+def is_convolution(name: str, value: np.ndarray) -> bool:
+    """Whether a tensor is the weight of a Mamba-2 layer's depth-wise convolution."""
+    return name.endswith(".conv1d.weight") and value.ndim == 3
 
 
 def check_weights(config: SessaConfig, weights: Mapping[str, np.ndarray], where: str) -> None:

@@ -194,8 +194,8 @@ class SessaConfig:
 
 
 def _sizes(name: str, D: int, H: int, sessa: int, layers: int, deep: tuple[int, int],
-           mamba: tuple[int, int]) -> dict[str, SessaConfig]:  # fmt: skip
-    """The models of one size: layers of Sessa and of two Transformers, layers and P of Mamba-2."""
+           mamba: tuple[int, int, int]) -> dict[str, SessaConfig]:  # fmt: skip
+    """The models of one size: layers of Sessa and two Transformers; layers, P and N of Mamba-2."""
 
     def config(count: int, **rest: Any) -> SessaConfig:
         return SessaConfig(hidden_size=D, num_attention_heads=H, num_hidden_layers=count, **rest)
@@ -204,7 +204,9 @@ def _sizes(name: str, D: int, H: int, sessa: int, layers: int, deep: tuple[int, 
         f"sessa-{name}": config(sessa),
         f"transformer-{name}": config(layers, mixer="attention"),
         f"transformer-{name}-deep": config(deep[0], mixer="attention", intermediate_size=deep[1]),
-        f"mamba2-{name}": config(mamba[0], mixer="mamba2", mamba_d_head=mamba[1]),
+        f"mamba2-{name}": config(
+            mamba[0], mixer="mamba2", mamba_d_head=mamba[1], mamba_d_state=mamba[2]
+        ),
     }
 
 
@@ -212,11 +214,12 @@ def _sizes(name: str, D: int, H: int, sessa: int, layers: int, deep: tuple[int, 
 # than 1 % in parameters; "-deep" has Sessa's number of layers and a narrower MLP.
 PRESETS: dict[str, SessaConfig] = {
     "demo": SessaConfig(vocab_size=2048, max_position_embeddings=256),
-    **_sizes("1m", 128, 4, 4, 3, (4, 320), (5, 16)),
-    **_sizes("9m", 320, 5, 8, 6, (8, 800), (11, 16)),
-    **_sizes("10m", 256, 4, 16, 12, (16, 640), (22, 64)),
-    **_sizes("30m", 512, 8, 12, 9, (12, 1280), (17, 32)),
-    **_sizes("131m", 768, 12, 24, 18, (24, 1920), (35, 64)),
+    **_sizes("400k", 64, 4, 4, 3, (4, 160), (5, 32, 32)),
+    **_sizes("1m", 128, 4, 4, 3, (4, 320), (5, 16, 64)),
+    **_sizes("9m", 320, 5, 8, 6, (8, 800), (11, 16, 64)),
+    **_sizes("10m", 256, 4, 16, 12, (16, 640), (22, 64, 64)),
+    **_sizes("30m", 512, 8, 12, 9, (12, 1280), (17, 32, 64)),
+    **_sizes("131m", 768, 12, 24, 18, (24, 1920), (35, 64, 64)),
 }
 
 
@@ -229,9 +232,12 @@ class TrainConfig:
     or a path; `window` is the number of tokens in a training row, 0 for the model's
     max_position_embeddings; a step uses batch_size * accumulation rows; the learning rate rises
     linearly over warmup_steps and falls along a cosine to min_lr_ratio of itself; an interval of 0
-    means "only at the end".
+    means "only at the end". `task` is "symbolsoup", "diffuse-mqar" or a folder of `sessa data`, to
+    train on instead of text; `task_options` are "name=value" texts for its fields.
     """
 
+    task: str | None = None
+    task_options: tuple[str, ...] = ()
     data: tuple[str, ...] = ("pydoc",)
     validation_data: tuple[str, ...] = ()
     validation_fraction: float = 0.05
@@ -275,15 +281,23 @@ class TrainConfig:
         for name in ("beta1", "beta2", "validation_fraction"):
             value = getattr(self, name)
             _require(0 <= value < 1, f"{name} is {value!r}, expected from 0 to below 1")
+        _require(self.task is not None or not self.task_options,
+                 "task options are given without a task; give --task too")  # fmt: skip
         _require(len(self.data) > 0, "data is empty, expected at least one file, folder or name")
         _require(self.precision in PRECISIONS,
                  f"precision is {self.precision!r}, expected {', '.join(PRECISIONS)}")  # fmt: skip
 
     @classmethod
+    def for_task(cls, task: str) -> TrainConfig:
+        """The defaults of training on a task: more and larger steps than the demonstration's."""
+        return cls(task=task, steps=4000, batch_size=32, learning_rate=1e-3, warmup_steps=200,
+                   evaluate_every=250, checkpoint_every=1000)  # fmt: skip
+
+    @classmethod
     def from_dict(cls, given: Mapping[str, Any], where: str = "training config") -> TrainConfig:
         """Read the keys of a training.json; an unknown key is an error that names it."""
         known = _known_fields(cls, given, where)
-        for name in ("data", "validation_data"):
+        for name in ("data", "validation_data", "task_options"):
             if name in known:
                 _require(isinstance(known[name], (list, tuple)),
                          f"{where}: {name} is {known[name]!r}, expected a list")  # fmt: skip

@@ -15,6 +15,8 @@ from sessa_common.checkpoint import (
     INDEX,
     NUMPY_DTYPES,
     SHARD_SIZE,
+    channels_first,
+    channels_last,
     check_weights,
     load_weights,
     new_folder,
@@ -24,6 +26,7 @@ from sessa_common.checkpoint import (
 from sessa_common.config import FOREIGN_KEYS, SessaConfig, parameter_shapes, read_json
 from sessa_common.errors import SessaError
 from sessa_common.foreign import Tensors, complete, find_config, read_arrays, recognise
+from sessa_common.mamba2_release import mamba2_config, mamba2_names
 from sessa_common.quantize import dequantize_weights, is_quantized, quantize_weights
 from sessa_common.trainer import STATE
 
@@ -98,6 +101,8 @@ def read_source(
 
 def _read_folder(folder: Path, given: Mapping[str, Any]) -> Source:
     settings = read_json(folder / "config.json")
+    if settings.get("model_type") == "mamba2":
+        return _read_mamba2(folder, settings, given)
     for key, value in given.items():
         if key not in FOREIGN_KEYS and settings.get(key, value) != value:
             raise SessaError(f"{folder}: its config.json has {key} {settings[key]}, given {value}")
@@ -113,8 +118,21 @@ def _read_folder(folder: Path, given: Mapping[str, Any]) -> Source:
         kind = "MLX-quantised folder"
         quantization = settings.get("quantization")
         tensors = dequantize_weights(tensors, quantization, config.hidden_size, str(folder))
+    tensors = channels_first(tensors)
     check_weights(config, tensors, str(folder))
     return Source(config=config, weights=tensors, kind=kind, folder=folder, settings=settings)
+
+
+def _read_mamba2(folder: Path, settings: Mapping[str, Any], given: Mapping[str, Any]) -> Source:
+    """A folder of transformers' Mamba2ForCausalLM."""
+    keys, notes = mamba2_config(settings, given, str(folder / "config.json"))
+    config = SessaConfig.from_dict(keys, str(folder / "config.json"))
+    weights = recognise(mamba2_names(read_tensors(folder)), {}, str(folder)).weights
+    if config.tie_word_embeddings:
+        weights.pop("lm_head.weight", None)
+    check_weights(config, weights, str(folder))
+    return Source(config=config, weights=weights, kind="transformers mamba2 folder",
+                  notes=notes, folder=folder)  # fmt: skip
 
 
 def _settings_beside(path: Path) -> dict[str, Any]:
@@ -124,7 +142,11 @@ def _settings_beside(path: Path) -> dict[str, Any]:
 
 
 def cast(weights: Mapping[str, np.ndarray], dtype: str) -> Tensors:
-    """Round every tensor to `dtype`; SessaError when a finite number becomes infinite."""
+    """Round every tensor to `dtype`; SessaError when a finite number becomes infinite.
+
+    There are no exceptions: gains, A_log, dt_bias and D too are stored in `dtype`. The layers
+    compute with them in float32.
+    """
     out = {}
     for name, value in weights.items():
         with np.errstate(over="ignore"):
@@ -148,8 +170,9 @@ def convert(
 ) -> Report:
     """Write `source` as a checkpoint folder, read it back and compare it with the source.
 
-    framework is "torch" or "mlx"; dtype None keeps each tensor's; bits quantises in MLX's affine
-    format; shard_size is in bytes. Raises SessaError before the folder appears.
+    framework is "torch" or "mlx", which decides the layout of convolutions; dtype None keeps each
+    tensor's; bits quantises in MLX's affine format; shard_size is in bytes. Raises SessaError
+    before the folder appears.
     """
     _refuse_overlap(source.folder, target)
     weights = cast(source.weights, dtype) if dtype else dict(source.weights)
@@ -163,6 +186,8 @@ def convert(
         stored, changed = quantize_weights(weights, bits, group_size), True
         settings = {"group_size": group_size, "bits": bits, "mode": "affine"}
         extra |= {"quantization": settings, "quantization_config": settings}
+    if framework == "mlx":
+        stored = channels_last(stored)
     config = dataclasses.replace(source.config, dtype=dtype or source.config.dtype)
     with new_folder(target, force=force) as scratch:
         carried = _carry_files(source.folder, scratch, with_state=not changed)

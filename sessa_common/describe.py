@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -13,8 +13,14 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from sessa_common.checkpoint import NUMPY_DTYPES, check_weights, load_config, weight_files
-from sessa_common.config import parameter_shapes, read_json
+from sessa_common.checkpoint import (
+    NUMPY_DTYPES,
+    channels_first,
+    check_weights,
+    load_config,
+    weight_files,
+)
+from sessa_common.config import FOREIGN_KEYS, parameter_shapes, read_json
 from sessa_common.errors import SessaError
 from sessa_common.foreign import read_arrays, recognise, told_by_weights
 from sessa_common.quantize import is_quantized
@@ -25,7 +31,8 @@ PARTS = {
     "attention": r".*\.mixer\.(?:[qkv]_proj|out_proj)\..*",
     "feedback": r".*\.mixer\.(?:proj_fb\..*|gamma_.*)",
     "gate": r".*\.W_(?:in|out)\..*",
-    "norms": r".*\.(?:ln|norm)\..*",
+    "mlp": r".*\.mlp\..*",
+    "norms": r".*\.(?:ln|ln_mlp|norm)\..*",
     "head": r"lm_head\..*",
 }
 STORED = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "U32": "uint32"}
@@ -71,12 +78,12 @@ def _describe_folder(folder: Path) -> Description:
     stored = {name: value for file in files for name, value in read_headers(file).items()}
     quantized = is_quantized(stored)
     if not quantized:
-        check_weights(config, stored, str(folder))
+        check_weights(config, channels_first(stored), str(folder))
     elif missing := sorted(parameter_shapes(config).keys() - stored.keys()):
         raise SessaError(f"{folder}: tensor {missing[0]} is missing ({len(missing)} in all)")
     return Description(
         kind="MLX-quantised folder" if quantized else "checkpoint folder",
-        architecture=dataclasses.asdict(config),
+        architecture={k: v for k, v in config.to_dict().items() if k not in FOREIGN_KEYS},
         parameters=_count(parameter_shapes(config)),
         bytes=_sum_bytes(stored),
         files=[file.name for file in files],
@@ -103,9 +110,15 @@ def read_headers(file: Path) -> dict[str, np.ndarray]:
 def _count(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
     counts: Counter[str] = Counter()
     for name, shape in shapes.items():
-        part = next((part for part, form in PARTS.items() if re.fullmatch(form, name)), "mixer")
-        counts[part] += int(np.prod(shape))
+        counts[_part_of(name, shapes)] += math.prod(shape)
     return {**counts, "total": sum(counts.values())}
+
+
+def _part_of(name: str, shapes: Mapping[str, tuple[int, ...]]) -> str:
+    layer, inside, _ = name.partition(".mixer.")
+    if inside and f"{layer}.mixer.A_log" in shapes:
+        return "state space"
+    return next((part for part, form in PARTS.items() if re.fullmatch(form, name)), "mixer")
 
 
 def _sum_bytes(tensors: Mapping[str, np.ndarray]) -> dict[str, int]:

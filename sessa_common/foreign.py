@@ -14,7 +14,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from sessa_common.checkpoint import NUMPY_DTYPES, read_safetensors
+from sessa_common.checkpoint import NUMPY_DTYPES, channels_first, read_safetensors
 from sessa_common.config import SessaConfig, parameter_shapes
 from sessa_common.errors import SessaError
 from sessa_common.initial import initial_weights
@@ -34,8 +34,9 @@ NPZ_DAMAGE = (
 )
 
 LAYER = re.compile(
-    r"(?:(?P<prefix>.*?)\.)??(?P<tensor>(?:ln|W_in|W_out|mixer\.(?:[qkv]_proj|proj_fb|out_proj))"
-    r"\.(?:weight|bias)|mixer\.gamma_ctx\.weight|mixer\.gamma_bias"
+    r"(?:(?P<prefix>.*?)\.)??(?P<tensor>(?:ln|ln_mlp|W_in|W_out|mlp\.(?:up|down)_proj"
+    r"|mixer\.(?:[qkv]_proj|proj_fb|out_proj|conv1d))\.(?:weight|bias)"
+    r"|mixer\.(?:gamma_ctx|in_proj|norm)\.weight|mixer\.(?:gamma_bias|dt_bias|A_log|D)"
     r"|mixer\.(?:rope_inv_freq|causal_mask_\w+))"
 )
 BUFFER = re.compile(r"mixer\.(?:rope_inv_freq|causal_mask_\w+)")
@@ -44,6 +45,14 @@ OUTSIDE = {
     r"(?:.*\.)?(?:norm|norm_f|ln_f|final_norm)\.(weight|bias)": r"model.norm.\1",
     r"(?:.*\.)?(?:lm_head|head)\.weight": "lm_head.weight",
 }
+
+# The tensors of a layer whose shapes settle keys of config.json.
+TELLING = {
+    "sessa": ("ln.weight", "mixer.k_proj.weight"),
+    "attention": ("ln.weight", "mixer.k_proj.weight"),
+    "mamba2": ("ln.weight", "mixer.norm.weight", "mixer.A_log", "mixer.conv1d.weight"),
+}
+MIXER_KEYS = {"mixer", "feedback", "attention_block"}
 
 
 @dataclass
@@ -101,6 +110,7 @@ def recognise(
                 found.weights[f"model.layers.{i}.{name}"] = value
             elif i == 0:
                 found.buffers[name.removeprefix("mixer.")] = value
+    found.weights = channels_first(found.weights)
     return found
 
 
@@ -132,10 +142,16 @@ def find_config(found: Foreign, given: Mapping[str, Any], where: str) -> SessaCo
     """
     weights = found.weights
     told = told_by_weights(found, where)
+    if "mixer" in given:
+        # Attention in Sessa's block and Sessa without feedback have the same tensors.
+        told = {key: value for key, value in told.items() if key not in MIXER_KEYS}
     for key in told.keys() & given.keys() - {"dtype", "max_position_embeddings"}:
         if told[key] != given[key]:
             raise SessaError(f"{where}: {key} is {told[key]} in the weights, given {given[key]}")
     config = {**told, **given}
+    keys = [value for name, value in weights.items() if name.endswith("k_proj.weight")]
+    if not keys:
+        config = {"num_attention_heads": 1, "use_forward_rope": False, **config}
     missing = []
     if "num_attention_heads" not in config:
         missing.append("--heads N (the number of attention heads)")
@@ -149,10 +165,13 @@ def find_config(found: Foreign, given: Mapping[str, Any], where: str) -> SessaCo
             "or --config FILE with a config.json"
         )
     heads = _positive(config, "num_attention_heads")
-    rows = weights["model.layers.0.mixer.k_proj.weight"].shape[0]
-    config.setdefault("num_key_value_heads", rows * heads // config["hidden_size"])
+    if keys:
+        rows = keys[0].shape[0]
+        config.setdefault("num_key_value_heads", rows * heads // config["hidden_size"])
+    unused = {"gamma_max": "sessa" not in str(config["mixer"]),
+              "rope_theta": not config["use_forward_rope"]}  # fmt: skip
     for key in ("gamma_max", "layer_norm_eps", "rope_theta"):
-        if key not in config and (key != "rope_theta" or config["use_forward_rope"]):
+        if key not in config and not unused.get(key):
             found.notes.append(
                 f"assumed {key} = {getattr(SessaConfig, key)}, the release's default"
             )
@@ -172,27 +191,71 @@ def told_by_weights(found: Foreign, where: str) -> dict[str, Any]:
 
 
 def _told_by_shapes(weights: Tensors, where: str) -> dict[str, Any]:
-    first = "model.layers.0."
-    for name in ("ln.weight", "mixer.k_proj.weight"):
-        if first + name not in weights or not weights[first + name].ndim:
-            raise SessaError(f"{where}: tensor {name} of layer 0 is missing")
+    layers = _layers(weights)
+    mixers = _mixers(layers)
+    for i, mixer in enumerate(mixers):
+        missing = [name for name in TELLING[mixer] if not np.ndim(layers[i].get(name, 0))]
+        if missing and mixers.index(mixer) == i:
+            raise SessaError(f"{where}: tensor {missing[0]} of layer {i} is missing")
     dtypes = {str(value.dtype) for value in weights.values()}
     config: dict[str, Any] = {
-        "hidden_size": weights[first + "ln.weight"].shape[0],
-        "num_hidden_layers": len(
-            {n.split(".")[2] for n in weights if n.startswith("model.layers")}
-        ),
-        "feedback": first + "mixer.proj_fb.weight" in weights,
+        "hidden_size": layers[0]["ln.weight"].shape[0],
+        "num_hidden_layers": len(layers),
+        "mixer": mixers[0] if len(set(mixers)) == 1 else mixers,
         "dtype": dtypes.pop() if len(dtypes) == 1 else "float32",
     }
-    # The release has no out_proj with one head.
-    if first + "mixer.out_proj.weight" not in weights:
-        config["num_attention_heads"] = 1
+    for layer, mixer in zip(layers, mixers, strict=True):
+        config |= _told_by_layer(layer, mixer, config["hidden_size"])
     embedding, head = (weights.get(n) for n in ("model.embed_tokens.weight", "lm_head.weight"))
     if embedding is not None:
         config["vocab_size"] = embedding.shape[0]
         config["tie_word_embeddings"] = head is None or np.array_equal(embedding, head)
     return config
+
+
+def _layers(weights: Tensors) -> list[Tensors]:
+    layers: dict[int, Tensors] = defaultdict(dict)
+    for name, value in weights.items():
+        if name.startswith("model.layers."):
+            number, _, inside = name.removeprefix("model.layers.").partition(".")
+            layers[int(number)][inside] = value
+    return [layers[i] for i in range(len(layers))]
+
+
+def _mixers(layers: list[Tensors]) -> tuple[str, ...]:
+    """The mixer of each layer; without any feedback, Sessa's block counts as Sessa's."""
+    feedback = any("mixer.proj_fb.weight" in layer for layer in layers)
+
+    def mixer(layer: Tensors) -> str:
+        if "mixer.A_log" in layer:
+            return "mamba2"
+        bare = feedback and "mixer.proj_fb.weight" not in layer
+        return "attention" if bare or "mlp.up_proj.weight" in layer else "sessa"
+
+    return tuple(mixer(layer) for layer in layers)
+
+
+def _told_by_layer(layer: Tensors, mixer: str, width: int) -> dict[str, Any]:
+    if mixer == "mamba2":
+        inner, heads = layer["mixer.norm.weight"].size, layer["mixer.A_log"].size
+        shape = layer["mixer.conv1d.weight"].shape
+        return {
+            "mamba_expand": inner // max(width, 1),
+            "mamba_d_head": inner // max(heads, 1),
+            "mamba_d_state": (shape[0] - inner) // 2,
+            "mamba_d_conv": shape[-1],
+        }
+    told: dict[str, Any] = {}
+    if mixer == "sessa":
+        told["feedback"] = "mixer.proj_fb.weight" in layer
+    elif (up := layer.get("mlp.up_proj.weight")) is not None:
+        told |= {"attention_block": "mlp", "intermediate_size": up.shape[0]}
+    else:
+        told["attention_block"] = "gated"
+    # The release has no out_proj with one head.
+    if "mixer.out_proj.weight" not in layer:
+        told["num_attention_heads"] = 1
+    return told
 
 
 def _told_by_buffers(found: Foreign, where: str) -> dict[str, Any]:

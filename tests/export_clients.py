@@ -29,13 +29,15 @@ NEW_TOKENS, END = 16, 256
 CI = os.environ.get("CI", "").lower() in ("1", "true")
 
 
-def export_clients(folder: Path, *, sharp: float = 3, **options: Any) -> tuple[Path, Path]:
+def export_clients(
+    folder: Path, *, variant: str = "grouped", seed: int = 1, sharp: float = 3, **options: Any
+) -> tuple[Path, Path]:
     """A small checkpoint with two query heads to a key head, and its export for every client.
 
     `sharp` weights make greedy text that does not repeat itself; they do not survive few bits.
     """
-    config = small_config("grouped", tie_word_embeddings=False)
-    weights = lively_weights(config, seed=1)
+    config = small_config(variant, tie_word_embeddings=False)
+    weights = lively_weights(config, seed=seed)
     for name in weights:
         if name.endswith(("W_in.weight", "W_out.weight", "proj.weight")):
             weights[name] = weights[name] * np.float32(sharp)

@@ -13,6 +13,12 @@ from sessa_common.tokenizer import byte_tokenizer, write_tokenizer
 
 Weights = dict[str, np.ndarray]
 
+MAMBA: dict[str, dict] = {
+    "mamba2": {"mixer": "mamba2", "mamba_d_state": 12, "mamba_d_head": 16},
+    "mamba2_hybrid": {"mixer": ("attention", "mamba2", "sessa"), "num_hidden_layers": 3,
+                      "mamba_d_state": 12, "mamba_d_head": 16, "mamba_d_conv": 3},
+}  # fmt: skip
+# What can be exported.
 VARIANTS: dict[str, dict] = {
     "heads": {},
     "grouped": {"num_key_value_heads": 2},
@@ -22,6 +28,20 @@ VARIANTS: dict[str, dict] = {
     "no_feedback": {"feedback": False},
     "untied": {"tie_word_embeddings": False},
     "weak_gamma": {"gamma_max": 0.5, "rope_theta": 500.0, "layer_norm_eps": 1e-3},
+    "attention": {"mixer": "attention", "intermediate_size": 72, "num_key_value_heads": 2},
+    "attention_one_head": {"mixer": "attention", "num_attention_heads": 1},
+    "attention_gated": {"mixer": "attention", "attention_block": "gated"},
+    # The middle layer has one pair of caches, the others have two.
+    "hybrid": {
+        "mixer": ("sessa", "attention", "sessa"),
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 2,
+    },
+    "hybrid_gated": {
+        "mixer": ("attention", "sessa"),
+        "attention_block": "gated",
+        "use_forward_rope": False,
+    },
 }
 
 
@@ -29,7 +49,7 @@ def small_config(variant: str = "heads", **changes: object) -> SessaConfig:
     """Two layers of width 40 on 257 tokens, with the changes of a variant."""
     base = {"vocab_size": 257, "hidden_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4,
             "max_position_embeddings": 300, "bos_token_id": 256, "eos_token_id": 256}  # fmt: skip
-    return SessaConfig(**{**base, **VARIANTS[variant], **changes})
+    return SessaConfig(**{**base, **(VARIANTS | MAMBA)[variant], **changes})
 
 
 def lively_weights(config: SessaConfig, seed: int = 0) -> Weights:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import typer
-from export_models import lively_weights, small_config, write_checkpoint
+from export_models import MAMBA, lively_weights, small_config, write_checkpoint
 from typer.testing import CliRunner
 
 import sessa_cli.check
 from sessa_cli.check import check
 from sessa_cli.export import export
+from sessa_cli.main import main
 from sessa_common.errors import SessaError
+from sessa_common.evaluation import score_documents
+from sessa_common.reference import model_logits
 from sessa_export.check import TOLERANCE, compare, make_cases, require_ok
 from sessa_export.folder import export_checkpoint
 from sessa_export.runtime import load_stepper
@@ -57,12 +61,59 @@ def test_table_names_runtimes_and_verdicts(folders) -> None:
 
 
 @pytest.mark.parametrize("bfloat16", [False, True], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("variant", ["single_head", "no_feedback", "grouped"])
+@pytest.mark.parametrize(
+    "variant", ["single_head", "no_feedback", "grouped", "attention", "hybrid"]
+)
 def test_variants_agree(tmp_path: Path, variant: str, bfloat16: bool) -> None:
     config = small_config(variant, dtype="bfloat16" if bfloat16 else "float32")
     write_checkpoint(tmp_path / "checkpoint", config)
     code, out = command("check", tmp_path / "checkpoint", "--json")
     assert code == 0, out
+
+
+@pytest.mark.parametrize("variant", MAMBA)
+def test_mamba2_is_checked_where_it_runs(tmp_path: Path, variant: str) -> None:
+    write_checkpoint(tmp_path / "checkpoint", small_config(variant))
+    code, out = command("check", tmp_path / "checkpoint", "--json")
+    runtimes = json.loads(out)["runtimes"]
+    assert code == 0, out
+    assert runtimes["ONNX Runtime"] == "not supported (mamba2)"
+    for name in ("PyTorch", "MLX"):
+        assert all(r["difference"] < 1e-5 and r["agreement"] == 1 for r in runtimes[name]), name
+    code, out = command("check", tmp_path / "checkpoint")
+    assert code == 0 and "not supported" in out and out.count(" ok ") == 6
+
+
+@pytest.mark.parametrize("backend", ["torch", "mlx"])
+@pytest.mark.parametrize("variant", ["attention", "attention_gated", "hybrid", *MAMBA])
+def test_eval_and_generate_take_every_mixer(
+    tmp_path: Path, capsys, variant: str, backend: str
+) -> None:
+    config = small_config(variant, max_position_embeddings=40)
+    checkpoint, weights = write_checkpoint(tmp_path / "checkpoint", config)
+    text = "The rain fell in torrents, except at occasional intervals."
+    (tmp_path / "text.txt").write_text(text)
+
+    def sessa(*arguments: object) -> dict:
+        with pytest.raises(SystemExit) as ended:
+            main([*map(str, arguments), "--backend", backend, "--json"])
+        assert ended.value.code == 0
+        return json.loads(capsys.readouterr().out)
+
+    told = sessa("eval", checkpoint, "--data", tmp_path / "text.txt", "--stride", 7)
+    logits = partial(model_logits, config, weights)
+    documents = [(np.array(list(text.encode())), len(text))]
+    score = score_documents(logits, documents, start_id=256, context=40, stride=7)
+    assert told["loss"] == pytest.approx(score.loss, rel=1e-5)
+    prompts = ["--prompt", "The rain", "--prompt", "A"]
+    told = sessa("generate", checkpoint, *prompts, "--temperature", 0, "--max-tokens", 6)
+    for given, found in zip(("The rain", "A"), told["texts"], strict=True):
+        assert found["tokens"] > 0
+        ids = list(given.encode())
+        for _ in range(found["tokens"]):
+            ids.append(int(logits(np.array([ids]))[0, -1].argmax()))
+        tail = bytes(i for i in ids[len(given) :] if i < 256)
+        assert found["text"] == tail.decode("utf-8", errors="replace")
 
 
 def test_context_of_one_token(tmp_path: Path) -> None:
@@ -90,7 +141,7 @@ def test_missing_runtimes_are_named_and_no_error(folders, monkeypatch) -> None:
     code, out = command("check", folders[0], "--json")
     runtimes = json.loads(out)["runtimes"]
     assert code == 0 and runtimes["PyTorch"]
-    assert runtimes["MLX"] is None and runtimes["ONNX Runtime"] is None
+    assert runtimes["MLX"] == runtimes["ONNX Runtime"] == "not installed"
     code, out = command("check", folders[0])
     assert code == 0 and out.count("not installed") == 2
 

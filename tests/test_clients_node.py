@@ -19,11 +19,18 @@ from export_clients import (
 SCRIPTS = ROOT / "tests" / "clients"
 
 
-@pytest.fixture(scope="module", params=["natural", "uniform"])
+FOLDERS = {
+    "natural": {"layout": "natural"},
+    "uniform": {"layout": "uniform"},
+    "hybrid": {"variant": "hybrid", "seed": 2},
+}
+
+
+@pytest.fixture(scope="module", params=FOLDERS)
 def folders(request, tmp_path_factory) -> tuple[Path, Path]:
     need_npm_packages(SCRIPTS)
     need_npm_packages(ROOT / "export" / "web")
-    return export_clients(tmp_path_factory.mktemp("node"), layout=request.param)
+    return export_clients(tmp_path_factory.mktemp("node"), **FOLDERS[request.param])
 
 
 @pytest.mark.parametrize("provider", ["cpu", "wasm"])

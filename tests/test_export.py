@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from export_models import VARIANTS, lively_weights, small_config, write_checkpoint
+from export_models import MAMBA, VARIANTS, lively_weights, small_config, write_checkpoint
 
 import sessa_export.folder
 import sessa_export.graph
@@ -22,10 +22,11 @@ from sessa_common.checkpoint import load_weights
 from sessa_common.errors import SessaError
 from sessa_common.generation import left_pad
 from sessa_export.folder import Options, export_checkpoint
-from sessa_export.graph import OPSETS, build_model, kv_layers, save_model
+from sessa_export.graph import OPSETS, build_model, save_model
+from sessa_export.pairs import kv_layers
 from sessa_export.runtime import load_stepper
 
-PLAIN = ("grouped", "single_head", "norope", "weak_gamma")
+PLAIN = ("grouped", "single_head", "norope", "weak_gamma", "attention", "hybrid")
 
 
 @pytest.fixture(
@@ -69,12 +70,13 @@ def test_chunks_and_decode(exported) -> None:
     cache = reference.empty_cache(config, 2)
     expected = reference.model_logits(config, weights, tokens, cache=cache)
     assert_logits(np.concatenate(pieces, axis=1), expected)
-    kept = stepper.caches.arrays()
-    pairs = 2 if config.feedback else 1
-    for i, layer in enumerate(cache.layers):
-        wanted = [layer.k, layer.v, layer.k_fb[:, None], layer.s[:, None]][: 2 * pairs]
-        for got, want in zip(kept[2 * pairs * i :], wanted, strict=False):
-            assert_logits(got, want)
+    wanted = []
+    for layer, mixer in zip(cache.layers, config.mixers, strict=True):
+        wanted += [layer.k, layer.v]
+        if config.feedback and mixer == "sessa":
+            wanted += [layer.k_fb[:, None], layer.s[:, None]]
+    for got, want in zip(stepper.caches.arrays(), wanted, strict=True):
+        assert_logits(got, want)
 
 
 def test_uneven_batch_equals_single_prompts(exported) -> None:
@@ -119,6 +121,47 @@ def test_masked_dummy_past_is_no_past(exported) -> None:
         logits.append(found["logits"][0])
     expected = reference.model_logits(config, weights, np.array([prompt + more]))[0]
     assert_logits(np.concatenate(logits), expected)
+
+
+HYBRID_PAIRS = {
+    "natural": [(2, 10), (1, 40), (2, 10), (2, 10), (1, 40)],
+    "buffer": [(2, 10), (1, 40), (2, 10), (2, 10), (1, 40)],
+    "uniform": [(2, 10)] * 7,
+}
+
+
+@pytest.mark.parametrize("layout", HYBRID_PAIRS)
+def test_caches_follow_each_layer(layout: str) -> None:
+    config = small_config("hybrid")
+    model = build_model(config, lively_weights(config), layout=layout)
+    shapes = {i.name: [d.dim_value or d.dim_param for d in i.type.tensor_type.shape.dim]
+              for i in model.graph.input}  # fmt: skip
+    for j, (heads, width) in enumerate(HYBRID_PAIRS[layout]):
+        rows = [shapes.pop(f"past_key_values.{j}.{part}") for part in ("key", "value")]
+        # In the natural numbering, 1 and 4 are the pairs of feedback rows.
+        spare = "_plus_1" if layout == "buffer" and j in (1, 4) else ""
+        assert rows == [["batch_size", heads, f"past_sequence_length{s}", width]
+                        for s in (spare, "")]  # fmt: skip
+    assert set(shapes) == {"input_ids", "attention_mask"}
+
+
+@pytest.mark.parametrize("variant", ["no_feedback", "attention", "attention_gated"])
+def test_a_graph_without_feedback_has_no_trace_of_the_operator(variant: str) -> None:
+    config = small_config(variant)
+    model = build_model(config, lively_weights(config))
+    assert {item.domain for item in model.opset_import} == {""}
+    assert not model.functions and not any(node.domain for node in model.graph.node)
+
+
+@pytest.mark.parametrize("variant", MAMBA)
+def test_mamba2_is_refused_before_anything_is_written(tmp_path: Path, variant: str) -> None:
+    config = small_config(variant)
+    checkpoint, weights = write_checkpoint(tmp_path / "checkpoint", config)
+    with pytest.raises(SessaError, match=r"layer \d is mamba2, which ONNX export does not support"):
+        export_checkpoint(checkpoint, tmp_path / "deep" / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+    with pytest.raises(SessaError, match="not support"):
+        build_model(config, weights)
 
 
 @pytest.mark.parametrize("opset", OPSETS)

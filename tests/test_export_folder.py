@@ -23,7 +23,8 @@ from sessa_export import native
 from sessa_export.check import compare, make_cases, tolerance_of
 from sessa_export.clients import CLIENTS
 from sessa_export.folder import Options, export_checkpoint
-from sessa_export.graph import build_model, kv_layers
+from sessa_export.graph import build_model
+from sessa_export.pairs import kv_layers, layer_pairs
 from sessa_export.runtime import find_model, load_stepper
 
 
@@ -71,7 +72,7 @@ def test_buffer_layout(tmp_path: Path, variant: str, opset: int) -> None:
     assert [a.shape[2] for a in stepper.caches.arrays()] == [420] * len(stepper.caches.inputs)
     cache = reference.empty_cache(config, 2)
     reference.model_logits(config, weights, tokens, mask, cache=cache)
-    for pair, name in enumerate(("k", "k_fb") if config.feedback else ("k",)):
+    for pair, name in enumerate(("k", "k_fb")[: len(layer_pairs(config, 0))]):
         want = getattr(cache.layers[0], name)
         want = want if name == "k" else want[:, None]
         seen = np.broadcast_to(mask[:, None, :, None] > 0, want.shape)
@@ -138,6 +139,18 @@ def test_dtypes(
     assert report.cost.tokens == 960
     assert 1 / 1.5 < report.cost.growth < 1.5
     assert report.cost.growth != 1
+
+
+def test_dtypes_of_a_hybrid_for_every_client(tmp_path: Path, text) -> None:
+    config = small_config("hybrid")
+    checkpoint, _ = write_checkpoint(tmp_path / "checkpoint", config)
+    for dtype in ("fp16", "int8", "int4"):
+        options = Options(dtype=dtype, data=text, clients=CLIENTS, layout="uniform")
+        report = export_checkpoint(checkpoint, tmp_path / dtype, options)
+        assert all(result.ok for result in report.results["standard operators"])
+        pairs = read(tmp_path / dtype / "genai_config.json")["model"]["decoder"]
+        assert pairs["num_hidden_layers"] == 7
+        assert load_stepper(tmp_path / dtype).config.mixers == config.mixers
 
 
 def test_which_weights_are_stored_how(tmp_path: Path, checkpoint: Path, text) -> None:

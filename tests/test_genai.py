@@ -15,9 +15,17 @@ from sessa_export.clients import CLIENTS
 genai = need_module("onnxruntime_genai")
 
 
-@pytest.fixture(scope="module", params=["natural", "uniform"])
+FOLDERS = [("grouped", "natural"), ("grouped", "uniform"), ("hybrid", "natural"),
+           ("hybrid", "uniform")]  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=FOLDERS, ids="-".join)
 def folders(request, tmp_path_factory) -> tuple[Path, Path]:
-    return export_clients(tmp_path_factory.mktemp("genai"), layout=request.param)
+    variant, layout = request.param
+    # Text of the hybrid's first weights ends early.
+    seed = 2 if variant == "hybrid" else 1
+    folder = tmp_path_factory.mktemp("genai")
+    return export_clients(folder, variant=variant, seed=seed, layout=layout)
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,9 @@ from sessa_common.config import SessaConfig
 from sessa_export.check import TOLERANCE, Case, Result, compare, make_cases, tolerance_of
 
 Weights = Mapping[str, np.ndarray]
+# What a runtime made of the cases, or why it was not asked.
+Outcome = list[Result] | str
+ABSENT = "not installed"
 
 
 def check(
@@ -32,18 +35,19 @@ def check(
 ) -> None:
     """Compare PyTorch, MLX and ONNX Runtime with the float64 NumPy reference.
 
-    Exit code 1 when a runtime disagrees; one that is not installed is only named.
+    Exit code 1 when a runtime disagrees; one that is not installed, or that cannot run a layer of
+    the model, is only named.
 
     Example: sessa check runs/first
     """
     config, weights = load_weights(checkpoint)
     cases = make_cases(config, weights, seed=seed)
-    found: dict[str, list[Result] | None] = {
+    found: dict[str, Outcome] = {
         "PyTorch": _twin("torch", checkpoint, cases),
         "MLX": _twin("mlx", checkpoint, cases),
         "ONNX Runtime": _onnx(exported, config, weights, cases),
     }
-    ok = all(result.ok for results in found.values() for result in results or ())
+    ok = all(result.ok for results in found.values() for result in results_of(results))
     if json_output:
         print_json({"ok": ok, "tolerance": TOLERANCE, "runtimes": _as_json(found)})
     else:
@@ -52,9 +56,14 @@ def check(
         raise typer.Exit(1)
 
 
-def _twin(backend: str, checkpoint: Path, cases: list[Case]) -> list[Result] | None:
+def results_of(outcome: Outcome) -> list[Result]:
+    """The results of a runtime, none when it was not asked."""
+    return [] if isinstance(outcome, str) else outcome
+
+
+def _twin(backend: str, checkpoint: Path, cases: list[Case]) -> Outcome:
     if not is_installed(backend):
-        return None
+        return ABSENT
     # float32 whatever the checkpoint's dtype: the question is what is computed, not its rounding.
     stepper = framework(backend, "generate").load_stepper(checkpoint, dtype="float32")
     return compare(stepper, cases)
@@ -62,7 +71,7 @@ def _twin(backend: str, checkpoint: Path, cases: list[Case]) -> list[Result] | N
 
 def _onnx(
     exported: Path | None, config: SessaConfig, weights: Weights, cases: list[Case]
-) -> list[Result] | None:
+) -> Outcome:
     from sessa_export.folder import Options, write_model
     from sessa_export.runtime import MODEL_FILE, load_stepper
 
@@ -70,15 +79,17 @@ def _onnx(
         stepper = load_stepper(exported)
         return compare(stepper, cases, tolerance_of(stepper))
     if not (is_installed("onnx") and is_installed("onnxruntime")):
-        return None
+        return ABSENT
+    if "mamba2" in config.mixers:
+        return "not supported (mamba2)"
     with tempfile.TemporaryDirectory(prefix="sessa-check-") as scratch:
         write_model(Path(scratch) / MODEL_FILE, config, weights, Options())
         return compare(load_stepper(scratch), cases)
 
 
-def _as_json(found: dict[str, list[Result] | None]) -> dict[str, Any]:
+def _as_json(found: dict[str, Outcome]) -> dict[str, Any]:
     return {
-        name: results and [
+        name: results if isinstance(results, str) else [
             {"case": r.case, "difference": r.difference, "agreement": r.agreement, "ok": r.ok}
             for r in results
         ]
@@ -86,14 +97,14 @@ def _as_json(found: dict[str, list[Result] | None]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _table(found: dict[str, list[Result] | None]) -> Table:
+def _table(found: dict[str, Outcome]) -> Table:
     table = Table(title=f"against float64 NumPy; at most {TOLERANCE:.0e} of the largest logit")
     for heading in ("runtime", "tokens", "largest difference", "same greedy token", ""):
         table.add_column(heading)
     for name, results in found.items():
-        if results is None:
-            table.add_row(name, "not installed")
-        for r in results or ():
+        if isinstance(results, str):
+            table.add_row(name, results)
+        for r in results_of(results):
             verdict = "ok" if r.ok else "DISAGREES"
             table.add_row(name, r.case, f"{r.difference:.1e}", f"{r.agreement:.1%}", verdict)
     return table

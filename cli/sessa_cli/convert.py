@@ -1,4 +1,4 @@
-"""`sessa convert`: weights between PyTorch, MLX, the author's release and quantised forms."""
+"""`sessa convert`: weights between PyTorch, MLX, releases of others and quantised forms."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def convert(
     source: Annotated[
         Path,
         typer.Argument(
-            help="Checkpoint folder (ours, or quantised by MLX), or a .pt, .pth, .safetensors or "
-            ".npz file: a model, a stack of the release's layers, or one."
+            help="Checkpoint folder (ours, quantised by MLX, or a Mamba-2 of transformers), or a "
+            ".pt, .pth, .safetensors or .npz file: a model, a stack of release layers, or one."
         ),
     ],
     target: Annotated[Path, typer.Argument(help="New checkpoint folder.")],

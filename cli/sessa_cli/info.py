@@ -44,8 +44,10 @@ def _architecture(found: Description) -> Table:
     table = Table("architecture", "")
     for key, value in found.architecture.items():
         if value is not None:
-            table.add_row(key, str(value))
-    if "num_attention_heads" not in found.architecture:
+            several = isinstance(value, (list, tuple))
+            table.add_row(key, ", ".join(value) if several else str(value))
+    attends = found.architecture["mixer"] != "mamba2"
+    if attends and "num_attention_heads" not in found.architecture:
         table.add_row("num_attention_heads", "not told by the weights")
     return table
 

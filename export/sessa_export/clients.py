@@ -7,15 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
 from sessa_common.checkpoint import write_json
-from sessa_common.config import SessaConfig, parameter_shapes
+from sessa_common.config import SessaConfig, parameter_count
 from sessa_common.errors import SessaError
 from sessa_common.generation import stop_tokens
-from sessa_export.graph import kv_layers
+from sessa_export.pairs import kv_layers
 from sessa_export.runtime import MODEL_FILE
 
 CLIENTS = ("ort", "genai", "web", "transformers-js")
@@ -154,12 +153,8 @@ def _web(folder: Path, exported: Exported) -> dict[str, Any]:
         "model": exported.model,
         "bytes": path.stat().st_size,
         "dtype": exported.dtype,
-        "parameters": _parameters(exported.config),
+        "parameters": parameter_count(exported.config),
         "context": exported.config.max_position_embeddings,
         "begin": ids["bos_token_id"],
         "stop": exported.stop,
     }
-
-
-def _parameters(config: SessaConfig) -> int:
-    return sum(prod(shape) for shape in parameter_shapes(config).values())

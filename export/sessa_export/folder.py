@@ -10,10 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-from sessa_common.checkpoint import load_weights, new_folder
+from sessa_common.checkpoint import load_config, load_weights, new_folder
 from sessa_common.config import SessaConfig
 from sessa_common.errors import SessaError
 from sessa_export.check import Result, compare, make_cases, require_ok, tolerance_of
+from sessa_export.pairs import require_supported
 from sessa_export.perplexity import Cost, Document, measure_cost, read_text, require_cost
 from sessa_export.runtime import MODEL_FILE, load_stepper, require_onnx
 
@@ -78,14 +79,15 @@ def export_checkpoint(
     """Export a checkpoint folder to a new folder and return how well ONNX Runtime agrees with it.
 
     Raises SessaError, and leaves nothing behind, when the checkpoint or the target cannot be used,
-    when onnx or onnxruntime is missing, when an option is unknown, or when the exported model's
-    logits are not the checkpoint's (`sessa_export.precision.TOLERANCES`).
+    when a layer is Mamba-2, when onnx or onnxruntime is missing, when an option is unknown, or when
+    the exported model's logits are not the checkpoint's (`sessa_export.check.TOLERANCES`).
     """
     require_onnx()
     options = options or Options()
     source, target = Path(source), Path(target)
     if target.resolve() == source.resolve():
         raise SessaError(f"{target}: is the checkpoint itself; choose another folder")
+    require_supported(load_config(source))
     with new_folder(target, force=force) as scratch:
         config, weights = load_weights(source)
         text = [] if options.dtype == "fp32" else read_text(source, config, options.data)

@@ -1,7 +1,7 @@
-"""One ONNX graph of a Sessa language model, built from configuration and weights.
+"""One ONNX graph of a language model of Sessa and attention layers, from configuration and weights.
 
 Letters: B batch, T new tokens, P past tokens, S = P + T, D width, H query heads, G key/value heads,
-d = D/H, V vocabulary. The layer is the one of `sessa_common.reference`.
+d = D/H, V vocabulary. The layers are those of `sessa_common.reference`.
 """
 
 from __future__ import annotations
@@ -18,13 +18,12 @@ from onnx import TensorProto, helper, numpy_helper
 from sessa_common.config import SessaConfig
 from sessa_common.errors import SessaError
 from sessa_export.function import DOMAIN, OP_TYPE, VERSION, add_function
+from sessa_export.pairs import LAYOUTS, feeds_back, kv_layers, pair_numbers, require_supported
 from sessa_export.runtime import CONFIG_KEY
 
 OPSETS = (21, 22, 23)
 # From here on there are Attention and RotaryEmbedding; earlier sets get plain operators.
 FUSED_OPSET = 23
-# natural and uniform return grown caches; buffer returns new rows, for a runner that fills them in.
-LAYOUTS = ("natural", "uniform", "buffer")
 IR_VERSION = 10
 # A score that no softmax sees; finite, so that a row with nothing to see stays a number.
 HIDDEN = np.float32(-1e30)
@@ -105,24 +104,8 @@ class Shared(NamedTuple):
     past: str  # [P]
     total: str  # [S]
     single: str  # whether T is 1, in the buffer layout; else empty
-    pairs: list[tuple[int, int]]  # heads and width of the cached pairs of one layer
-
-
-def layer_pairs(config: SessaConfig, layout: str = "natural") -> list[tuple[int, int]]:
-    """Heads and width of one layer's cached pairs: (k_f, v_f), then (k_fb, s) with feedback.
-
-    In the uniform layout the second pair is cut into H/G pairs that are shaped like the first.
-    """
-    H, G = config.num_attention_heads, config.num_key_value_heads
-    first = (G, config.head_dim)
-    if not config.feedback:
-        return [first]
-    return [first] * (1 + H // G) if layout == "uniform" else [first, (1, config.hidden_size)]
-
-
-def kv_layers(config: SessaConfig, layout: str = "natural") -> list[tuple[int, int]]:
-    """Heads and width of all cached pairs, layer after layer."""
-    return layer_pairs(config, layout) * config.num_hidden_layers
+    pairs: list[range]  # numbers of the cached pairs of each layer
+    row_heads: int  # heads that hold a row of feedback keys or states together
 
 
 def build_model(
@@ -134,9 +117,10 @@ def build_model(
     and .value are (B, heads, P, width) as in `kv_layers`, P may be 0; logits are (B, T, V);
     present.{j}.* hold S tokens. In the buffer layout the past is a buffer whose unused rows are
     masked, feedback keys have one row more that is never seen, and new.{j}.* (B, heads, T, width)
-    take the place of present.{j}.*. Raises SessaError for an opset that is not in OPSETS and a
-    layout that is not in LAYOUTS.
+    take the place of present.{j}.*. Raises SessaError for a Mamba-2 layer, an opset that is not in
+    OPSETS and a layout that is not in LAYOUTS.
     """
+    require_supported(config)
     if opset not in OPSETS:
         raise SessaError(f"opset is {opset}, expected one of {', '.join(map(str, OPSETS))}")
     if layout not in LAYOUTS:
@@ -168,8 +152,9 @@ def _shared(g: Builder, config: SessaConfig, layout: str, fused: bool) -> Shared
     rotation = _rotation(g, config, past, total, fused) if config.use_forward_rope else None
     new = _scalar(g, g.size("input_ids", 1))
     single = g.add("Equal", new, _scalar(g, g.ints(1))) if layout == "buffer" else ""
-    pairs = layer_pairs(config, layout)
-    return Shared(bias, key_mask, rotation, fused, past, total, single, pairs)
+    row_heads = config.num_attention_heads if layout == "uniform" else 1
+    pairs = pair_numbers(config, layout)
+    return Shared(bias, key_mask, rotation, fused, past, total, single, pairs, row_heads)
 
 
 def _scalar(g: Builder, x: str) -> str:
@@ -229,12 +214,22 @@ def _layer(
 ) -> str:
     prefix, g.scope = f"model.layers.{i}.", f"layers.{i}."
     normed = _layer_norm(g, config, weights, prefix + "ln", x)
+    if f"{prefix}W_in.weight" not in weights:
+        x = g.add("Add", x, _attention(g, config, weights, i, normed, shared))
+        return _mlp(g, config, weights, prefix, x)
     a, gate = g.split(_linear(g, weights, prefix + "W_in", normed), 2, -1)
     mixer_in = g.add("Gelu", a, approximate="none")
     s = _attention(g, config, weights, i, mixer_in, shared)
-    if config.feedback:
+    if feeds_back(config, i):
         s = _feedback(g, config, weights, i, mixer_in, s, shared)
     return g.add("Add", x, _linear(g, weights, prefix + "W_out", g.add("Mul", s, gate)))
+
+
+def _mlp(g: Builder, config: SessaConfig, weights: Weights, prefix: str, x: str) -> str:
+    """The second half of a standard block: x (B, T, D) -> (B, T, D)."""
+    normed = _layer_norm(g, config, weights, prefix + "ln_mlp", x)
+    a = g.add("Gelu", _linear(g, weights, prefix + "mlp.up_proj", normed), approximate="none")
+    return g.add("Add", x, _linear(g, weights, prefix + "mlp.down_proj", a))
 
 
 def _heads(g: Builder, x: str, heads: int) -> str:
@@ -263,7 +258,7 @@ def _attention(
 ) -> str:
     """Forward attention: x (B, T, D) -> f (B, T, D)."""
     H, G = config.num_attention_heads, config.num_key_value_heads
-    prefix, j = f"model.layers.{i}.mixer.", i * len(shared.pairs)
+    prefix, j = f"model.layers.{i}.mixer.", shared.pairs[i][0]
     q = _heads(g, _linear(g, weights, prefix + "q_proj", x), H)
     k = _heads(g, _linear(g, weights, prefix + "k_proj", x), G)
     v = _heads(g, _linear(g, weights, prefix + "v_proj", x), G)
@@ -274,7 +269,9 @@ def _attention(
         k, v = _extend(g, j, "key", k), _extend(g, j, "value", v)
         read = _softmax_read(g, config, q, k, v, shared)
     f = _join(g, config, read, H)
-    return f if H == 1 else _linear(g, weights, prefix + "out_proj", f)
+    # The release has no out_proj with one head.
+    has_projection = f"{prefix}out_proj.weight" in weights
+    return _linear(g, weights, prefix + "out_proj", f) if has_projection else f
 
 
 def _softmax_read(g: Builder, config: SessaConfig, q: str, k: str, v: str, shared: Shared) -> str:
@@ -332,7 +329,7 @@ def _feedback(
     gain = g.add("Squeeze", _linear(g, weights, prefix + "gamma_ctx", x), g.ints(2))
     gain = g.add("Add", gain, g.weight(prefix + "gamma_bias", weights[prefix + "gamma_bias"]))
     gamma = g.add("Mul", g.add("Tanh", gain), g.number(config.gamma_max))
-    past = [f"past_key_values.{j}.value" for j in _row_pairs(i, shared)]
+    past = [f"past_key_values.{j}.value" for j in shared.pairs[i][1:]]
     past_s = _rows(g, config, past, shared)
 
     def solve(k: str) -> str:
@@ -354,7 +351,7 @@ def _buffered_solve(
     A single token never sees its own key, so the buffer with its spare row stands for past and new
     keys together.
     """
-    (j,) = _row_pairs(i, shared)
+    (j,) = shared.pairs[i][1:]
     buffer = g.add("Squeeze", f"past_key_values.{j}.key", g.ints(1))
 
     def several() -> str:
@@ -367,16 +364,9 @@ def _buffered_solve(
     return s
 
 
-def _row_pairs(i: int, shared: Shared) -> range:
-    """Numbers of the pairs that hold the feedback keys and states of layer i."""
-    n = len(shared.pairs)
-    return range(i * n + 1, (i + 1) * n)
-
-
 def _append_rows(g: Builder, i: int, part: str, new: str, shared: Shared) -> list[str]:
     """Append rows (B, T, D) to the feedback pairs of layer i and return their present tensors."""
-    numbers, heads = _row_pairs(i, shared), sum(heads for heads, _ in shared.pairs[1:])
-    split = _heads(g, new, heads)
+    numbers, split = shared.pairs[i][1:], _heads(g, new, shared.row_heads)
     pieces = [split] if len(numbers) == 1 else g.split(split, len(numbers), 1)
     return [_extend(g, j, part, piece) for j, piece in zip(numbers, pieces, strict=True)]
 
@@ -384,7 +374,7 @@ def _append_rows(g: Builder, i: int, part: str, new: str, shared: Shared) -> lis
 def _rows(g: Builder, config: SessaConfig, cached: list[str], shared: Shared) -> str:
     """The rows (B, S, D) that the cached tensors of one layer's feedback pairs hold."""
     whole = cached[0] if len(cached) == 1 else g.add("Concat", *cached, axis=1)
-    return _join(g, config, whole, sum(heads for heads, _ in shared.pairs[1:]))
+    return _join(g, config, whole, shared.row_heads)
 
 
 def _finish(g: Builder, config: SessaConfig, opset: int, layout: str) -> onnx.ModelProto:
@@ -394,19 +384,22 @@ def _finish(g: Builder, config: SessaConfig, opset: int, layout: str) -> onnx.Mo
     inputs = [info("input_ids", integer, [B, T]), info("attention_mask", integer, [B, S])]
     outputs = [info("logits", real, [B, T, config.vocab_size])]
     kind, rows = ("new", T) if layout == "buffer" else ("present", S)
+    feedback = {j for numbers in pair_numbers(config, layout) for j in numbers[1:]}
     for j, (heads, width) in enumerate(kv_layers(config, layout)):
         for part in ("key", "value"):
-            spare = layout == "buffer" and config.feedback and j % 2 and part == "key"
+            spare = layout == "buffer" and j in feedback and part == "key"
             past = "past_sequence_length_plus_1" if spare else P
             inputs.append(info(f"past_key_values.{j}.{part}", real, [B, heads, past, width]))
             outputs.append(info(f"{kind}.{j}.{part}", real, [B, heads, rows, width]))
     graph = helper.make_graph(g.nodes, "sessa", inputs, outputs, list(g.initializers.values()))
-    imports = [helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, VERSION)]
+    imports = [helper.make_opsetid("", opset)]
+    if feedback:
+        imports.append(helper.make_opsetid(DOMAIN, VERSION))
     model = helper.make_model(
         graph, opset_imports=imports, ir_version=IR_VERSION, producer_name="sessa-toolchain"
     )
     helper.set_model_props(model, {CONFIG_KEY: json.dumps(config.to_dict())})
-    return add_function(model) if config.feedback else model
+    return add_function(model) if feedback else model
 
 
 def save_model(
