@@ -158,8 +158,12 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 class _Eager(torch.autograd.Function):
     """The same operator without the dispatch of a custom op."""
 
-    forward = staticmethod(_solve)
-    setup_context = staticmethod(_save)
+    # One method, because a setup_context of its own makes apply inspect the signature every call.
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        output = _solve(*inputs)
+        _save(ctx, inputs, output)
+        return output
 
     @staticmethod
     @once_differentiable
