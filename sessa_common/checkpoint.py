@@ -83,6 +83,20 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
         raise SessaError(f"{path}: not a readable safetensors file ({error})") from None
 
 
+def write_safetensors(
+    path: Path, arrays: Mapping[str, np.ndarray], metadata: dict[str, str] | None = None
+) -> None:
+    """Write tensors beside the target and rename, so that a reader never sees half a file."""
+    scratch = path.with_name(path.name + ".tmp")
+    whole = {name: np.ascontiguousarray(a).reshape(a.shape) for name, a in arrays.items()}
+    save_file(whole, scratch, metadata=metadata)
+    # The library makes files that only their owner may read.
+    umask = os.umask(0)
+    os.umask(umask)
+    scratch.chmod(0o666 & ~umask)
+    os.replace(scratch, path)
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The weight files of a folder: the shards of its index, or every model*.safetensors."""
     index = folder / INDEX
@@ -195,7 +209,7 @@ def save_weights(
         if shards[-1] and size + value.nbytes > shard_size:
             shards.append({})
             size = 0
-        shards[-1][name] = np.ascontiguousarray(value).reshape(value.shape)
+        shards[-1][name] = value
         size += value.nbytes
     names = ["model.safetensors"]
     if len(shards) > 1:
@@ -203,9 +217,7 @@ def save_weights(
             f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)
         ]
     for file, shard in zip(names, shards, strict=True):
-        scratch = folder / (file + ".tmp")
-        save_file(shard, scratch, metadata={"format": framework})
-        os.replace(scratch, folder / file)
+        write_safetensors(folder / file, shard, {"format": framework})
     if len(shards) > 1:
         weight_map = {
             name: file for file, shard in zip(names, shards, strict=True) for name in shard

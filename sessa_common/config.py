@@ -291,7 +291,7 @@ class TrainConfig:
     def for_task(cls, task: str) -> TrainConfig:
         """The defaults of training on a task: more and larger steps than the demonstration's."""
         return cls(task=task, steps=4000, batch_size=32, learning_rate=1e-3, warmup_steps=200,
-                   evaluate_every=250, checkpoint_every=1000)  # fmt: skip
+                   evaluate_every=250, evaluate_batches=16, checkpoint_every=1000)  # fmt: skip
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any], where: str = "training config") -> TrainConfig:

@@ -54,11 +54,14 @@ class TerminalReporter:
         self.progress.update(self.task, completed=record["step"], status=self._status())
 
     def validation(self, record: Mapping[str, Any]) -> None:
-        """Print a line with the validation loss."""
+        """Print a line with the validation loss, or the accuracy of a task."""
+        measured = f"perplexity {record['validation_perplexity']:.1f}"
+        if "validation_accuracy" in record:
+            measured = f"accuracy {record['validation_accuracy']:.3f}"
         self.console.print(
             f"step {record['step']:>6}  {self._status()}  "
             f"validation loss {record['validation_loss']:.3f}, "
-            f"perplexity {record['validation_perplexity']:.1f}",
+            f"{measured}",
             highlight=False,
             soft_wrap=True,
         )

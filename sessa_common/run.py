@@ -11,12 +11,21 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from sessa_common.checkpoint import load_config, load_weights, new_folder, save_weights, write_json
-from sessa_common.config import PRESETS, SessaConfig, TrainConfig, read_json
+from sessa_common.checkpoint import (
+    check_new_folder,
+    load_config,
+    load_weights,
+    new_folder,
+    save_weights,
+    write_json,
+)
+from sessa_common.config import PRESETS, SessaConfig, TrainConfig, parameter_count, read_json
 from sessa_common.data.corpus import TextBatches, pack, training_window
 from sessa_common.data.sources import Reading, read_documents
+from sessa_common.data.tasks import TaskBatches, load_data, options_of
 from sessa_common.errors import SessaError
 from sessa_common.initial import initial_weights
+from sessa_common.metrics import read_metrics
 from sessa_common.tokenizer import (
     check_fits,
     choose_tokenizer,
@@ -24,9 +33,13 @@ from sessa_common.tokenizer import (
     end_token_id,
     read_tokenizer,
     vocabulary_size,
+    word_tokenizer,
     write_tokenizer,
 )
-from sessa_common.trainer import STATE, TRAINING
+from sessa_common.trainer import STATE, TRAINING, Learner
+
+# What a finished run on a task measured on the test examples.
+RESULT = "result.json"
 
 # What a tokenizer may decide, so not what makes an architecture another one.
 TOKEN_FIELDS = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", "dtype")
@@ -45,7 +58,7 @@ class Run:
     config: SessaConfig
     settings: TrainConfig
     weights: dict[str, np.ndarray]
-    source: TextBatches
+    source: TextBatches | TaskBatches
     tokenizer: Tokenizer
 
 
@@ -96,14 +109,18 @@ def start_run(
     settings: TrainConfig,
     *,
     fixed_vocabulary: bool = False,
+    fixed_context: bool = False,
     init: Path | None = None,
     force: bool = False,
 ) -> Run:
     """Read the data, make the tokenizer and write a new run folder with the first weights.
 
     The embedding gets the tokenizer's size, unless the vocabulary is fixed (by a config file or by
-    the checkpoint `init`). Raises SessaError, with nothing written, for anything that cannot train.
+    the checkpoint `init`). A task brings its own vocabulary, and its context unless that is fixed.
+    Raises SessaError, with nothing written, for anything that cannot train.
     """
+    if settings.task is not None:
+        return _start_task(folder, config, settings, fixed_context, init, force)
     with new_folder(folder, force=force) as scratch:
         training_window(config, settings)
         if init is not None and settings.tokenizer is None:
@@ -118,12 +135,82 @@ def start_run(
             config, dtype="float32", bos_token_id=end, eos_token_id=end, pad_token_id=end
         )
         source = _read_source(tokenizer, end, config, settings)
-        weights = _first_weights(config, settings, init)
-        save_weights(scratch, config, weights)
-        write_tokenizer(scratch, tokenizer, end, config.max_position_embeddings)
-        write_json(scratch / TRAINING, settings.to_dict())
+        weights = _write_start(scratch, config, settings, tokenizer, end, init)
     return Run(folder=folder, config=config, settings=settings, weights=weights, source=source,
                tokenizer=tokenizer)  # fmt: skip
+
+
+def _start_task(
+    folder: Path,
+    config: SessaConfig,
+    settings: TrainConfig,
+    fixed_context: bool,
+    init: Path | None,
+    force: bool,
+) -> Run:
+    refuse_text_options(settings)
+    check_new_folder(folder, force=force)
+    data = load_data(settings.task or "", settings.task_options)
+    words, tokenizer = data.task.vocabulary, word_tokenizer(data.task.vocabulary)
+    if init is not None and read_tokenizer(init).get_vocab() != tokenizer.get_vocab():
+        raise SessaError(f"--init {init}: its tokenizer is not the vocabulary of {data.task.name}")
+    if not (fixed_context or init is not None):
+        config = dataclasses.replace(config, max_position_embeddings=data.task.context)
+    config = dataclasses.replace(config, dtype="float32", vocab_size=len(words), eos_token_id=0,
+                                 bos_token_id=words.index("<bos>"), pad_token_id=0)  # fmt: skip
+    source = TaskBatches(data, config, settings)
+    with new_folder(folder, force=force) as scratch:
+        weights = _write_start(scratch, config, settings, tokenizer, 0, init)
+    return Run(folder=folder, config=config, settings=settings, weights=weights, source=source,
+               tokenizer=tokenizer)  # fmt: skip
+
+
+def refuse_text_options(settings: TrainConfig) -> None:
+    """Raise SessaError for settings that are about text, where a task is trained on."""
+    defaults = TrainConfig()
+    for name in ("data", "validation_data", "validation_fraction", "text_field", "split", "subset",
+                 "max_documents", "tokenizer", "window"):  # fmt: skip
+        if getattr(settings, name) != getattr(defaults, name):
+            option = name.replace("_", "-")
+            raise SessaError(
+                f"--{option} is about text; it does not go with --task {settings.task}"
+            )
+
+
+def _write_start(
+    scratch: Path,
+    config: SessaConfig,
+    settings: TrainConfig,
+    tokenizer: Tokenizer,
+    end: int,
+    init: Path | None,
+) -> dict[str, np.ndarray]:
+    weights = _first_weights(config, settings, init)
+    save_weights(scratch, config, weights)
+    write_tokenizer(scratch, tokenizer, end, config.max_position_embeddings)
+    write_json(scratch / TRAINING, settings.to_dict())
+    return weights
+
+
+def write_result(run: Run, learner: Learner) -> dict[str, Any]:
+    """Measure a finished run on its task's test examples, write result.json and return it."""
+    assert isinstance(run.source, TaskBatches)
+    records = read_metrics(run.folder)
+    speeds = [r["tokens"] / r["seconds"] for r in records if "tokens" in r and r["seconds"] > 0]
+    last = {name: value for record in records for name, value in record.items()}
+    task = run.source.data.task
+    result: dict[str, Any] = {
+        "task": task.name,
+        "task_options": options_of(task),
+        "parameters": parameter_count(run.config),
+        # The first steps compile kernels.
+        "tokens_per_second": round(float(np.median(speeds[10:] or speeds))),
+        "steps": run.settings.steps,
+        **{name: last[name] for name in ("validation_loss", "validation_accuracy") if name in last},
+        "test": run.source.test(learner.predict),
+    }
+    write_json(run.folder / RESULT, result)
+    return result
 
 
 def resume_run(folder: Path, config_given: Mapping[str, Any], given: Mapping[str, Any]) -> Run:
@@ -143,7 +230,11 @@ def resume_run(folder: Path, config_given: Mapping[str, Any], given: Mapping[str
         raise SessaError(f"{folder}: no {STATE} in it, so there is no run to resume; use --init")
     check_fits(tokenizer, config, str(folder))
     _, weights = load_weights(folder)
-    source = _read_source(tokenizer, end, config, settings)
+    source: TextBatches | TaskBatches
+    if settings.task is not None:
+        source = TaskBatches(load_data(settings.task, settings.task_options), config, settings)
+    else:
+        source = _read_source(tokenizer, end, config, settings)
     return Run(folder=folder, config=config, settings=settings, weights=weights, source=source,
                tokenizer=tokenizer)  # fmt: skip
 
@@ -170,7 +261,8 @@ def _read_source(
 ) -> TextBatches:
     def stream(names: Iterable[str]) -> np.ndarray:
         texts = read_documents(tuple(names), Reading.of(settings))
-        return pack(encode_texts(tokenizer, texts), end, settings.seed)
+        # Not in the order of the run's seed: every seed holds out the same documents.
+        return pack(encode_texts(tokenizer, texts), end, 0)
 
     validation = stream(settings.validation_data) if settings.validation_data else None
     return TextBatches(stream(settings.data), config, settings, validation)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -120,6 +120,14 @@ def check_fits(tokenizer: Tokenizer, config: SessaConfig, where: str) -> None:
             f"{where}: the tokenizer has {needed} tokens, but the model's embedding has "
             f"vocab_size {config.vocab_size} rows; use the tokenizer that the model was trained on"
         )
+
+
+def word_tokenizer(words: Sequence[str]) -> Tokenizer:
+    """A tokenizer whose tokens are the given words, by place; texts are words between spaces."""
+    ids = {word: i for i, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token=words[0]))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return tokenizer
 
 
 def encode_texts(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[np.ndarray]:

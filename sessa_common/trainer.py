@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
 import threading
 import time
@@ -15,9 +14,13 @@ from typing import Any, Protocol
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
-from sessa_common.checkpoint import read_safetensors, save_weights, write_json
+from sessa_common.checkpoint import (
+    read_safetensors,
+    save_weights,
+    write_json,
+    write_safetensors,
+)
 from sessa_common.config import SessaConfig, TrainConfig, parameter_shapes
 from sessa_common.data.batches import Batch, BatchSource
 from sessa_common.errors import SessaError
@@ -41,6 +44,9 @@ class Learner(Protocol):
 
     def loss(self, batch: Batch) -> float:
         """The weighted sum of the losses of a batch, in nats."""
+
+    def predict(self, inputs: np.ndarray) -> np.ndarray:
+        """The likeliest next ids int32 (B, T) after inputs (B, T)."""
 
     def weights(self) -> dict[str, np.ndarray]:
         """The float32 master weights."""
@@ -174,7 +180,8 @@ class Trainer:
         loss = sum(self.learner.loss(batch) for batch in batches) / total
         # Above 700 nats exp leaves the range of a float.
         record = {"step": self.step, "validation_loss": loss,
-                  "validation_perplexity": math.exp(min(loss, 700.0))}  # fmt: skip
+                  "validation_perplexity": math.exp(min(loss, 700.0)),
+                  **self.source.score(self.learner.predict)}  # fmt: skip
         self.metrics.write(record)
         self.reporter.validation(record)
 
@@ -183,7 +190,7 @@ class Trainer:
         if fingerprint != self.source.fingerprint:
             raise SessaError(
                 f"{self.folder}: the data are not those that this run began with; give it the same "
-                "--data, or start a new run with --init"
+                "--data or --task, or start a new run with --init"
             )
         self.learner.restore(state, step)
         self.step = self.saved = step
@@ -196,10 +203,7 @@ def _is_due(step: int, interval: int, last: int) -> bool:
 def write_state(folder: Path, state: Mapping[str, np.ndarray], step: int, fingerprint: str) -> None:
     """Write what a resume needs as one file, so that no crash can leave halves of two steps."""
     about = json.dumps({"step": step, "fingerprint": fingerprint})
-    scratch = folder / (STATE + ".tmp")
-    arrays = {name: np.ascontiguousarray(a).reshape(a.shape) for name, a in state.items()}
-    save_file(arrays, scratch, metadata={"training": about})
-    os.replace(scratch, folder / STATE)
+    write_safetensors(folder / STATE, state, {"training": about})
 
 
 def read_state(folder: Path, config: SessaConfig) -> tuple[dict[str, np.ndarray], int, str]:

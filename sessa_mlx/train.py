@@ -81,6 +81,10 @@ class Learner:
         """The weighted sum of the losses of a batch, in nats."""
         return float(self._loss_sum(self.parameters, batch, 1.0))
 
+    def predict(self, inputs: np.ndarray) -> np.ndarray:
+        """The likeliest next ids int32 (B, T) after inputs (B, T)."""
+        return to_numpy(self._logits(self.parameters, inputs).argmax(-1).astype(mx.int32))
+
     def weights(self) -> dict[str, np.ndarray]:
         """The float32 master weights."""
         return {name: to_numpy(value) for name, value in self.parameters.items()}
@@ -102,12 +106,15 @@ class Learner:
         self.steps = steps
 
     def _loss_sum(self, parameters: Arrays, batch: Batch, total: float) -> mx.array:
+        logits = self._logits(parameters, batch.inputs).astype(mx.float32)
+        losses = nn.losses.cross_entropy(logits, mx.array(batch.targets))
+        return (losses * mx.array(batch.weights)).sum() / total
+
+    def _logits(self, parameters: Arrays, inputs: np.ndarray) -> mx.array:
         if self.precision == "bfloat16":
             parameters = {name: p.astype(mx.bfloat16) for name, p in parameters.items()}
         self.model.update(tree_unflatten(list(parameters.items())))
-        logits = self.model(mx.array(batch.inputs)).astype(mx.float32)
-        losses = nn.losses.cross_entropy(logits, mx.array(batch.targets))
-        return (losses * mx.array(batch.weights)).sum() / total
+        return self.model(mx.array(inputs))
 
     def _adamw(self, grads: Arrays, learning_rate: float) -> None:
         # Written out because mlx.optimizers.AdamW decays every parameter and rounds its bias

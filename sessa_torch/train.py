@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -85,18 +86,24 @@ class Learner:
             loss.backward()
             losses.append(loss.detach())
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.clip_norm)
-        loss = torch.stack(losses).sum()
+        # One transfer, so that the device is waited for once a step.
+        loss, size = torch.stack([torch.stack(losses).sum(), norm]).tolist()
         # A step with a gradient that is not finite would spoil the weights for good.
-        if torch.isfinite(loss + norm):
+        if math.isfinite(loss + size):
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate
             self.optimizer.step()
-        return loss.item(), norm.item()
+        return loss, size
 
     @torch.no_grad()
     def loss(self, batch: Batch) -> float:
         """The weighted sum of the losses of a batch, in nats."""
         return self._loss_sum(batch).item()
+
+    @torch.inference_mode()
+    def predict(self, inputs: np.ndarray) -> np.ndarray:
+        """The likeliest next ids int32 (B, T) after inputs (B, T)."""
+        return to_numpy(self._logits(inputs).argmax(-1).int())
 
     def weights(self) -> dict[str, np.ndarray]:
         """The float32 master weights."""
@@ -125,14 +132,15 @@ class Learner:
             self.optimizer.state[parameter] = {"step": count, **moments}
 
     def _loss_sum(self, batch: Batch) -> Tensor:
-        inputs, targets, weights = (
-            torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
-            for array in (batch.inputs, batch.targets, batch.weights)
-        )
+        targets, weights = (self._on_device(array) for array in (batch.targets, batch.weights))
+        logits = self._logits(batch.inputs).float()
+        losses = F.cross_entropy(logits.flatten(0, 1), targets.long().flatten(), reduction="none")
+        return (losses * weights.flatten()).sum()
+
+    def _logits(self, inputs: np.ndarray) -> Tensor:
         low = self.precision == "bfloat16"
         with torch.autocast(self.device.split(":")[0], dtype=torch.bfloat16, enabled=low):
-            logits = self.model(inputs.long())
-        losses = F.cross_entropy(
-            logits.float().flatten(0, 1), targets.long().flatten(), reduction="none"
-        )
-        return (losses * weights.flatten()).sum()
+            return self.model(self._on_device(inputs).long())
+
+    def _on_device(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)

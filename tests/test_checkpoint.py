@@ -54,6 +54,8 @@ def test_round_trip_is_bit_exact(tmp_path, dtype, shard_size):
     files = list(tmp_path.glob("*.safetensors"))
     assert len(files) == {10**9: 1, 1: len(weights)}.get(shard_size, len(files))
     assert (tmp_path / INDEX).exists() == (len(files) > 1)
+    # Whoever may read one file of the folder may read all.
+    assert len({file.stat().st_mode for file in tmp_path.iterdir()}) == 1
 
 
 def test_index_is_the_ecosystems(tmp_path):

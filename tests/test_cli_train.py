@@ -233,7 +233,7 @@ def _prepare(case, folder):
         ("--heads 16", "head_dim 1 is odd"),
         ("--tokenizer 5", "tokenizer size is 5, expected 257"),
         ("--tokenizer gone.json", r"gone\.json: no such tokenizer"),
-        ("--preset sessa-9b", "preset is 'sessa-9b', expected one of demo, sessa-1m"),
+        ("--preset sessa-9b", "preset is 'sessa-9b', expected one of demo, .*sessa-1m,"),
         ("--init gone", "gone: no such checkpoint folder"),
         ("--preset sessa-1m --init gone", "--preset, --config and --init"),
         ("--window 33", "window is 33, but the model has max_position_embeddings 32"),

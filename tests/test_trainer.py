@@ -217,7 +217,7 @@ def test_a_save_that_fails_leaves_the_older_state_whole(tokens, tmp_path, monkey
         path.write_bytes(b"half")
         raise OSError("no space left")
 
-    monkeypatch.setattr(loop, "save_file", full_disk)
+    monkeypatch.setattr("sessa_common.checkpoint.save_file", full_disk)
     with pytest.raises(OSError, match="no space"):
         trainer.run(until=4)
     assert (tmp_path / "run" / loop.STATE).read_bytes() == before
@@ -406,3 +406,17 @@ def test_settings_from_a_file_name_the_unknown_key():
         TrainConfig.from_dict({"stepz": 3}, "t.json")
     with pytest.raises(SessaError, match=r"t\.json: a value has the wrong type"):
         TrainConfig.from_dict({"learning_rate": "high"}, "t.json")
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_the_predicted_token_has_the_smallest_loss(framework):
+    config = dataclasses.replace(CONFIG, vocab_size=11)
+    learner = make_learner(framework, config=config)
+    inputs = np.random.default_rng(0).integers(0, 11, (2, 5)).astype(np.int32)
+    predicted = learner.predict(inputs)
+    assert predicted.dtype == np.int32 and predicted.shape == inputs.shape
+    for row, place in ((0, 0), (0, 4), (1, 2)):
+        weights = np.zeros(inputs.shape, np.float32)
+        weights[row, place] = 1
+        losses = [learner.loss(Batch(inputs, np.full_like(inputs, t), weights)) for t in range(11)]
+        assert predicted[row, place] == np.argmin(losses)

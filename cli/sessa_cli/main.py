@@ -9,10 +9,13 @@ import typer
 
 from sessa_cli.build_op import build_op
 from sessa_cli.check import check
+from sessa_cli.compare import compare
 from sessa_cli.convert import convert
+from sessa_cli.data import data
 from sessa_cli.eval import evaluate
 from sessa_cli.export import export
 from sessa_cli.generate import generate
+from sessa_cli.influence import influence
 from sessa_cli.info import info
 from sessa_cli.selftest import selftest
 from sessa_cli.train import train
@@ -29,6 +32,9 @@ app = typer.Typer(
     add_completion=False,
 )
 app.command()(train)
+app.command()(data)
+app.command()(compare)
+app.command()(influence)
 app.command()(generate)
 app.command("eval")(evaluate)
 app.command()(convert)

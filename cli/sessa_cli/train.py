@@ -12,12 +12,13 @@ import typer
 from rich.console import Console
 
 from sessa_cli.common import choose_backend, framework, given_fields, make_console, print_json, say
-from sessa_common.config import PRESETS, SessaConfig, TrainConfig, read_json
+from sessa_common.config import MIXERS, PRESETS, SessaConfig, TrainConfig, read_json
+from sessa_common.data.tasks import known_tasks
 from sessa_common.errors import SessaError
 from sessa_common.generation import encode_prompt, generate, stop_tokens
 from sessa_common.metrics import read_metrics
 from sessa_common.progress import TerminalReporter
-from sessa_common.run import Run, choose_config, resume_run, start_run
+from sessa_common.run import RESULT, Run, choose_config, resume_run, start_run, write_result
 from sessa_common.sampling import SamplingConfig
 from sessa_common.trainer import Trainer
 
@@ -42,6 +43,16 @@ of_learning, of_run = _options("The learning"), _options("The run")
 # are read through the context, so that no default is written down twice.
 def train(
     ctx: typer.Context,
+    task: Annotated[
+        str | None,
+        of_data(
+            "--task",
+            f"Train on {', '.join(known_tasks())} or on a folder of `sessa data`, not on text.",
+        ),
+    ] = None,
+    task_options: Annotated[
+        list[str] | None, of_data("--task-option", "name=value of the task; repeatable.")
+    ] = None,
     data: Annotated[
         list[str] | None,
         of_data(
@@ -84,6 +95,14 @@ def train(
     ] = None,
     init: Annotated[
         Path | None, of_model("--init", "Fine-tune the model of this checkpoint folder.")
+    ] = None,
+    mixer: Annotated[
+        str | None,
+        of_model("--mixer", f"{', '.join(MIXERS)}; or a comma list with one for each layer."),
+    ] = None,
+    attention_block: Annotated[
+        str | None,
+        of_model("--attention-block", "Around attention: mlp (standard) or gated (Sessa's)."),
     ] = None,
     num_hidden_layers: Annotated[int | None, of_model("--layers", "Number of layers.")] = None,
     hidden_size: Annotated[int | None, of_model("--width", "Width of the model.")] = None,
@@ -163,9 +182,11 @@ def train(
     prompt: Annotated[str, of_run("--prompt", "What the closing paragraph begins with.")] = "The",
     json_output: Annotated[bool, of_run("--json", "Print the result as JSON on stdout.")] = False,
 ) -> None:
-    """Train a Sessa language model on text; without options, a small one, in some minutes.
+    """Train a model on text or on a task; without options, a small Sessa model, in some minutes.
 
     Example: sessa train --data "books/*.txt" --preset sessa-9m --tokenizer 4096 --out runs/books
+
+    Example: sessa train --task diffuse-mqar --preset transformer-1m --out runs/mqar
     """
     began = time.perf_counter()
     backend = choose_backend(backend)
@@ -174,7 +195,11 @@ def train(
     run = _resume(ctx, resume) if resume is not None else _start(ctx)
     finished = _train(run, backend, device, console)
     summary = _summary(run, backend, finished)
-    if finished:
+    if finished and run.settings.task is not None:
+        say(console, _test_line(summary["test"]))
+        took = time.perf_counter() - began
+        say(console, f"wrote {run.folder} in {took:.0f} s, with {RESULT}")
+    elif finished:
         summary["text"] = _paragraph(run, backend, device, prompt)
         console.print(f"\n{summary['text']}\n", markup=False, highlight=False)
         took = time.perf_counter() - began
@@ -197,9 +222,9 @@ def _start(ctx: typer.Context) -> Run:
         None if params[name] is None else Path(params[name])
         for name in ("config", "init", "train_config", "out")
     )
-    given = given_fields(params, SessaConfig)
+    given = _model_fields(params)
     config = choose_config(given, preset=params["preset"], file=config_file, init=init)
-    base = TrainConfig()
+    base = TrainConfig() if params["task"] is None else TrainConfig.for_task(params["task"])
     if train_config is not None:
         base = TrainConfig.from_dict(read_json(train_config), str(train_config))
     settings = TrainConfig(**base.to_dict() | given_fields(params, TrainConfig))
@@ -208,6 +233,7 @@ def _start(ctx: typer.Context) -> Run:
         config,
         settings,
         fixed_vocabulary=config_file is not None,
+        fixed_context="max_position_embeddings" in given,
         init=init,
         force=params["force"],
     )
@@ -220,36 +246,64 @@ def _resume(ctx: typer.Context, folder: Path) -> Run:
             raise SessaError(
                 f"--{name.replace('_', '-')} starts a new run, so it does not go with --resume"
             )
-    return resume_run(folder, given_fields(params, SessaConfig), given_fields(params, TrainConfig))
+    return resume_run(folder, _model_fields(params), given_fields(params, TrainConfig))
+
+
+def _model_fields(params: dict[str, Any]) -> dict[str, Any]:
+    given = given_fields(params, SessaConfig)
+    if "," in given.get("mixer", ""):
+        given["mixer"] = tuple(name.strip() for name in given["mixer"].split(","))
+    return given
 
 
 def _train(run: Run, backend: str, device: str | None, console: Console) -> bool:
     learner = framework(backend, "train").Learner(run.config, run.settings, run.weights, device)
     trainer = Trainer(learner, run.source, run.config, run.settings, run.folder)
-    if trainer.step >= run.settings.steps:
+    task = run.settings.task is not None
+    steps = run.settings.steps
+    # A run that was killed between its last step and the test has no result of these steps yet.
+    untested = task and trainer.step == steps and not _has_result(run.folder, steps)
+    if trainer.step >= steps and not untested:
         raise SessaError(
-            f"{run.folder}: all {run.settings.steps} steps are done; give a larger --steps to go on"
+            f"{run.folder}: all {steps} steps are done; give a larger --steps to go on"
         )
     say(
         console,
-        f"{_parameter_count(run):,} parameters, {len(run.source.tokens):,} training tokens, "
-        f"vocabulary {run.config.vocab_size:,}, window {run.source.window}; {backend} on "
+        f"{_parameter_count(run):,} parameters, {run.source.summary}, "
+        f"vocabulary {run.config.vocab_size:,}; {backend} on "
         f"{learner.device} in {learner.precision}; writing {run.folder}",
     )
-    with TerminalReporter(console, run.settings.steps, trainer.step) as trainer.reporter:
-        return trainer.run()
+    with TerminalReporter(console, steps, trainer.step) as trainer.reporter:
+        finished = trainer.run()
+    if finished and task:
+        write_result(run, learner)
+    return finished
+
+
+def _has_result(folder: Path, steps: int) -> bool:
+    path = folder / RESULT
+    return path.exists() and read_json(path).get("steps") == steps
+
+
+def _test_line(test: dict[str, Any]) -> str:
+    parts = [f"test accuracy {test['accuracy']:.3f} of {test['examples']:,} examples"]
+    parts += [f"{name} {test[name]:.3f}" for name in ("ceiling", "unigram") if name in test]
+    parts += [f"lag {lag} {share:.3f}" for lag, share in test.get("by_lag", {}).items()]
+    return ", ".join(parts)
 
 
 def _summary(run: Run, backend: str, finished: bool) -> dict[str, Any]:
     records = read_metrics(run.folder)
     last = {name: value for record in records for name, value in record.items()}
     names = ("step", "loss", "validation_loss", "validation_perplexity")
+    measured = read_json(run.folder / RESULT) if finished and run.settings.task else {}
     return {
         "folder": str(run.folder),
         "backend": backend,
         "finished": finished,
         "parameters": _parameter_count(run),
         **{name: last[name] for name in names if name in last},
+        **measured,
     }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,16 +22,24 @@ class BatchSource(Protocol):
     """Where the trainer takes its rows from.
 
     `batch(i)` depends on i alone, which makes the data position of a run one integer;
-    `validation()` gives the same rows every time; `fingerprint` changes when any row does.
+    `validation()` gives the same rows every time; `fingerprint` changes when any row does;
+    `summary` says in a few words what is trained on.
     """
 
     fingerprint: str
+
+    @property
+    def summary(self) -> str:
+        """What is trained on, in a few words."""
 
     def batch(self, index: int) -> Batch:
         """The i-th training batch; there is no last one."""
 
     def validation(self) -> Sequence[Batch]:
         """The held-out batches, empty when nothing is held out."""
+
+    def score(self, predict: Callable[[np.ndarray], np.ndarray]) -> dict[str, float]:
+        """What a validation record says besides the loss; predict gives next ids (B, T)."""
 
 
 def next_token_batch(rows: np.ndarray) -> Batch:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -50,6 +50,11 @@ class TextBatches:
         self.validation_rows = settings.evaluate_batches * settings.batch_size
         self.fingerprint = _fingerprint(tokens, held_out)
 
+    @property
+    def summary(self) -> str:
+        """What is trained on, in a few words."""
+        return f"{len(self.tokens):,} training tokens, window {self.window}"
+
     def batch(self, index: int) -> Batch:
         """Rows index * batch_size and following of the run's shuffled order."""
         first = index * self.batch_size
@@ -61,6 +66,10 @@ class TextBatches:
         starts = range(0, len(self.held_out) - self.window, self.window)[: self.validation_rows]
         groups = [starts[i : i + self.batch_size] for i in range(0, len(starts), self.batch_size)]
         return [next_token_batch(self._rows(self.held_out, group)) for group in groups]
+
+    def score(self, predict: Callable[[np.ndarray], np.ndarray]) -> dict[str, float]:
+        """Nothing besides the loss."""
+        return {}
 
     def _rows(self, stream: np.ndarray, starts: Iterable[int]) -> np.ndarray:
         return np.stack([stream[start : start + self.window + 1] for start in starts])

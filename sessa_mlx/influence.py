@@ -1,0 +1,84 @@
+"""The MLX side of `sessa_common.influence`: derivatives and routing of one model on a text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+import numpy as np
+from mlx import nn
+
+from sessa_mlx.attention import Rope
+from sessa_mlx.checkpoint import to_numpy
+from sessa_mlx.feedback import feedback_solve
+from sessa_mlx.model import SessaModel
+
+
+class Tracer:
+    """`sessa_common.influence.Tracer` on an MLX model and token ids (T,)."""
+
+    def __init__(self, model: SessaModel, tokens: np.ndarray) -> None:
+        self.model, self.backbone = model.eval(), model.model
+        self.config, self.length = model.config, len(tokens)
+        self.ids = mx.array(tokens)[None]
+        self.inputs = self._run()
+
+    def _run(self) -> list[mx.array]:
+        """The input (1, T, D) of each layer."""
+        x = self.backbone.embed_tokens(self.ids)
+        inputs = []
+        for layer in self.backbone.layers:
+            inputs.append(x)
+            x = layer(x, rope=self._rope(self.length))
+        mx.eval(inputs)
+        return inputs
+
+    def _rope(self, length: int) -> Rope | None:
+        if not self.backbone.rotates:
+            return None
+        dtype = self.backbone.embed_tokens.weight.dtype
+        return self.backbone._rope(0, self.ids[:, :length], None, dtype)
+
+    def squared_norms(
+        self, first: int, last: int, times: np.ndarray, cotangents: np.ndarray
+    ) -> np.ndarray:
+        """As in the protocol: (R, max(times) + 1) for times (R,) and cotangents (R, D)."""
+        R, length = len(times), int(times.max()) + 1
+        rope = self._rope(length)
+
+        def run(x: mx.array) -> mx.array:
+            for layer in self.backbone.layers[first:last]:
+                x = layer(x, rope=rope)
+            return x
+
+        x = mx.repeat(self.inputs[first][:, :length], R, 0)  # (R, length, D)
+        dy = mx.zeros_like(x)
+        dy[mx.arange(R), mx.array(times)] = mx.array(cotangents, dtype=x.dtype)
+        _, (dx,) = mx.vjp(run, [x], [dy])
+        # Squared in float64, which GPUs lack: float32 squares lose what is below 1e-19.
+        return np.square(to_numpy(dx).astype(np.float64)).sum(-1)
+
+    def feedback(
+        self, layer: int, sources: Sequence[int]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """As in the protocol: gains (T,), largest weights (T,), kernel columns (T, n)."""
+        block = self.backbone.layers[layer]
+        x = self.inputs[layer]
+        a = nn.gelu(mx.split(block.W_in(block.ln(x)), 2, -1)[0])
+        q, k = mx.split(block.mixer.proj_fb(a), 2, -1)
+        gamma = block.mixer.gain(a)
+        impulses = mx.zeros((1, self.length, len(sources)), dtype=gamma.dtype)
+        impulses[0, mx.array(list(sources)), mx.arange(len(sources))] = 1
+        kernel = feedback_solve(impulses, q, k, gamma)
+        logits = (q[0] @ k[0].T) * q.shape[-1] ** -0.5
+        past = mx.tril(mx.ones_like(logits), -1) > 0
+        alpha = mx.softmax(mx.where(past, logits, -mx.inf)[1:], -1)
+        peak = mx.pad(alpha.max(-1), (1, 0))
+        return to_numpy(gamma[0]), to_numpy(peak), to_numpy(kernel[0])
+
+    def decay(self, layer: int) -> np.ndarray:
+        """As in the protocol: (T, heads)."""
+        block = self.backbone.layers[layer]
+        mixer = block.mixer
+        dt = mixer.in_proj(block.ln(self.inputs[layer]))[0, :, -mixer.heads :]
+        return to_numpy(nn.softplus(dt + mixer.dt_bias) * mx.exp(mixer.A_log))

@@ -1,0 +1,324 @@
+"""`sessa compare` with a trainer that writes known results: plan, resuming, failures, numbers."""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import sessa_cli.compare as command
+from sessa_cli.compare import compare
+from sessa_cli.main import app, main
+from sessa_common.compare import PLAN, Comparison, aggregate, flops_per_token, read_result
+from sessa_common.compare_report import spread, trained_lags
+from sessa_common.config import SessaConfig, parameter_count
+from sessa_common.errors import SessaError
+
+if "compare" not in {each.callback.__name__ for each in app.registered_commands if each.callback}:
+    app.command()(compare)
+
+# Stands for `sessa train`: the same options, files and exit codes; accuracies are by model and
+# seed, the best rate by model. A file "slow" or "broken" beside --out's parent changes it.
+TRAINER = """
+import argparse, dataclasses, json, pathlib, signal, sys, time
+from sessa_common.config import PRESETS
+p = argparse.ArgumentParser()
+p.add_argument("--task-option", action="append", default=[])
+for name in ("task", "data", "preset", "steps", "batch-size", "lr", "seed", "warmup-steps", "out",
+             "evaluate-every", "backend", "device", "resume", "precision"):
+    p.add_argument("--" + name)
+for name in ("json", "no-feedback"):
+    p.add_argument("--" + name, action="store_true")
+a = p.parse_args()
+folder = pathlib.Path(a.resume or a.out)
+log = folder.parent.parent / "calls"
+with log.open("a") as file:
+    file.write(json.dumps({"name": folder.name, "resumed": bool(a.resume)}) + "\\n")
+if a.resume:
+    given = json.loads((folder / "training.json").read_text())
+else:
+    folder.mkdir(parents=True)
+    given = vars(a)
+    (folder / "training.json").write_text(json.dumps(given))
+    config = dataclasses.replace(PRESETS[a.preset], vocab_size=613, max_position_embeddings=300,
+                                 feedback=not a.no_feedback)
+    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+    (folder / "training_state.safetensors").write_text("")
+slow = folder.parent.parent.parent / "slow"
+if slow.exists():
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(130))
+    (folder / "waiting").write_text("")
+    time.sleep(60)
+broken = folder.parent.parent.parent / "broken"
+if broken.exists() and broken.read_text() in folder.name:
+    print("error: the loss is nan")
+    sys.exit(2)
+best = 3e-3 if given["preset"].startswith("sessa") else 1e-3
+loss = 0.5 + 100 * abs(float(given["lr"]) - best)
+base = {"sessa-1m": 0.8, "transformer-1m": 0.6, "mamba2-1m": 0.3}[given["preset"]]
+accuracy = base + 0.02 * int(given["seed"]) - 0.1 * bool(given.get("no_feedback"))
+if "density=0" in given["task_option"]:
+    accuracy = min(1.0, accuracy + 0.32)
+steps = int(given["steps"])
+with (folder / "metrics.jsonl").open("w") as file:
+    for step in range(1, steps + 1):
+        file.write(json.dumps({"step": step, "loss": 1.0, "tokens": 9, "seconds": 0.5}) + "\\n")
+        file.write(json.dumps({"step": step, "validation_loss": loss + 1 - step / steps,
+            "validation_accuracy": accuracy * step / steps}) + "\\n")
+if given["task"]:
+    test = {"accuracy": accuracy, "examples": 8, "by_lag": {"128": accuracy, "512": accuracy / 2},
+            "errors_by_lag": {"128": {"same_prefix": 0.75, "other": 0.25}},
+            "heuristics_by_lag": {"128": {"prefix_only": 0.4}, "512": {"prefix_only": 0.19}}}
+    options = {"min_lag": 96, "max_lag": 384, "test_lags": [128, 512]}
+    (folder / "result.json").write_text(json.dumps({"task": given["task"], "parameters": 5,
+        "task_options": options,
+        "tokens_per_second": 60.0, "steps": steps, "validation_loss": loss, "test": test}))
+"""
+MQAR = ("--task", "diffuse-mqar", "--mixers", "sessa,attention,mamba2,nofeedback", "--steps", "4",
+        "--batch-size", "2", "--seeds", "3", "--jobs", "3", "--backend", "torch")  # fmt: skip
+
+
+@pytest.fixture
+def trainer(tmp_path, monkeypatch):
+    path = tmp_path / "trainer.py"
+    path.write_text(TRAINER)
+    monkeypatch.setattr(command, "TRAIN", (sys.executable, str(path)))
+    return path
+
+
+def sessa(*arguments):
+    """Run the command in this process; its exit code."""
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    return ended.value.code or 0
+
+
+def calls(out):
+    """Every start of the trainer: (run, whether it was resumed)."""
+    lines = (out / "calls").read_text().splitlines()
+    return [(call["name"], call["resumed"]) for call in map(json.loads, lines)]
+
+
+def test_a_comparison_from_sweep_to_table(trainer, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert sessa("compare", *MQAR, "--out", out, "--json") == 0
+    stdout, stderr = capsys.readouterr()
+    rows = {row["mixer"]: row for row in json.loads(stdout)["models"]}
+    assert json.loads(stdout) == json.loads((out / "results.json").read_text())
+    assert len(calls(out)) == 4 * (2 + 1 + 3) and "24 of 24 runs done, 0 failed" in stderr
+    rates = {mixer: row["learning_rate"] for mixer, row in rows.items()}
+    assert rates == {"sessa": 3e-3, "attention": 1e-3, "mamba2": 1e-3, "nofeedback": 3e-3}
+    # 0.8, 0.82, 0.84: the mean is 0.82 and the sample standard deviation 0.02.
+    assert rows["sessa"]["mean"]["test"]["accuracy"] == pytest.approx(
+        {"mean": 0.82, "std": 0.02, "n": 3}
+    )
+    assert rows["attention"]["mean"]["test"]["by_lag"]["512"]["mean"] == pytest.approx(0.31)
+    passed = {mixer: row["control"]["passed"] for mixer, row in rows.items()}
+    assert passed == {"sessa": True, "attention": True, "mamba2": False, "nofeedback": True}
+    assert rows["nofeedback"]["parameters"] < rows["sessa"]["parameters"]
+    table = (out / "results.md").read_text()
+    assert "0.820 ± 0.020" in table and "**FAILED** 0.620" in table and "same prefix" in table
+    assert "density=0; passed from an accuracy of 0.9" in table and "*prefix only*" in table
+    for name in ("curves.png", "lags.png"):
+        assert_drawn(out / name)
+    assert trained_lags(list(rows.values())) == (96, 384)
+    assert shaded(out / "lags.png") > 10_000
+
+
+def shaded(path):
+    """How many pixels have the grey of the trained range."""
+    from matplotlib.image import imread
+
+    return int((np.rint(imread(path)[..., :3] * 255) == round(0.92 * 255)).all(2).sum())
+
+
+def assert_drawn(path):
+    """The picture has marks in the colours of at least three models."""
+    from matplotlib.image import imread
+
+    pixels = np.rint(imread(path)[..., :3] * 255).astype(int).reshape(-1, 3)
+    for colour in ((0x00, 0x72, 0xB2), (0xE6, 0x9F, 0x00), (0x00, 0x9E, 0x73)):
+        assert (pixels == colour).all(1).sum() > 100, (path, colour)
+
+
+def test_the_plan_has_every_command_and_configuration(trainer, tmp_path):
+    out = tmp_path / "out"
+    assert sessa("compare", *MQAR, "--out", out, "--task-option", "pairs=8") == 0
+    plan = json.loads((out / PLAN).read_text())
+    assert set(plan["models"]) == {"1m-sessa", "1m-attention", "1m-mamba2", "1m-nofeedback"}
+    assert plan["models"]["1m-nofeedback"]["config"]["feedback"] is False
+    words = plan["commands"]["runs/1m-nofeedback-seed2"]
+    given = dict(itertools.pairwise(words))
+    assert given["--lr"] == "0.003" and given["--seed"] == "2" and "--no-feedback" in words
+    assert given["--steps"] == "4" and given["--task-option"] == "pairs=8"
+    control = plan["commands"]["control/1m-mamba2"]
+    assert control[control.index("density=0") - 1] == "--task-option" and "pairs=8" in control
+    assert set(plan["commands"]) == {str(p.relative_to(out)) for p in out.glob("*/*") if p.is_dir()}
+
+
+def test_finished_runs_are_kept_and_seeds_may_grow(trainer, tmp_path, capsys):
+    out = tmp_path / "out"
+    few = [word if word != "3" else "1" for word in MQAR]
+    assert sessa("compare", *few, "--out", out) == 0
+    before = len(calls(out))
+    assert sessa("compare", *few, "--out", out) == 0
+    assert len(calls(out)) == before
+    assert sessa("compare", *MQAR, "--out", out) == 0
+    assert len(calls(out)) == before + 4 * 2
+    capsys.readouterr()
+    changed = ("--batch-size", "3")
+    assert sessa("compare", *MQAR, *changed, "--out", out) == 2
+    assert "batch_size is 2" in (error := capsys.readouterr().err) and "3 was given" in error
+    assert sessa("compare", *few, "--out", out) == 2
+
+
+def test_report_only_needs_nothing_but_the_folder(trainer, tmp_path):
+    out = tmp_path / "out"
+    assert sessa("compare", *MQAR, "--out", out) == 0
+    before = json.loads((out / "results.json").read_text())
+    for name in ("results.json", "results.md", "curves.png", "lags.png"):
+        (out / name).unlink()
+    assert sessa("compare", "--report-only", "--out", out) == 0
+    assert json.loads((out / "results.json").read_text()) == before
+    assert (out / "curves.png").exists() and (out / "lags.png").exists()
+
+
+def test_a_failed_run_is_shown_and_the_others_go_on(trainer, tmp_path, capsys):
+    out = tmp_path / "out"
+    (tmp_path / "broken").write_text("attention-seed1")
+    assert sessa("compare", *MQAR, "--out", out) == 1
+    shown = capsys.readouterr().out
+    assert "runs/1m-attention-seed1 FAILED" in shown and "error: the loss is nan" in shown
+    rows = {row["mixer"]: row for row in json.loads((out / "results.json").read_text())["models"]}
+    # Seeds 0 and 2 are left: 0.6 and 0.64.
+    accuracy = rows["attention"]["mean"]["test"]["accuracy"]
+    assert accuracy == pytest.approx({"mean": 0.62, "std": 0.028284271, "n": 2})
+    assert "Not finished, so not in the numbers: runs/1m-attention-seed1" in shown
+    (tmp_path / "broken").unlink()
+    assert sessa("compare", *MQAR, "--out", out) == 0
+    assert calls(out)[-1] == ("1m-attention-seed1", True)
+
+
+def test_a_rate_that_diverges_loses_the_sweep(trainer, tmp_path):
+    out = tmp_path / "out"
+    (tmp_path / "broken").write_text("sessa-lr0.003")
+    assert sessa("compare", *MQAR, "--out", out) == 1
+    rows = {row["mixer"]: row for row in json.loads((out / "results.json").read_text())["models"]}
+    assert rows["sessa"]["sweep"]["0.003"] is None and rows["sessa"]["learning_rate"] == 1e-3
+    assert len(rows["sessa"]["seeds"]) == 3
+
+
+def test_a_signal_stops_the_children_and_the_same_command_goes_on(trainer, tmp_path):
+    out = tmp_path / "out"
+    (tmp_path / "slow").write_text("")
+    program = (
+        "import sys, sessa_cli.compare as c; from sessa_cli.main import app, main\n"
+        f"c.TRAIN = (sys.executable, {str(trainer)!r})\n"
+        "known = {x.callback.__name__ for x in app.registered_commands if x.callback}\n"
+        "'compare' in known or app.command()(c.compare)\n"
+        "main(sys.argv[1:])"
+    )
+    arguments = [sys.executable, "-c", program, "compare", *MQAR, "--out", str(out)]
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while len(list(out.glob("sweep/*/waiting"))) < 3 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    started = {path.parent.name for path in out.glob("sweep/*/waiting")}
+    assert len(started) == 3
+    process.send_signal(signal.SIGTERM)
+    shown = process.communicate(timeout=30)[0]
+    assert process.returncode == 130 and "the same command goes on" in shown
+    (tmp_path / "slow").unlink()
+    assert subprocess.run(arguments, env=os.environ, capture_output=True).returncode == 0
+    again = calls(out)[3:]
+    assert {name for name, resumed in again if resumed} == started
+    assert len(again) == 24
+
+
+def test_text_is_measured_by_perplexity(trainer, tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = ("--data", "pydoc", "--mixers", "sessa,attention", "--steps", "4", "--seeds", "2",
+                 "--learning-rates", "1e-3", "--backend", "torch", "--out", out)  # fmt: skip
+    assert sessa("compare", *arguments, "--json") == 0
+    rows = {row["mixer"]: row for row in json.loads(capsys.readouterr().out)["models"]}
+    # Losses at the rate 1e-3: 0.5 + 0.2 for Sessa, 0.5 for attention.
+    assert rows["sessa"]["mean"]["perplexity"]["mean"] == pytest.approx(2.0137527)
+    assert rows["attention"]["mean"]["perplexity"]["mean"] == pytest.approx(1.6487213)
+    assert rows["sessa"]["control"] is None and not (out / "control").exists()
+    assert not (out / "lags.png").exists() and (out / "curves.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--task", "sudoku"), "task is 'sudoku', expected diffuse-mqar, symbolsoup or a folder"),
+        ((), "give either --task, or --data"),
+        (("--task", "symbolsoup", "--data", "pydoc"), "give either --task, or --data"),
+        (("--task", "symbolsoup", "--mixers", "sessa,rwkv"), "mixer is 'rwkv'"),
+        (("--task", "symbolsoup", "--scale", "2m"), "scale is '2m'"),
+        (("--task", "symbolsoup", "--steps", "0"), "steps is 0"),
+        (("--task", "symbolsoup", "--seeds", "-1"), "seeds is -1"),
+        (("--task", "symbolsoup", "--jobs", "0"), "jobs is 0"),
+        (("--task", "symbolsoup", "--learning-rates", "fast"), "--learning-rates 'fast'"),
+        (("--task", "symbolsoup", "--learning-rates", "0"), "expected numbers above 0"),
+        (("--task", "symbolsoup", "--task-option", "noise"), "expected name=value"),
+        (("--task", "symbolsoup", "--mixers", "sessa,sessa"), "each once"),
+        (("--task", "symbolsoup", "--config", "sessa"), "expected mixer=path.json"),
+    ],
+)
+def test_bad_input_is_refused_before_work(arguments, message, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert sessa("compare", *arguments, "--out", out) == 2
+    assert message in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_models_that_do_not_match_are_refused(tmp_path):
+    path = tmp_path / "small.json"
+    path.write_text(json.dumps(SessaConfig(num_hidden_layers=2).to_dict()))
+    given = Comparison(task="diffuse-mqar", mixers=("sessa", "mine"), configs=(f"mine={path}",))
+    with pytest.raises(SessaError, match=r"not matched: 1m-sessa .*1m-mine"):
+        given.models()
+
+
+def test_aggregates_by_hand():
+    values = [{"a": 1.0, "b": {"c": 2}}, {"a": 2.0, "b": {"c": 4}}, {"a": 6.0, "b": {"c": 9}}]
+    assert aggregate(values) == {
+        "a": {"mean": 3.0, "std": pytest.approx(7**0.5), "n": 3},
+        "b": {"c": {"mean": 5.0, "std": pytest.approx(13**0.5), "n": 3}},
+    }
+    assert aggregate([0.5]) == {"mean": 0.5, "std": None, "n": 1}
+    assert spread(aggregate([0.5]), 2) == "0.50" and spread(None, 2) == "–"
+    assert spread(aggregate([1.0, 3.0]), 1) == "2.0 ± 1.4"
+
+
+def test_flops_are_counted_by_the_products():
+    sizes = {"vocab_size": 11, "hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
+    T, D = 5, 8
+    visible, past = sum(range(1, T + 1)), sum(range(T))
+    for mixer, feedback, pairs in (
+        ("attention", True, visible), ("sessa", False, visible), ("sessa", True, visible + past),
+    ):  # fmt: skip
+        config = SessaConfig(**sizes, mixer=mixer, feedback=feedback)
+        # Scores and values: two products of width D for each pair of positions, three passes.
+        expected = 6 * parameter_count(config) + 3 * 2 * 2 * D * pairs / T
+        assert flops_per_token(config, T) == pytest.approx(expected)
+    untied = SessaConfig(**sizes, mixer="attention", tie_word_embeddings=False)
+    tied = SessaConfig(**sizes, mixer="attention")
+    assert flops_per_token(untied, T) == flops_per_token(tied, T)
+
+
+def test_an_unfinished_run_has_no_result(tmp_path):
+    (tmp_path / "training.json").write_text(json.dumps({"task": None}))
+    (tmp_path / "config.json").write_text(json.dumps(SessaConfig().to_dict()))
+    line = json.dumps({"step": 3, "validation_loss": 1.0})
+    (tmp_path / "metrics.jsonl").write_text(line + "\n")
+    assert read_result(tmp_path, 4) is None
+    assert read_result(tmp_path, 3)["perplexity"] == pytest.approx(2.7182818)
+    assert read_result(Path(tmp_path / "none"), 3) is None
