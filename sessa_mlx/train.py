@@ -16,6 +16,8 @@ from sessa_mlx.checkpoint import build_model, choose_device, to_numpy, to_tensor
 from sessa_mlx.model import SessaModel
 
 Arrays = dict[str, mx.array]
+# The scalars of gains and decays, which no low precision rounds.
+EXACT = ("gamma_bias", "dt_bias", "A_log", "mixer.D")
 
 
 def choose_precision(precision: str, device: str) -> str:
@@ -38,9 +40,9 @@ class Learner:
     """A `sessa_common.trainer.Learner` in MLX.
 
     Master weights, gradients and AdamW are float32. With bfloat16 the forward pass runs on a
-    bfloat16 copy of the weights, with softmax, the feedback solve's sums and the loss in float32;
-    the gradients reach the float32 weights through the cast. Raises SessaError for a device that is
-    not there.
+    bfloat16 copy of the weights (not of the scalars that decide gains and decays), with softmax,
+    the feedback solve's sums and the loss in float32; the gradients reach the float32 weights
+    through the cast. Raises SessaError for a device that is not there.
     """
 
     def __init__(
@@ -112,7 +114,10 @@ class Learner:
 
     def _logits(self, parameters: Arrays, inputs: np.ndarray) -> mx.array:
         if self.precision == "bfloat16":
-            parameters = {name: p.astype(mx.bfloat16) for name, p in parameters.items()}
+            parameters = {
+                name: p if name.endswith(EXACT) else p.astype(mx.bfloat16)
+                for name, p in parameters.items()
+            }
         self.model.update(tree_unflatten(list(parameters.items())))
         return self.model(mx.array(inputs))
 
