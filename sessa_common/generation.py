@@ -129,15 +129,20 @@ def _generate(
 
 
 class TextStream:
-    """Turns token ids into pieces of text that add up to the whole and never split a character."""
+    """Turns token ids into pieces of text that add up to the whole and never split a character.
+
+    `before` are the ids of the text that the pieces continue: with some tokenizers they decide
+    whether the first piece begins with a space.
+    """
 
     # A character has at most four bytes, so at most three of its bytes can be waiting.
     LONGEST_WAIT = 3
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()) -> None:
         self.tokenizer = tokenizer
-        self.ids: list[int] = []
-        self.start = self.clean = self.sent = 0
+        self.ids = list(before[-self.LONGEST_WAIT - 1 :])
+        self.start, self.clean = 0, len(self.ids)
+        self.sent = len(self._decode(0))
 
     def push(self, token: int) -> str:
         """Add one token; returns the text that is now certain, possibly none."""

@@ -31,7 +31,7 @@ from sessa_common.generation import (
 )
 from sessa_common.reference import empty_cache, model_logits
 from sessa_common.sampling import Sampler, SamplingConfig, filter_logits
-from sessa_common.tokenizer import byte_tokenizer, train_bpe
+from sessa_common.tokenizer import byte_tokenizer, train_bpe, word_tokenizer
 from sessa_export.folder import export_checkpoint
 
 GREEDY = SamplingConfig(temperature=0)
@@ -344,6 +344,20 @@ def test_stream_never_splits_a_character(text: str) -> None:
 def test_stream_gives_each_character_as_soon_as_it_is_whole() -> None:
     pieces = stream(byte_tokenizer(), list("aé😀b".encode()))
     assert pieces == ["a", "", "é", "", "", "", "😀", "b", ""]
+
+
+def test_stream_of_words_continues_the_prompt_after_a_space() -> None:
+    tokenizer = word_tokenizer(["<pad>", "one", "two", "three"])
+    assert TextStream(tokenizer, [1]).push(2) == " two"
+    assert TextStream(tokenizer).push(2) == "two"
+
+
+@settings(max_examples=50, deadline=None)
+@given(before=st.text(max_size=6), text=st.text(min_size=1, max_size=8))
+def test_stream_after_a_prompt_adds_up(before: str, text: str) -> None:
+    given_ids, ids = (list(part.encode("utf-8")) for part in (before, text))
+    pieces = TextStream(byte_tokenizer(), given_ids)
+    assert "".join([*map(pieces.push, ids), pieces.finish()]) == text
 
 
 def test_stream_of_merged_tokens_leaves_the_end_token_out() -> None:

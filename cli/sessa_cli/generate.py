@@ -71,7 +71,7 @@ def generate(
     live = not json_output and len(prompts) == 1
     if live:
         _write(prompts[0])
-    texts, counts = _collect(steps, tokenizer, len(prompts), live)
+    texts, counts = _collect(steps, tokenizer, ids, live)
     seconds = time.perf_counter() - started
     if json_output:
         rows = [{"prompt": p, "text": t, "tokens": n}
@@ -124,11 +124,11 @@ def _load(
 
 
 def _collect(
-    steps: Iterator[list[int | None]], tokenizer: Tokenizer, rows: int, live: bool
+    steps: Iterator[list[int | None]], tokenizer: Tokenizer, prompts: list[list[int]], live: bool
 ) -> tuple[list[str], list[int]]:
     """Drain the generator into a text and a count a row; `live` writes pieces as they come."""
-    streams = [TextStream(tokenizer) for _ in range(rows)]
-    texts, counts = [""] * rows, [0] * rows
+    streams = [TextStream(tokenizer, prompt) for prompt in prompts]
+    texts, counts = [""] * len(prompts), [0] * len(prompts)
     for step in steps:
         for row, token in enumerate(step):
             if token is not None:
