@@ -267,7 +267,7 @@ inline float third(const device float* p) { return p[0]; }
 """
 
 
-@pytest.mark.skipif(address_spaces.clang() is None, reason="clang is not installed")
+@pytest.mark.skipif(address_spaces.clang() is None, reason="no clang++ 16 or newer")
 @pytest.mark.parametrize("name", WRONG_SPACES)
 def test_wrong_address_space_is_noticed(name: str) -> None:
     def text(statement: str) -> str:

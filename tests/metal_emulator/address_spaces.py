@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from functools import cache
 from pathlib import Path
 
 from metal_emulator.rewrite import find_kernels, preprocess, share_variables, without_attributes
@@ -30,10 +31,19 @@ _OPTIONS = [
 ]
 
 
+@cache
 def clang() -> str | None:
-    """A clang++ that is installed, the newest first; None if there is none."""
+    """The newest clang++ here that knows the dialect and bfloat16 (16 does); None without one."""
     names = [f"clang++-{version}" for version in range(25, 15, -1)] + ["clang++"]
-    return next((path for name in names if (path := shutil.which(name))), None)
+    found = (path for name in names if (path := shutil.which(name)))
+    return next((path for path in found if not _errors(path, '#include "metal_strict.h"\n')), None)
+
+
+def _errors(compiler: str, source: str) -> list[str]:
+    include = f"-I{Path(__file__).parent / 'include'}"
+    command = [compiler, "-x", "clcpp", *_OPTIONS, include, "-"]
+    done = subprocess.run(command, input=source, capture_output=True, text=True)
+    return [line for line in done.stderr.splitlines() if "error:" in line]
 
 
 def problems(text: str) -> list[str]:
@@ -52,10 +62,7 @@ def problems(text: str) -> list[str]:
         for i, kernel in enumerate(kernels.values())
     ]
     source = "\n".join(['#include "metal_strict.h"', text, *uses, ""])
-    include = f"-I{Path(__file__).parent / 'include'}"
-    command = [compiler, "-x", "clcpp", *_OPTIONS, include, "-"]
-    done = subprocess.run(command, input=source, capture_output=True, text=True)
-    return found + [line for line in done.stderr.splitlines() if "error:" in line]
+    return found + _errors(compiler, source)
 
 
 def bare_pointers(text: str) -> list[str]:
