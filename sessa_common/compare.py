@@ -15,7 +15,7 @@ from typing import Any
 from sessa_common.checkpoint import write_json
 from sessa_common.config import PRESETS, SessaConfig, check_matched, parameter_count, read_json
 from sessa_common.errors import SessaError
-from sessa_common.metrics import read_metrics
+from sessa_common.metrics import read_metrics, tokens_per_second
 
 PLAN, RESULTS, TABLE = "plan.json", "results.json", "results.md"
 # A name of --mixers: the preset and the options that make the model of a scale.
@@ -269,10 +269,9 @@ def read_result(folder: Path, steps: int) -> dict[str, Any] | None:
     done = [r for r in records if r["step"] == steps and "validation_loss" in r]
     if not done:
         return None
-    speeds = [r["tokens"] / r["seconds"] for r in records if r.get("seconds")]
     return {
         "parameters": parameter_count(SessaConfig.from_dict(read_json(folder / "config.json"))),
-        "tokens_per_second": statistics.median(speeds) if speeds else None,
+        "tokens_per_second": tokens_per_second(records),
         "validation_loss": last["validation_loss"],
         "perplexity": math.exp(min(last["validation_loss"], 700.0)),
     }
@@ -362,11 +361,18 @@ def _row(out: Path, comparison: Comparison, model: Model) -> dict[str, Any]:
             continue
         row["seeds"][str(seed)] = result
         config = SessaConfig.from_dict(read_json(out / job.name / "config.json"), job.name)
-        row |= {"parameters": parameter_count(config), "length": config.max_position_embeddings}
-        row["flops_per_token"] = flops_per_token(config, config.max_position_embeddings)
+        length = _row_length(out / job.name, comparison.batch_size)
+        row |= {"parameters": parameter_count(config), "length": length}
+        row["flops_per_token"] = flops_per_token(config, length)
     if row["seeds"]:
         row["mean"] = aggregate(list(row["seeds"].values()))
     return row
+
+
+def _row_length(folder: Path, rows: int) -> int:
+    """Tokens in a training row; the model's context may be longer, for the test."""
+    tokens = next(record["tokens"] for record in read_metrics(folder) if "tokens" in record)
+    return int(tokens // rows)
 
 
 def _control(out: Path, comparison: Comparison, model: Model) -> dict[str, Any] | None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 METRICS = "metrics.jsonl"
 PICTURE = "loss.png"
@@ -38,6 +41,12 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
         return []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def tokens_per_second(records: Sequence[Mapping[str, Any]]) -> float:
+    """The median speed of a run's steps; the first ten, which compile kernels, are left out."""
+    speeds = [r["tokens"] / r["seconds"] for r in records if r.get("seconds")]
+    return round(float(np.median(speeds[10:] or speeds or [0])))
 
 
 def draw_losses(folder: Path) -> bool:

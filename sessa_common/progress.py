@@ -60,8 +60,7 @@ class TerminalReporter:
             measured = f"accuracy {record['validation_accuracy']:.3f}"
         self.console.print(
             f"step {record['step']:>6}  {self._status()}  "
-            f"validation loss {record['validation_loss']:.3f}, "
-            f"{measured}",
+            f"validation loss {record['validation_loss']:.3f}, " + measured,
             highlight=False,
             soft_wrap=True,
         )

@@ -25,7 +25,7 @@ from sessa_common.data.sources import Reading, read_documents
 from sessa_common.data.tasks import TaskBatches, load_data, options_of
 from sessa_common.errors import SessaError
 from sessa_common.initial import initial_weights
-from sessa_common.metrics import read_metrics
+from sessa_common.metrics import read_metrics, tokens_per_second
 from sessa_common.tokenizer import (
     check_fits,
     choose_tokenizer,
@@ -196,15 +196,13 @@ def write_result(run: Run, learner: Learner) -> dict[str, Any]:
     """Measure a finished run on its task's test examples, write result.json and return it."""
     assert isinstance(run.source, TaskBatches)
     records = read_metrics(run.folder)
-    speeds = [r["tokens"] / r["seconds"] for r in records if "tokens" in r and r["seconds"] > 0]
     last = {name: value for record in records for name, value in record.items()}
     task = run.source.data.task
     result: dict[str, Any] = {
         "task": task.name,
         "task_options": options_of(task),
         "parameters": parameter_count(run.config),
-        # The first steps compile kernels.
-        "tokens_per_second": round(float(np.median(speeds[10:] or speeds))),
+        "tokens_per_second": tokens_per_second(records),
         "steps": run.settings.steps,
         **{name: last[name] for name in ("validation_loss", "validation_accuracy") if name in last},
         "test": run.source.test(learner.predict),

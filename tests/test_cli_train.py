@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from in_process import fails, sessa
 
 from sessa_cli.common import choose_backend, framework
-from sessa_cli.main import main
 from sessa_common.checkpoint import load_weights
 from sessa_common.config import SessaConfig, TrainConfig
 from sessa_common.errors import SessaError
@@ -37,22 +37,6 @@ def text(tmp_path):
 def run_folder(text, tmp_path):
     assert sessa("train", "--data", text, *TINY, "--out", tmp_path / "run") == 0
     return tmp_path / "run"
-
-
-def sessa(*arguments):
-    """Run the command in this process; its exit code."""
-    with pytest.raises(SystemExit) as ended:
-        main([str(argument) for argument in arguments])
-    return ended.value.code or 0
-
-
-def fails(capsys, *arguments):
-    """Run a command that must refuse its input; the one line that it says."""
-    capsys.readouterr()
-    assert sessa(*arguments) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and err.startswith("error: ") and err.count("\n") == 1, err
-    return err
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -121,13 +105,13 @@ def test_resume_is_the_unbroken_run(backend, text, tmp_path, capsys):
 STOP_AFTER_3 = """
 import os, signal, sys
 from sessa_common.trainer import Trainer
-from sessa_cli.main import main
 step = Trainer._train_step
 def stopping(self):
     step(self)
     if self.step == 3:
         os.kill(os.getpid(), signal.SIGINT)
 Trainer._train_step = stopping
+from sessa_cli.main import main
 main(["train", *sys.argv[1:]])
 """
 

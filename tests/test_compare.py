@@ -11,10 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from in_process import sessa
 
 import sessa_cli.compare as command
 from sessa_cli.compare import compare
-from sessa_cli.main import app, main
+from sessa_cli.main import app
 from sessa_common.compare import PLAN, Comparison, aggregate, flops_per_token, read_result
 from sessa_common.compare_report import spread, trained_lags
 from sessa_common.config import SessaConfig, parameter_count
@@ -90,13 +91,6 @@ def trainer(tmp_path, monkeypatch):
     path.write_text(TRAINER)
     monkeypatch.setattr(command, "TRAIN", (sys.executable, str(path)))
     return path
-
-
-def sessa(*arguments):
-    """Run the command in this process; its exit code."""
-    with pytest.raises(SystemExit) as ended:
-        main([str(argument) for argument in arguments])
-    return ended.value.code or 0
 
 
 def calls(out):

@@ -152,7 +152,8 @@ class TaskData:
         digest = hashlib.blake2b(about.encode(), digest_size=16)
         for part in (self.train, self.validation, self.test):
             if part is not None:
-                digest.update(np.ascontiguousarray(part.tokens).data)
+                for array in (part.tokens, part.weights):
+                    digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
 
 
