@@ -233,7 +233,8 @@ class TrainConfig:
     max_position_embeddings; a step uses batch_size * accumulation rows; the learning rate rises
     linearly over warmup_steps and falls along a cosine to min_lr_ratio of itself; an interval of 0
     means "only at the end". `task` is "symbolsoup", "diffuse-mqar" or a folder of `sessa data`, to
-    train on instead of text; `task_options` are "name=value" texts for its fields.
+    train on instead of text; `task_options` are "name=value" texts for its fields. `compile` lets
+    the framework compile the training step: the same numbers but for rounding.
     """
 
     task: str | None = None
@@ -259,6 +260,7 @@ class TrainConfig:
     adam_eps: float = 1e-8
     clip_norm: float = 1.0
     precision: str = "auto"
+    compile: bool = False
     seed: int = 0
     evaluate_every: int = 100
     evaluate_batches: int = 8
@@ -286,6 +288,8 @@ class TrainConfig:
         _require(len(self.data) > 0, "data is empty, expected at least one file, folder or name")
         _require(self.precision in PRECISIONS,
                  f"precision is {self.precision!r}, expected {', '.join(PRECISIONS)}")  # fmt: skip
+        _require(isinstance(self.compile, bool),
+                 f"compile is {self.compile!r}, expected true or false")  # fmt: skip
 
     @classmethod
     def for_task(cls, task: str) -> TrainConfig:

@@ -42,7 +42,8 @@ class Learner:
     Master weights, gradients and AdamW are float32. With bfloat16 the forward pass runs on a
     bfloat16 copy of the weights (not of the scalars that decide gains and decays), with softmax,
     the feedback solve's sums and the loss in float32; the gradients reach the float32 weights
-    through the cast. Raises SessaError for a device that is not there.
+    through the cast. With settings.compile mx.compile fuses the operations of loss and gradient.
+    Raises SessaError for a device that is not there.
     """
 
     def __init__(
@@ -62,14 +63,18 @@ class Learner:
             for kind in MOMENTS
         }
         self.steps = 0
+        self.loss_and_gradients = mx.value_and_grad(self._loss_sum)
+        if settings.compile:
+            self.loss_and_gradients = mx.compile(self.loss_and_gradients)
 
     def step(self, batches: Sequence[Batch], learning_rate: float) -> tuple[float, float]:
         """Take one AdamW step on the weighted mean loss of all rows; (nats, gradient norm)."""
-        total = sum(float(batch.weights.sum()) for batch in batches)
+        # An array, since compiled code would hold a Python number for a constant.
+        total = mx.array(sum(float(batch.weights.sum()) for batch in batches))
         loss = mx.array(0.0)
         grads: Arrays = {}
         for batch in batches:
-            part, new = mx.value_and_grad(self._loss_sum)(self.parameters, batch, total)
+            part, new = self.loss_and_gradients(self.parameters, *_arrays(batch), total)
             loss = loss + part
             grads = {name: grads[name] + g for name, g in new.items()} if grads else new
             mx.eval(loss, grads)
@@ -81,11 +86,12 @@ class Learner:
 
     def loss(self, batch: Batch) -> float:
         """The weighted sum of the losses of a batch, in nats."""
-        return float(self._loss_sum(self.parameters, batch, 1.0))
+        return float(self._loss_sum(self.parameters, *_arrays(batch), mx.array(1.0)))
 
     def predict(self, inputs: np.ndarray) -> np.ndarray:
         """The likeliest next ids int32 (B, T) after inputs (B, T)."""
-        return to_numpy(self._logits(self.parameters, inputs).argmax(-1).astype(mx.int32))
+        logits = self._logits(self.parameters, mx.array(inputs))
+        return to_numpy(logits.argmax(-1).astype(mx.int32))
 
     def weights(self) -> dict[str, np.ndarray]:
         """The float32 master weights."""
@@ -107,19 +113,25 @@ class Learner:
                 arrays[name] = to_tensor(state[f"{kind}.{name}"])
         self.steps = steps
 
-    def _loss_sum(self, parameters: Arrays, batch: Batch, total: float) -> mx.array:
-        logits = self._logits(parameters, batch.inputs).astype(mx.float32)
-        losses = nn.losses.cross_entropy(logits, mx.array(batch.targets))
-        return (losses * mx.array(batch.weights)).sum() / total
+    def _loss_sum(
+        self,
+        parameters: Arrays,
+        inputs: mx.array,
+        targets: mx.array,
+        weights: mx.array,
+        total: mx.array,
+    ) -> mx.array:
+        logits = self._logits(parameters, inputs).astype(mx.float32)
+        return (nn.losses.cross_entropy(logits, targets) * weights).sum() / total
 
-    def _logits(self, parameters: Arrays, inputs: np.ndarray) -> mx.array:
+    def _logits(self, parameters: Arrays, inputs: mx.array) -> mx.array:
         if self.precision == "bfloat16":
             parameters = {
                 name: p if name.endswith(EXACT) else p.astype(mx.bfloat16)
                 for name, p in parameters.items()
             }
         self.model.update(tree_unflatten(list(parameters.items())))
-        return self.model(mx.array(inputs))
+        return self.model(inputs)
 
     def _adamw(self, grads: Arrays, learning_rate: float) -> None:
         # Written out because mlx.optimizers.AdamW decays every parameter and rounds its bias
@@ -138,3 +150,7 @@ class Learner:
                 mx.sqrt(v[name]) * scale + settings.adam_eps
             )
         mx.eval(self.parameters, self.moments)
+
+
+def _arrays(batch: Batch) -> tuple[mx.array, mx.array, mx.array]:
+    return mx.array(batch.inputs), mx.array(batch.targets), mx.array(batch.weights)

@@ -18,7 +18,7 @@ from sessa_torch.model import SessaModel
 
 
 def choose_device(name: str | None) -> str:
-    """The device of that name, or CUDA, MPS or the CPU, whichever is there first."""
+    """The device of that name, made the current one, or CUDA, MPS or the CPU, the first there."""
     if name is None:
         usable = (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available()))
         return next((device for device, there in usable if there), "cpu")
@@ -27,6 +27,9 @@ def choose_device(name: str | None) -> str:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise SessaError(f"device {name!r} cannot be used by PyTorch here ({reason})") from None
+    if name.startswith("cuda:"):
+        # Triton launches its kernels on the current device, wherever the tensors are.
+        torch.cuda.set_device(name)
     return name
 
 

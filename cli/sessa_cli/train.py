@@ -158,6 +158,10 @@ def train(
     precision: Annotated[
         str | None, of_learning("--precision", "auto, float32 or bfloat16.")
     ] = None,
+    compile: Annotated[
+        bool | None,
+        of_learning("--compile/--no-compile", "Compile the training step: slow start, fast steps."),
+    ] = None,
     seed: Annotated[int | None, of_learning("--seed", "Seed of weights and data order.")] = None,
     out: Annotated[Path | None, of_run("--out -o", "Folder to write. Default: runs/pydoc.")] = None,
     force: Annotated[bool, of_run("--force", "Replace a folder that is not empty.")] = False,
