@@ -238,17 +238,22 @@ def write_plan(out: Path, comparison: Comparison, commands: Mapping[str, Sequenc
 
 
 def check_plan(out: Path, comparison: Comparison) -> None:
-    """Raise SessaError when the folder holds another comparison; seeds may grow."""
+    """Raise SessaError when the folder holds another comparison; seeds and control_steps may grow.
+
+    A control that failed is then trained anew, since the steps decide its schedule from the start.
+    """
     if not (out / PLAN).exists():
         return
     before = read_plan(out)
     for field in dataclasses.fields(Comparison):
         there, given = getattr(before, field.name), getattr(comparison, field.name)
         grows = field.name == "seeds" and given >= there
+        if field.name == "control_steps":
+            grows = (given or comparison.steps) >= (there or before.steps)
         if there != given and not grows:
             raise SessaError(
-                f"{out}: {field.name} is {there} in its {PLAN}, {given} was given; "
-                "give the same options (only seeds may grow), or another --out"
+                f"{out}: {field.name} is {there} in its {PLAN}, {given} was given; give the same "
+                "options (only seeds and control-steps may grow), or another --out"
             )
 
 
@@ -352,7 +357,7 @@ def _row(out: Path, comparison: Comparison, model: Model) -> dict[str, Any]:
     row: dict[str, Any] = {"name": model.name, "scale": model.scale, "mixer": model.mixer,
                            "learning_rate": rate, "seeds": {}, "unfinished": []}  # fmt: skip
     row["sweep"] = {f"{r:g}": loss for r, loss in sweep_losses(out, comparison, model).items()}
-    row["control"] = _control(out, comparison, model)
+    row["control"] = control_result(out, comparison, model)
     # The names of the folders do not depend on the rate.
     for seed, job in enumerate(comparison.seed_jobs(model, rate or 1.0)):
         result = read_result(out / job.name, job.steps)
@@ -375,13 +380,16 @@ def _row_length(folder: Path, rows: int) -> int:
     return int(tokens // rows)
 
 
-def _control(out: Path, comparison: Comparison, model: Model) -> dict[str, Any] | None:
+def control_result(out: Path, comparison: Comparison, model: Model) -> dict[str, Any] | None:
+    """Accuracy and steps of a model's finished control and whether it passed; None without one."""
+    # The name of the folder does not depend on the rate.
     job = comparison.control_job(model, 1.0)
     result = None if job is None else read_result(out / job.name, job.steps)
     if result is None:
         return None
     accuracy = result.get("test", {}).get("accuracy", result.get("validation_accuracy"))
-    return {"accuracy": accuracy, "passed": accuracy >= comparison.control_threshold}
+    passed = accuracy >= comparison.control_threshold
+    return {"accuracy": accuracy, "passed": passed, "steps": result["steps"]}
 
 
 def report(out: Path, comparison: Comparison) -> dict[str, Any]:

@@ -240,7 +240,8 @@ def _test(row: Mapping[str, Any]) -> Mapping[str, Any]:
 def _control(control: Mapping[str, Any] | None) -> str:
     if control is None:
         return "–"
-    return f"{'passed' if control['passed'] else '**FAILED**'} {control['accuracy']:.3f}"
+    verdict = "passed" if control["passed"] else "**FAILED**"
+    return f"{verdict} {control['accuracy']:.3f} in {control['steps']:,} steps"
 
 
 def _number(value: float | None, form: str) -> str:

@@ -34,13 +34,14 @@ p.add_argument("--task-option", action="append", default=[])
 for name in ("task", "data", "preset", "steps", "batch-size", "lr", "seed", "warmup-steps", "out",
              "evaluate-every", "backend", "device", "resume", "precision"):
     p.add_argument("--" + name)
-for name in ("json", "no-feedback"):
+for name in ("json", "no-feedback", "compile"):
     p.add_argument("--" + name, action="store_true")
 a = p.parse_args()
 folder = pathlib.Path(a.resume or a.out)
 log = folder.parent.parent / "calls"
 with log.open("a") as file:
-    file.write(json.dumps({"name": folder.name, "resumed": bool(a.resume)}) + "\\n")
+    file.write(json.dumps({"name": folder.name, "resumed": bool(a.resume), "device": a.device,
+                           "steps": a.steps, "compile": a.compile}) + "\\n")
 if a.resume:
     given = json.loads((folder / "training.json").read_text())
 else:
@@ -69,7 +70,7 @@ if "density=0" in given["task_option"]:
 steps = int(given["steps"])
 with (folder / "metrics.jsonl").open("w") as file:
     for step in range(1, steps + 1):
-        file.write(json.dumps({"step": step, "loss": 1.0, "tokens": 9, "seconds": 0.5}) + "\\n")
+        file.write(json.dumps({"step": step, "loss": 1.0, "tokens": 10, "seconds": 0.5}) + "\\n")
         file.write(json.dumps({"step": step, "validation_loss": loss + 1 - step / steps,
             "validation_accuracy": accuracy * step / steps}) + "\\n")
 if given["task"]:
@@ -77,12 +78,15 @@ if given["task"]:
             "errors_by_lag": {"128": {"same_prefix": 0.75, "other": 0.25}},
             "heuristics_by_lag": {"128": {"prefix_only": 0.4}, "512": {"prefix_only": 0.19}}}
     options = {"min_lag": 96, "max_lag": 384, "test_lags": [128, 512]}
-    (folder / "result.json").write_text(json.dumps({"task": given["task"], "parameters": 5,
+    # Renamed into place whole, like the real one.
+    (folder / "new").write_text(json.dumps({"task": given["task"], "parameters": 5,
         "task_options": options,
         "tokens_per_second": 60.0, "steps": steps, "validation_loss": loss, "test": test}))
+    (folder / "new").rename(folder / "result.json")
 """
 MQAR = ("--task", "diffuse-mqar", "--mixers", "sessa,attention,mamba2,nofeedback", "--steps", "4",
         "--batch-size", "2", "--seeds", "3", "--jobs", "3", "--backend", "torch")  # fmt: skip
+FEW = (*MQAR, "--mixers", "sessa,mamba2", "--seeds", "1")
 
 
 @pytest.fixture
@@ -95,8 +99,11 @@ def trainer(tmp_path, monkeypatch):
 
 def calls(out):
     """Every start of the trainer: (run, whether it was resumed)."""
-    lines = (out / "calls").read_text().splitlines()
-    return [(call["name"], call["resumed"]) for call in map(json.loads, lines)]
+    return [(call["name"], call["resumed"]) for call in starts(out)]
+
+
+def starts(out):
+    return [json.loads(line) for line in (out / "calls").read_text().splitlines()]
 
 
 def test_a_comparison_from_sweep_to_table(trainer, tmp_path, capsys):
@@ -117,7 +124,8 @@ def test_a_comparison_from_sweep_to_table(trainer, tmp_path, capsys):
     assert passed == {"sessa": True, "attention": True, "mamba2": False, "nofeedback": True}
     assert rows["nofeedback"]["parameters"] < rows["sessa"]["parameters"]
     table = (out / "results.md").read_text()
-    assert "0.820 ± 0.020" in table and "**FAILED** 0.620" in table and "same prefix" in table
+    assert "0.820 ± 0.020" in table and "same prefix" in table
+    assert "**FAILED** 0.620 in 4 steps" in table
     assert "density=0; passed from an accuracy of 0.9" in table and "*prefix only*" in table
     for name in ("curves.png", "lags.png"):
         assert_drawn(out / name)
@@ -172,6 +180,53 @@ def test_finished_runs_are_kept_and_seeds_may_grow(trainer, tmp_path, capsys):
     assert sessa("compare", *few, "--out", out) == 2
 
 
+def test_a_failed_control_may_be_trained_longer(trainer, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert sessa("compare", *FEW, "--control-steps", 6, "--out", out) == 0
+    before = starts(out)
+    assert [call["steps"] for call in before if call["name"] == "1m-mamba2"] == ["6"]
+    for fewer in ("5", "0"):
+        assert sessa("compare", *FEW, "--control-steps", fewer, "--out", out) == 2
+        assert f"control_steps is 6 in its plan.json, {fewer} was" in capsys.readouterr().err
+    for _ in range(2):
+        assert sessa("compare", *FEW, "--control-steps", 9, "--out", out) == 0
+        # The other model passed in 6 steps.
+        (again,) = starts(out)[len(before) :]
+        assert (again["name"], again["steps"], again["resumed"]) == ("1m-mamba2", "9", False)
+    commands = json.loads((out / PLAN).read_text())["commands"]
+    taken = {name: dict(itertools.pairwise(words))["--steps"] for name, words in commands.items()}
+    assert (taken["control/1m-mamba2"], taken["control/1m-sessa"]) == ("9", "6")
+    table = (out / "results.md").read_text()
+    assert "**FAILED** 0.620 in 9 steps" in table and "passed 1.000 in 6 steps" in table
+
+
+def test_other_steps_make_another_comparison(trainer, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert sessa("compare", *FEW, "--sweep-steps", 2, "--out", out) == 0
+    assert [call["steps"] for call in starts(out) if "-lr" in call["name"]] == ["2"] * 4
+    for option in ("steps", "sweep-steps"):
+        assert sessa("compare", *FEW, "--sweep-steps", 2, f"--{option}", 8, "--out", out) == 2
+        assert f"{option.replace('-', '_')} is" in (error := capsys.readouterr().err)
+        assert "only seeds and control-steps may grow" in error
+
+
+def test_runs_are_spread_over_the_devices(trainer, tmp_path):
+    out = tmp_path / "out"
+    # Two devices that PyTorch has everywhere.
+    assert sessa("compare", *FEW, "--device", "cpu, meta", "--compile", "--out", out) == 0
+    used = [call["device"] for call in starts(out)]
+    assert set(used) == {"cpu", "meta"} and all(call["compile"] for call in starts(out))
+    plan = json.loads((out / PLAN).read_text())
+    assert all("--device" not in words for words in plan["commands"].values())
+    devices, console = ("a", "b", "c"), command.make_console()
+    runner = command.Runner(out, command.read_plan(out), 5, "torch", devices, console)
+    for i, expected in enumerate("abcab"):
+        assert runner._free_device() == expected
+        runner.running[str(i)] = (None, expected, None)
+    del runner.running["1"]
+    assert runner._free_device() == "b"
+
+
 def test_report_only_needs_nothing_but_the_folder(trainer, tmp_path):
     out = tmp_path / "out"
     assert sessa("compare", *MQAR, "--out", out) == 0
@@ -193,6 +248,8 @@ def test_a_failed_run_is_shown_and_the_others_go_on(trainer, tmp_path, capsys):
     # Seeds 0 and 2 are left: 0.6 and 0.64.
     accuracy = rows["attention"]["mean"]["test"]["accuracy"]
     assert accuracy == pytest.approx({"mean": 0.62, "std": 0.028284271, "n": 2})
+    # Two rows a step: five tokens a row, however long the context is.
+    assert rows["attention"]["length"] == 5
     assert "Not finished, so not in the numbers: runs/1m-attention-seed1" in shown
     (tmp_path / "broken").unlink()
     assert sessa("compare", *MQAR, "--out", out) == 0
@@ -264,6 +321,9 @@ def test_text_is_measured_by_perplexity(trainer, tmp_path, capsys):
         (("--task", "symbolsoup", "--task-option", "noise"), "expected name=value"),
         (("--task", "symbolsoup", "--mixers", "sessa,sessa"), "each once"),
         (("--task", "symbolsoup", "--config", "sessa"), "expected mixer=path.json"),
+        (("--task", "symbolsoup", "--device", "cpu,,meta"), "--device 'cpu,,meta', expected one"),
+        (("--task", "symbolsoup", "--device", "cpu, cpu"), "commas, each once"),
+        (("--task", "symbolsoup", "--device", "cpu,cuda:99"), "device 'cuda:99' cannot be used"),
     ],
 )
 def test_bad_input_is_refused_before_work(arguments, message, tmp_path, capsys):

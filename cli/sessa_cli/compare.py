@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from sessa_cli.common import choose_backend, make_console, print_json, say
+from sessa_cli.common import choose_backend, framework, make_console, print_json, say
 from sessa_common.checkpoint import write_json
 from sessa_common.compare import (
     MIXERS,
@@ -22,8 +25,10 @@ from sessa_common.compare import (
     TABLE,
     Comparison,
     Job,
+    Model,
     best_rate,
     check_plan,
+    control_result,
     read_plan,
     read_result,
     report,
@@ -68,11 +73,13 @@ def compare(
     control_task_option: Annotated[
         list[str] | None, typer.Option(help="name=value of the easy control; repeatable.")
     ] = None,
-    control_steps: Annotated[int, typer.Option(help="Steps of the control; 0: --steps.")] = 0,
+    control_steps: Annotated[
+        int, typer.Option(help="Steps of the control; 0: --steps. May grow, for those that failed.")
+    ] = 0,
     control_threshold: Annotated[
         float, typer.Option(help="Accuracy from which the control is passed.")
     ] = Comparison.control_threshold,
-    jobs: Annotated[int, typer.Option(help="Runs at a time, on the same device.")] = 1,
+    jobs: Annotated[int, typer.Option(help="Runs at a time, on all devices together.")] = 1,
     context: Annotated[int | None, typer.Option(help="As in `sessa train`, for text.")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="As in `sessa train`.")] = None,
     warmup_steps: Annotated[
@@ -86,7 +93,12 @@ def compare(
     checkpoint_every: Annotated[int | None, typer.Option(help="As in `sessa train`.")] = None,
     precision: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")] = None,
     backend: Annotated[str | None, typer.Option(help="auto, mlx or torch.")] = None,
-    device: Annotated[str | None, typer.Option(help="As in `sessa train`.")] = None,
+    compile: Annotated[
+        bool, typer.Option("--compile/--no-compile", help="As in `sessa train`.")
+    ] = False,
+    device: Annotated[
+        str | None, typer.Option(help="As in `sessa train`, or several with commas: cuda:0,cuda:1.")
+    ] = None,
     report_only: Annotated[
         bool, typer.Option(help="Only rebuild table and pictures from the runs in --out.")
     ] = False,
@@ -113,12 +125,12 @@ def compare(
             steps=steps, batch_size=batch_size, learning_rates=_rates(learning_rates),
             sweep_steps=sweep_steps, control_task_options=tuple(control_task_option or ()),
             control_steps=control_steps, control_threshold=control_threshold,
-            options=_given(options),
+            options=_given(options) + ("--compile",) * compile,
         )  # fmt: skip
         if jobs < 1:
             raise SessaError(f"jobs is {jobs}, expected 1 or more")
-        where = _given({"backend": choose_backend(backend), "device": device})
-        runner = Runner(out, comparison, jobs, where, console)
+        backend = choose_backend(backend)
+        runner = Runner(out, comparison, jobs, backend, _devices(backend, device), console)
         finished = runner.run()
         failed = runner.failed
         results = report(out, comparison)
@@ -145,21 +157,42 @@ def _rates(given: str) -> tuple[float, ...]:
         raise SessaError(f"--learning-rates {given!r}, expected numbers with commas") from None
 
 
+def _devices(backend: str, given: str | None) -> tuple[str, ...]:
+    """The devices of --device, each checked to be there; none when the framework is to choose."""
+    if given is None:
+        return ()
+    devices = tuple(part.strip() for part in given.split(","))
+    if "" in devices or len(set(devices)) < len(devices):
+        raise SessaError(f"--device {given!r}, expected one or more with commas, each once")
+    # In a process of its own, since a framework holds memory on every device that it has looked at.
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        for device in devices:
+            process.submit(_check_device, backend, device).result()
+    return devices
+
+
+def _check_device(backend: str, device: str) -> None:
+    framework(backend, "train").choose_device(device)
+
+
 def _given(options: dict[str, Any]) -> tuple[str, ...]:
     given = {name: value for name, value in options.items() if value is not None}
     return tuple(part for name, value in given.items() for part in (f"--{name}", str(value)))
 
 
 class Runner:
-    """Starts the runs of a comparison in subprocesses, `parallel` at a time, and reports them."""
+    """Starts the runs of a comparison in subprocesses, `parallel` at a time, and reports them.
 
-    def __init__(self, out: Path, comparison: Comparison, parallel: int, where: tuple[str, ...],
-                 console: Console) -> None:  # fmt: skip
-        self.out, self.comparison, self.where, self.console = out, comparison, where, console
+    Each run goes to the device with the fewest; without devices the framework chooses.
+    """
+
+    def __init__(self, out: Path, comparison: Comparison, parallel: int, backend: str,
+                 devices: tuple[str, ...], console: Console) -> None:  # fmt: skip
+        self.out, self.comparison, self.console = out, comparison, console
+        self.parallel, self.backend, self.devices = parallel, backend, devices
         self.models = comparison.models()
-        self.parallel = parallel
         self.failed: list[str] = []
-        self.running: dict[str, tuple[Job, subprocess.Popen[bytes]]] = {}
+        self.running: dict[str, tuple[Job, str | None, subprocess.Popen[bytes]]] = {}
         check_plan(out, comparison)
         self.commands: dict[str, list[str]] = {}
         if out.exists() and any(out.iterdir()) and not (out / "plan.json").exists():
@@ -203,21 +236,37 @@ class Runner:
             rate = best_rate(self.out, self.comparison, model) if settled else None
             if rate is None:
                 continue
-            control = self.comparison.control_job(model, rate)
+            control = self._control_job(model, rate)
             controls += [control] if control else []
             seeds += self.comparison.seed_jobs(model, rate)
         jobs = [*sweeps, *controls, *seeds]
-        # As a person would type it, on any machine.
-        self.commands = {job.name: ["sessa", "train", *self._options(job)] for job in jobs}
+        # As a person would type it; which of several devices a run gets is known when it starts.
+        device = self.devices[0] if len(self.devices) == 1 else None
+        self.commands = {job.name: ["sessa", "train", *self._options(job, device)] for job in jobs}
         return jobs
+
+    def _control_job(self, model: Model, rate: float) -> Job | None:
+        """The control's run; what was passed before --control-steps grew keeps its steps."""
+        comparison, result = self.comparison, control_result(self.out, self.comparison, model)
+        if result is not None and result["passed"]:
+            comparison = dataclasses.replace(comparison, control_steps=result["steps"])
+        return comparison.control_job(model, rate)
 
     def _write_plan(self) -> None:
         path = self.out / "plan.json"
         if not path.exists() or read_json(path)["commands"] != self.commands:
             write_plan(self.out, self.comparison, self.commands)
 
-    def _options(self, job: Job) -> list[str]:
-        return [*job.arguments, *self.where, "--out", str(self.out / job.name), "--json"]
+    def _options(self, job: Job, device: str | None) -> list[str]:
+        return [*job.arguments, *self._where(device), "--out", str(self.out / job.name), "--json"]
+
+    def _where(self, device: str | None) -> tuple[str, ...]:
+        return _given({"backend": self.backend, "device": device})
+
+    def _free_device(self) -> str | None:
+        """The device with the fewest runs, the first of them; None where none is given."""
+        taken = [device for _, device, _ in self.running.values()]
+        return min(self.devices, key=taken.count, default=None)
 
     def _is_done(self, job: Job) -> bool:
         return read_result(self.out / job.name, job.steps) is not None and self._same(job)
@@ -228,13 +277,14 @@ class Runner:
 
     def _start(self, job: Job) -> None:
         folder, log = self.out / job.name, self.out / f"{job.name}.log"
+        device = self._free_device()
         folder.parent.mkdir(parents=True, exist_ok=True)
         if self._same(job) and (folder / STATE).exists():
-            command = [*TRAIN, "--resume", str(folder), *self.where, "--json"]
+            command = [*TRAIN, "--resume", str(folder), *self._where(device), "--json"]
         else:
             # Left by another command, or killed before its first save: nothing to go on from.
             shutil.rmtree(folder, ignore_errors=True)
-            command = [*TRAIN, *self._options(job)]
+            command = [*TRAIN, *self._options(job, device)]
         write_json(self.out / f"{job.name}.json", {"arguments": job.arguments})
         threads = max(1, (os.cpu_count() or 1) // self.parallel)
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
@@ -244,13 +294,13 @@ class Runner:
                 command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
                 env=environment, start_new_session=True,
             )  # fmt: skip
-        self.running[job.name] = (job, process)
+        self.running[job.name] = (job, device, process)
 
     def _reap(self, stopping: bool = False) -> bool:
         """Report the runs that ended; whether there were any."""
-        ended = [name for name, (_, process) in self.running.items() if process.poll() is not None]
+        ended = [name for name, (_, _, p) in self.running.items() if p.poll() is not None]
         for name in ended:
-            job, process = self.running.pop(name)
+            job, _, process = self.running.pop(name)
             result = read_result(self.out / name, job.steps)
             if process.returncode == 0 and result is not None:
                 say(self.console, f"{name}: {_outcome(result)}; {self._left()}")
@@ -269,7 +319,7 @@ class Runner:
         return f"{done} of {each * len(self.models)} runs done, {len(self.failed)} failed"
 
     def _signal(self, number: signal.Signals) -> None:
-        for _, process in self.running.values():
+        for *_, process in self.running.values():
             if process.poll() is None:
                 process.send_signal(number)
 
