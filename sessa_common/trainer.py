@@ -7,8 +7,11 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -42,8 +45,8 @@ class Learner(Protocol):
     def step(self, batches: Sequence[Batch], learning_rate: float) -> tuple[float, float]:
         """Take one step on the weighted mean loss of all rows; (loss in nats, gradient norm)."""
 
-    def loss(self, batch: Batch) -> float:
-        """The weighted sum of the losses of a batch, in nats."""
+    def evaluate(self, batch: Batch) -> tuple[float, np.ndarray]:
+        """The weighted sum of the losses of a batch, in nats, and what `predict` gives for it."""
 
     def predict(self, inputs: np.ndarray) -> np.ndarray:
         """The likeliest next ids int32 (B, T) after inputs (B, T)."""
@@ -130,7 +133,9 @@ class Trainer:
         """
         settings = self.settings
         last = min(settings.steps, until or settings.steps)
-        with stop_signal() as stopped:
+        numbers = range(self.step * settings.accumulation, last * settings.accumulation)
+        ahead = made_ahead(self.source.batch, numbers, 2 * settings.accumulation)
+        with stop_signal() as stopped, closing(ahead) as self._batches:
             while self.step < last and not stopped():
                 self._train_step()
                 if _is_due(self.step, settings.evaluate_every, settings.steps):
@@ -151,8 +156,7 @@ class Trainer:
 
     def _train_step(self) -> None:
         began = time.perf_counter()
-        first = self.step * self.settings.accumulation
-        batches = [self.source.batch(first + i) for i in range(self.settings.accumulation)]
+        batches = list(islice(self._batches, self.settings.accumulation))
         rate = learning_rate(self.settings, self.step)
         loss, norm = self.learner.step(batches, rate)
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -177,11 +181,12 @@ class Trainer:
         if not batches:
             return
         total = sum(float(batch.weights.sum()) for batch in batches)
-        loss = sum(self.learner.loss(batch) for batch in batches) / total
+        losses, predicted = zip(*map(self.learner.evaluate, batches), strict=True)
+        loss = sum(losses) / total
         # Above 700 nats exp leaves the range of a float.
         record = {"step": self.step, "validation_loss": loss,
                   "validation_perplexity": math.exp(min(loss, 700.0)),
-                  **self.source.score(self.learner.predict)}  # fmt: skip
+                  **self.source.score(predicted)}  # fmt: skip
         self.metrics.write(record)
         self.reporter.validation(record)
 
@@ -194,6 +199,27 @@ class Trainer:
             )
         self.learner.restore(state, step)
         self.step = self.saved = step
+
+
+def made_ahead(
+    make: Callable[[int], Batch], numbers: range, count: int
+) -> Generator[Batch, None, None]:
+    """make(i) of each number in order, up to `count` of them made while the caller is busy.
+
+    One thread makes them, so `make` needs no lock; its error is raised where the batch is due.
+    """
+    waiting: deque[Future[Batch]] = deque()
+    with ThreadPoolExecutor(1, "batches") as maker:
+        try:
+            for number in numbers:
+                waiting.append(maker.submit(make, number))
+                if len(waiting) > count:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for batch in waiting:
+                batch.cancel()
 
 
 def _is_due(step: int, interval: int, last: int) -> bool:

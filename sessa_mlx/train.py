@@ -84,14 +84,15 @@ class Learner:
             self._adamw(grads, learning_rate)
         return float(loss), float(norm)
 
-    def loss(self, batch: Batch) -> float:
-        """The weighted sum of the losses of a batch, in nats."""
-        return float(self._loss_sum(self.parameters, *_arrays(batch), mx.array(1.0)))
+    def evaluate(self, batch: Batch) -> tuple[float, np.ndarray]:
+        """The weighted sum of the losses of a batch, in nats, and what `predict` gives for it."""
+        inputs, targets, weights = _arrays(batch)
+        logits = self._logits(self.parameters, inputs)
+        return float(_cross_entropy(logits, targets, weights)), _likeliest(logits)
 
     def predict(self, inputs: np.ndarray) -> np.ndarray:
         """The likeliest next ids int32 (B, T) after inputs (B, T)."""
-        logits = self._logits(self.parameters, mx.array(inputs))
-        return to_numpy(logits.argmax(-1).astype(mx.int32))
+        return _likeliest(self._logits(self.parameters, mx.array(inputs)))
 
     def weights(self) -> dict[str, np.ndarray]:
         """The float32 master weights."""
@@ -121,8 +122,7 @@ class Learner:
         weights: mx.array,
         total: mx.array,
     ) -> mx.array:
-        logits = self._logits(parameters, inputs).astype(mx.float32)
-        return (nn.losses.cross_entropy(logits, targets) * weights).sum() / total
+        return _cross_entropy(self._logits(parameters, inputs), targets, weights) / total
 
     def _logits(self, parameters: Arrays, inputs: mx.array) -> mx.array:
         if self.precision == "bfloat16":
@@ -150,6 +150,15 @@ class Learner:
                 mx.sqrt(v[name]) * scale + settings.adam_eps
             )
         mx.eval(self.parameters, self.moments)
+
+
+def _cross_entropy(logits: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
+    """The weighted sum over all positions of logits (B, T, V), in float32."""
+    return (nn.losses.cross_entropy(logits.astype(mx.float32), targets) * weights).sum()
+
+
+def _likeliest(logits: mx.array) -> np.ndarray:
+    return to_numpy(logits.argmax(-1).astype(mx.int32))
 
 
 def _arrays(batch: Batch) -> tuple[mx.array, mx.array, mx.array]:

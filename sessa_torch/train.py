@@ -108,16 +108,18 @@ class Learner:
             self.optimizer.step()
         return loss, size
 
-    @torch.no_grad()
-    def loss(self, batch: Batch) -> float:
-        """The weighted sum of the losses of a batch, in nats."""
-        return self._loss_sum(*self._on_device(batch)).item()
+    @torch.inference_mode()
+    def evaluate(self, batch: Batch) -> tuple[float, np.ndarray]:
+        """The weighted sum of the losses of a batch, in nats, and what `predict` gives for it."""
+        inputs, targets, weights = self._on_device(batch)
+        logits = self._logits(inputs)
+        return _cross_entropy(logits, targets, weights).item(), _likeliest(logits)
 
     @torch.inference_mode()
     def predict(self, inputs: np.ndarray) -> np.ndarray:
         """The likeliest next ids int32 (B, T) after inputs (B, T)."""
         ids = torch.from_numpy(np.ascontiguousarray(inputs)).to(self.device)
-        return to_numpy(self._logits(ids).argmax(-1).int())
+        return _likeliest(self._logits(ids))
 
     def weights(self) -> dict[str, np.ndarray]:
         """The float32 master weights."""
@@ -149,9 +151,7 @@ class Learner:
                     moments[key] = value.to(parameter.device)
 
     def _loss_sum(self, inputs: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-        logits = self._logits(inputs).float()
-        losses = F.cross_entropy(logits.flatten(0, 1), targets.long().flatten(), reduction="none")
-        return (losses * weights.flatten()).sum()
+        return _cross_entropy(self._logits(inputs), targets, weights)
 
     def _logits(self, inputs: Tensor) -> Tensor:
         low = self.precision == "bfloat16"
@@ -259,6 +259,16 @@ class _CompiledStep:
                 # An update skips what is not finite, also as the function that is warmed up.
                 self.loss.fill_(torch.nan)
                 run()
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """The weighted sum over all positions of logits (B, T, V), in float32."""
+    logits, targets = logits.float().flatten(0, 1), targets.long().flatten()
+    return (F.cross_entropy(logits, targets, reduction="none") * weights.flatten()).sum()
+
+
+def _likeliest(logits: Tensor) -> np.ndarray:
+    return to_numpy(logits.argmax(-1).int())
 
 
 def _tensors(batch: Batch) -> list[Tensor]:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+import threading
 from itertools import pairwise
 
 import numpy as np
@@ -298,7 +299,7 @@ def test_the_loss_is_the_weighted_cross_entropy_of_the_logits(framework, tokens)
     logits = importlib.import_module(f"sessa_{framework}.train").logits_function(learner.model)
     losses = [token_losses(*row) for row in zip(logits(batch.inputs), batch.targets, strict=True)]
     expected = (np.array(losses) * weights).sum()
-    assert learner.loss(batch) == pytest.approx(expected, rel=1e-5)
+    assert learner.evaluate(batch)[0] == pytest.approx(expected, rel=1e-5)
     assert learner.step([batch], 0.0)[0] == pytest.approx(expected / weights.sum(), rel=1e-5)
 
 
@@ -329,6 +330,46 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_weights(
     with pytest.raises(SessaError, match=r"step 3: the loss is .* smaller --lr"):
         trainer.run()
     assert_same(before, trainer.learner.state())
+
+
+def test_batches_are_made_ahead_in_order_and_not_too_far():
+    made, asked = [], threading.Event()
+
+    def make(number):
+        made.append((number, threading.current_thread().name))
+        if number == 7:
+            raise ValueError("seven")
+        if len(made) == 4:
+            asked.set()
+        return number
+
+    batches = loop.made_ahead(make, range(3, 9), 3)
+    assert next(batches) == 3 and asked.wait(10)
+    assert [number for number, _ in made] == [3, 4, 5, 6]
+    assert threading.current_thread().name not in dict(map(reversed, made))
+    assert [next(batches) for _ in range(3)] == [4, 5, 6]
+    with pytest.raises(ValueError, match="seven"):
+        next(batches)
+    short = loop.made_ahead(make, range(3), 3)
+    assert next(short) == 0
+    short.close()
+    assert not any(thread.name.startswith("batches") for thread in threading.enumerate())
+
+
+def test_an_error_in_the_data_ends_the_run_at_its_step(tokens, tmp_path):
+    trainer = make_trainer("torch", tmp_path / "run", tokens)
+    batch = trainer.source.batch
+
+    def broken(index):
+        if index == 9:
+            raise SessaError("the disk is gone")
+        return batch(index)
+
+    trainer.source.batch = broken
+    with pytest.raises(SessaError, match="the disk is gone"):
+        trainer.run()
+    # Two batches a step, so the tenth is of the fifth step.
+    assert trainer.step == 4
 
 
 def test_schedule_rises_falls_and_ends_at_the_floor():
@@ -418,5 +459,10 @@ def test_the_predicted_token_has_the_smallest_loss(framework):
     for row, place in ((0, 0), (0, 4), (1, 2)):
         weights = np.zeros(inputs.shape, np.float32)
         weights[row, place] = 1
-        losses = [learner.loss(Batch(inputs, np.full_like(inputs, t), weights)) for t in range(11)]
+        losses = []
+        for token in range(11):
+            batch = Batch(inputs, np.full_like(inputs, token), weights)
+            loss, same = learner.evaluate(batch)
+            losses.append(loss)
+            assert np.array_equal(same, predicted)
         assert predicted[row, place] == np.argmin(losses)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -38,8 +38,8 @@ class BatchSource(Protocol):
     def validation(self) -> Sequence[Batch]:
         """The held-out batches, empty when nothing is held out."""
 
-    def score(self, predict: Callable[[np.ndarray], np.ndarray]) -> dict[str, float]:
-        """What a validation record says besides the loss; predict gives next ids (B, T)."""
+    def score(self, predicted: Sequence[np.ndarray]) -> dict[str, float]:
+        """What a validation record says besides the loss, from the ids (B, T) of each batch."""
 
 
 def next_token_batch(rows: np.ndarray) -> Batch:

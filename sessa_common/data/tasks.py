@@ -270,15 +270,17 @@ class TaskBatches:
         """The first evaluate_batches of the held-out batches."""
         return self._batches(self.held_out)
 
-    def score(self, predict: Predict) -> dict[str, float]:
-        """The share of held-out targets that the model predicts."""
+    def score(self, predicted: Sequence[np.ndarray]) -> dict[str, float]:
+        """The share of held-out targets that the ids (B, T) of each batch have."""
         part = self.held_out
-        hits = (self._predicted(part, predict) == part.tokens) * part.weights
+        hits = (_by_place(predicted) == part.tokens) * part.weights
         return {"validation_accuracy": float(hits.sum() / part.weights.sum())}
 
     def test(self, predict: Predict) -> dict[str, Any]:
         """The task's measures on its test examples."""
-        return self.data.task.measure(self.data.test, self._predicted(self.data.test, predict))
+        part = self.data.test
+        predicted = [predict(batch.inputs) for batch in self._batches(part)]
+        return self.data.task.measure(part, _by_place(predicted))
 
     def _row(self, index: int) -> int:
         assert self.data.train is not None
@@ -294,10 +296,10 @@ class TaskBatches:
             for i in range(0, len(part.tokens), self.batch_size)
         ]
 
-    def _predicted(self, part: Examples, predict: Predict) -> np.ndarray:
-        """Ids (N, T): at each position what the model expects there; the first is never asked."""
-        found = [predict(batch.inputs) for batch in self._batches(part)]
-        return np.pad(np.concatenate(found), ((0, 0), (1, 0)))
+
+def _by_place(predicted: Sequence[np.ndarray]) -> np.ndarray:
+    """Ids (N, T): at each position what the model expects there; the first is never asked."""
+    return np.pad(np.concatenate(predicted), ((0, 0), (1, 0)))
 
 
 def as_batch(part: Examples, rows: slice | Sequence[int] = slice(None)) -> Batch:
