@@ -109,7 +109,7 @@ step = Trainer._train_step
 def stopping(self):
     step(self)
     if self.step == 3:
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
 Trainer._train_step = stopping
 from sessa_cli.main import main
 main(["train", *sys.argv[1:]])

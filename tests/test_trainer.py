@@ -4,7 +4,6 @@ import dataclasses
 import importlib
 import json
 import math
-import os
 import signal
 import threading
 from itertools import pairwise
@@ -117,7 +116,7 @@ def test_interrupt_saves_after_the_step_under_way(framework, tokens, tmp_path):
 
     def interrupted(batches, rate):
         if broken.step == 6:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
         return step(batches, rate)
 
     broken.learner.step = interrupted
@@ -147,8 +146,8 @@ def test_second_interrupt_ends_at_once(tokens, tmp_path):
     broken = make_trainer("torch", tmp_path / "run", tokens)
 
     def interrupted(batches, rate):
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
 
     broken.learner.step = interrupted
     with pytest.raises(KeyboardInterrupt):
