@@ -1,4 +1,4 @@
-"""The Triton kernels in Triton's interpreter on the CPU, in float32, against float64.
+"""The Triton kernels in Triton's interpreter on the CPU, against float64.
 
 Triton decides when it is imported whether it interprets, so one process of its own computes every
 case (this file run as a script) and the tests read its results. Nothing here needs a GPU.
@@ -34,9 +34,12 @@ CASES = {
     "gamma 0": {"T": 40, "gamma": 0.0},
     "gamma 0.999": {"T": 65, "gamma": 0.999},
     "gamma -0.999": {"T": 65, "gamma": -0.999},
+    "float16": {"T": 100, "half": True},
+    "float16 past and mask": {"T": 130, "P": 37, "masked": True, "half": True, "logits": 8.0},
 }
 # The scores near 80 carry float32's rounding of 80 into the exponent.
 LIMITS = {"logits to 80": 2e-4, "gamma 0.999": 1e-5}
+LIMITS |= dict.fromkeys(("float16", "float16 past and mask"), 1e-3)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +73,19 @@ def test_unavailable_says_why():
     assert "float64" in unavailable(f.double(), f.double())
 
 
-def draw(B=2, T=40, K=24, D=40, P=0, masked=False, gamma=None, logits=None, strided=False, **_):
+def draw(
+    B=2,
+    T=40,
+    K=24,
+    D=40,
+    P=0,
+    masked=False,
+    gamma=None,
+    logits=None,
+    strided=False,
+    half=False,
+    **_,
+):
     generator = torch.Generator().manual_seed(T + P)
 
     def normal(*shape):
@@ -87,7 +102,10 @@ def draw(B=2, T=40, K=24, D=40, P=0, masked=False, gamma=None, logits=None, stri
     if masked:
         mask = torch.rand(B, P + T, generator=generator) > 0.4
         mask[0, : P + min(T, 4)] = False
-    return f, q, k, gain, normal(B, P, D) if P else None, mask
+    past = normal(B, P, D) if P else None
+    if half:
+        f, q, k, past = (x if x is None else x.half() for x in (f, q, k, past))
+    return f, q, k, gain, past, mask
 
 
 def poison(make):
@@ -108,7 +126,7 @@ def relative(got, want):
 
 def compare(case, kernels, blocked):
     args = draw(**case)
-    ds = torch.randn(args[0].shape, generator=torch.Generator().manual_seed(1))
+    ds = torch.randn(args[0].shape, generator=torch.Generator().manual_seed(1)).to(args[0].dtype)
     kernels.CHUNK_TILES = case.get("chunk_tiles", 16)
     s, lse = kernels.solve_forward(*args)
     grads = kernels.solve_backward(ds, *args[1:4], s, lse, *args[4:])

@@ -31,7 +31,8 @@ def feedback_solve(
     Args: f (B, T, D); q (B, T, K); k (B, P+T, K); gamma (B, T); past_s (B, P, D), states already
     solved; key_mask (B, P+T) bool, True = visible; backend "auto", "naive", "blocked" or "kernel".
     Returns s (B, T, D) in the dtype of f; a row that sees nothing gives s = f. Sums and softmax run
-    in float32 (float64 for float64). Under autocast the operator takes its inputs as they come.
+    in float32 (float64 for float64). Under autocast the operator takes its inputs as they come. The
+    CUDA kernels count on |gamma| <= 1, as the model's gains are.
     Raises ValueError or TypeError, naming the argument, for shapes, dtypes or devices that do not
     fit, and ValueError with the reason when the kernel is asked for where it cannot run.
     """

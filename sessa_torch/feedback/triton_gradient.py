@@ -76,12 +76,12 @@ def read_kernel(
 
 @triton.jit(do_not_specialize=COUNTS)
 def score_gradients_kernel(
-    p, u, states, gamma, r, unit, sub, sut, ssb, sst,
+    p, u, states, gamma, r, dgamma, unit, sub, sut, ssb, sst,
     first, chunk, T, past, NP, width, shift,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Replace 2^shift alpha in the workspace by unit gamma alpha (<u, s> - r)."""
+    """Replace 2^shift alpha in the workspace by unit gamma alpha (<u, s> - r); r is dgamma too."""
     b = tl.program_id(2).to(tl.int64)
     local = tl.program_id(1) * BM + tl.arange(0, BM)
     rows = first + local
@@ -94,6 +94,8 @@ def score_gradients_kernel(
         mean = tl.zeros((BM,), tl.float32)
         for part in tl.static_range(PARTS):
             mean += tl.load(r + (part * tl.num_programs(2) + b) * T + rows, mask=rows_ok, other=0.0)
+        if tl.program_id(0) == 0:
+            tl.store(dgamma + b * T + rows, mean.to(dgamma.dtype.element_ty), mask=rows_ok)
         gain = tl.load(gamma + b * T + rows, mask=rows_ok, other=0.0)
         gain = gain.to(tl.float32) * tl.load(unit) * tl.exp2(-shift)
         at = p + (b * chunk + local[:, None]) * NP + cols[None, :]

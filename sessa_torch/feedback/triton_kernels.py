@@ -13,36 +13,43 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sessa_torch.feedback.triton_launch import launch
+
 MIB = 2**20
 # New rows and columns of s up to which a few rows behind a past have kernels of their own.
 DECODE_ROWS, DECODE_WIDTH = 16, 2048
 # The workspace of the score gradients: this many elements, but at least so many tiles of rows.
 CHUNK_ELEMENTS, CHUNK_TILES = 64 * MIB, 16
 # Row tiles by which the scores run ahead of the solve, for few sequences and for SEQUENCES or more.
-LAG, SHORT_LAG, SEQUENCES = 28, 5, 16
+LAG, SHORT_LAG, SEQUENCES = 40, 5, 16
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tiles:
     """Sizes of the kernels' tiles: rows, columns of scores, inner length, columns of s or k.
 
-    A chunk is the windows of scores that one task computes.
+    A chunk is the windows of scores that one task computes; at least two, since what the second
+    finds is told to the other chunks.
     """
 
     rows: int
     columns: int
     inner: int
     width: int
-    leaf: int = 32
     chunk: int = 4
     warps: int = 8
     stages: int = 3
 
 
 # Triton's interpreter runs on the CPU; small tiles give it several of everything.
-INTERPRETED = Tiles(rows=32, columns=32, inner=32, width=32, leaf=8, chunk=2)
-HALF = Tiles(rows=128, columns=128, inner=64, width=128, warps=4)
-SINGLE = Tiles(rows=128, columns=128, inner=32, width=128)
+INTERPRETED = Tiles(rows=32, columns=64, inner=32, width=64, chunk=2)
+# 16-bit operands: two programs of HALF share a multiprocessor, one of WIDE reads less a product.
+HALF = Tiles(rows=128, columns=128, inner=64, width=128, warps=4, chunk=2)
+WIDE = Tiles(rows=128, columns=256, inner=64, width=256, stages=4)
+WIDE_FROM, WIDE_SHARED = 1024, 200 * 1024
+# float32: the solve holds whole tiles as operands, so its tiles are smaller than the gradients'.
+SINGLE = Tiles(rows=64, columns=64, inner=32, width=128, warps=4)
+SINGLE_GRADIENT = Tiles(rows=128, columns=128, inner=32, width=128)
 SINGLE_SHARED = 128 * 1024
 
 
@@ -90,11 +97,20 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-def tiles_for(dtype: torch.dtype, device: torch.device) -> Tiles:
-    """The tile sizes for operands of this dtype on this device."""
+def solve_tiles(dtype: torch.dtype, device: torch.device, width: int) -> Tiles:
+    """The tile sizes of the solve for operands of this dtype; width is the smaller of K and D."""
     if device.type != "cuda":
         return INTERPRETED
-    return SINGLE if dtype == torch.float32 else HALF
+    if dtype == torch.float32:
+        return SINGLE
+    return WIDE if width >= WIDE_FROM and _shared_memory(device) >= WIDE_SHARED else HALF
+
+
+def gradient_tiles(dtype: torch.dtype, device: torch.device) -> Tiles:
+    """The tile sizes of the score gradients for operands of this dtype on this device."""
+    if device.type != "cuda":
+        return INTERPRETED
+    return SINGLE_GRADIENT if dtype == torch.float32 else HALF
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -166,12 +182,13 @@ def _decode(
     common = {"K": K, "D": D, "BK": inner, "SCALE": K**-0.5 * math.log2(math.e)}
     common |= {"MASKED": mask is not None, "PRECISION": precision(q.dtype)}
     seen = q if seen is None else seen
-    past_kernel[(splits, B)](
-        q, k, past_s, seen, sums, parts, *q.stride()[:2], *k.stride()[:2], *past_s.stride()[:2],
-        T, P, share, BN=block, BD=wide, num_warps=8, **common,
+    launch(
+        past_kernel, (splits, B), q, k, past_s, seen, sums, parts,
+        *q.stride()[:2], *k.stride()[:2], *past_s.stride()[:2], T, P, share,
+        BN=block, BD=wide, num_warps=8, **common,
     )  # fmt: skip
-    combine_kernel[(-(-D // 32), B)](
-        f, q, k, gamma, seen, sums, parts, s, lse,
+    launch(
+        combine_kernel, (-(-D // 32), B), f, q, k, gamma, seen, sums, parts, s, lse,
         *f.stride()[:2], *q.stride()[:2], *k.stride()[:2], T, P, splits,
         BD=32, SPLITS=max(16, 1 << (splits - 1).bit_length()), num_warps=4, **common,
     )  # fmt: skip
@@ -194,7 +211,7 @@ def _solve(
     from sessa_torch.feedback.triton_solve import solve_kernel
 
     (B, T, D), K, rows = f.shape, q.shape[2], out.shape[1]
-    t = tiles_for(q.dtype, q.device)
+    t = solve_tiles(q.dtype, q.device, min(D, K))
     columns = T if reverse else rows
     tiles, parts = -(-rows // t.rows), -(-D // t.width)
     padded = -(-columns // t.rows) * t.rows
@@ -205,15 +222,16 @@ def _solve(
     steps = tiles + lag - (0 if reverse else (rows - T) // t.rows)
     ring = min(tiles, lag + 2 + programs(q.device) // (B * parts))
     p = q.new_empty(B * ring * t.rows * padded)
-    work = lse.new_empty(B * ring * t.rows * (2 * windows + 3 + t.rows))
+    work = lse.new_empty(B * ring * t.rows * (2 * windows + 3))
     flags = torch.zeros(1 + 3 * B * tiles + B * parts, dtype=torch.int32, device=q.device)
     half = q.dtype == torch.float16
-    solve_kernel[(steps * B * tasks,)](
+    launch(
+        solve_kernel, (steps * B * tasks,),
         f, q, k, gamma, q if mask is None else mask, lse, values, out, p, work, flags,
         *f.stride()[:2], *q.stride()[:2], *k.stride()[:2], B, T, rows - T, ring,
-        (lag + 1) // 3 + 1, lag, K, t.leaf.bit_length() - 2,
-        K=K, D=D, BM=t.rows, BN=t.columns, BK=t.inner, BD=t.width, CHUNK=t.chunk, LEAF=t.leaf,
-        MERGES=(t.rows // t.leaf).bit_length() - 1,
+        (lag + 1) // 3 + 1, lag, K,
+        K=K, D=D, BM=t.rows, BN=t.columns, BK=t.inner, BD=t.width, CHUNK=t.chunk,
+        DOUBLINGS=t.rows.bit_length() - 3,
         SCALE=K**-0.5 * math.log2(math.e), HEADROOM=14.0 if half else 60.0,
         SHIFT=15.0 if half else 0.0, REVERSE=reverse, MASKED=mask is not None,
         EXACT="tf32" if q.element_size() == 2 else precision(q.dtype), PRECISION=precision(q.dtype),
@@ -251,7 +269,7 @@ def solve_backward(
     # df and dpast_s must not share memory, which slices of one sequence would.
     dpast_s = None if past_s is None else past.to(past_s.dtype, copy=True).contiguous()
     df = new.to(s.dtype).contiguous()
-    return df, dq.to(q.dtype), dk.to(k.dtype), dgamma.to(gamma.dtype), dpast_s
+    return df, dq.to(q.dtype), dk.to(k.dtype), dgamma, dpast_s
 
 
 def _score_gradients(
@@ -267,15 +285,17 @@ def _score_gradients(
     from sessa_torch.feedback import triton_gradient as kernels
 
     (B, T, D), (columns, K) = u.shape, k.shape[1:]
-    t = tiles_for(q.dtype, q.device)
+    t = gradient_tiles(q.dtype, q.device)
     rows = min(max(CHUNK_ELEMENTS // (B * columns), CHUNK_TILES * t.rows), T)
     chunk = -(-rows // t.rows) * t.rows
-    padded = -(-columns // t.rows) * t.rows
+    widest = max(t.rows, t.columns)
+    padded = -(-columns // widest) * widest
     parts = -(-D // t.width)
     p = torch.empty(B, chunk, padded, dtype=q.dtype, device=q.device)
     r = torch.empty(parts, B, T, dtype=torch.float32, device=q.device)
     dq = torch.empty(B, T, K, dtype=q.dtype, device=q.device)
     dk = torch.empty(B, columns, K, dtype=q.dtype, device=q.device)
+    dgamma = torch.empty_like(gamma)
     dk_sum = torch.empty_like(dk, dtype=torch.float32) if chunk < T else dk
     if chunk < T:
         dk_sum.zero_()
@@ -288,33 +308,42 @@ def _score_gradients(
         here = min(chunk, T - first)
         seen = columns - T + first + here
         tiles = -(-here // t.rows)
-        grid = (-(-seen // t.rows) * t.rows // t.columns, tiles, B)
+        grid = (-(-(-(-seen // t.rows) * t.rows) // t.columns), tiles, B)
         where = (first, chunk, T, columns - T, padded)
-        kernels.probabilities_kernel[grid](
+        launch(
+            kernels.probabilities_kernel, grid,
             q, k, lse, q if mask is None else mask, p, *q.stride()[:2], *k.stride()[:2], *where, K,
             K**-0.5 * math.log2(math.e), shift,
             K=K, BN=t.columns, MASKED=mask is not None, **common,
         )  # fmt: skip
-        kernels.read_kernel[(parts, tiles, B)](
-            p, u, states, r, *by_row, *where, shift, D=D, BD=t.width, **common
-        )
-        kernels.score_gradients_kernel[grid](
-            p, u, states, gamma, r, unit, *by_row, *where, D, shift,
+        launch(
+            kernels.read_kernel, (parts, tiles, B), p, u, states, r, *by_row, *where, shift,
+            D=D, BD=t.width, **common,
+        )  # fmt: skip
+        launch(
+            kernels.score_gradients_kernel, grid,
+            p, u, states, gamma, r, dgamma, unit, *by_row, *where, D, shift,
             D=D, BN=t.columns, PARTS=parts, **common,
         )  # fmt: skip
         wide = -(-K // t.width)
         row_tasks = tiles * wide
-        kernels.products_kernel[(row_tasks + -(-seen // t.rows) * wide, B)](
+        launch(
+            kernels.products_kernel, (row_tasks + -(-seen // t.rows) * wide, B),
             p, q, k, dq, dk, dk_sum, unit, *q.stride()[:2], *k.stride()[:2], *where, K**-0.5,
             row_tasks, first + chunk >= T, K=K, BD=t.width, **common,
         )  # fmt: skip
-    return dq, dk, r.sum(0)
+    return dq, dk, dgamma
 
 
 def _unit(u: Tensor, states: Tensor) -> Tensor:
     """The factor that keeps score gradients, of which float16 holds few magnitudes, below 2^14."""
     if u.dtype != torch.float16:
-        return torch.ones(1, dtype=torch.float32, device=u.device)
+        return _one(u.device)
     largest = [torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).amax() for x in (u, states)]
     bound = 2 * largest[0] * largest[1]
     return torch.where(bound > 0, 2.0**14 / bound, 1.0).reshape(1)
+
+
+@functools.cache
+def _one(device: torch.device) -> Tensor:
+    return torch.ones(1, dtype=torch.float32, device=device)

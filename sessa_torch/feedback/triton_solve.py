@@ -182,56 +182,57 @@ def softmax_sums(stats, p, windows, end, NP, NW, BM: tl.constexpr, BN: tl.conste
 
 
 @triton.jit
-def merge_inverses(
-    N, gain, colgain, x, NP, BM: tl.constexpr, SIZE: tl.constexpr, PRECISION: tl.constexpr
-):
-    """Make inverses of 2 SIZE rows of those of SIZE rows: the lower-left block is X2 N21 X1."""
-    i = tl.arange(0, SIZE)[:, None]
-    j = tl.arange(0, SIZE)[None, :]
-    for pair in range(0, BM, 2 * SIZE):
-        lower = pair + SIZE
-        # Above the diagonal x was never written.
-        first = tl.load(x + (pair + i) * BM + pair + j, mask=i >= j, other=0.0)
-        second = tl.load(x + (lower + i) * BM + lower + j, mask=i >= j, other=0.0)
-        low = tl.load(N + (lower + i).to(tl.int64) * NP + pair + j).to(tl.float32)
-        low *= tl.load(gain + lower + i) * tl.load(colgain + pair + j)
-        low = tl.dot(second, low, input_precision=PRECISION)
-        low = tl.dot(low, first, input_precision=PRECISION)
-        tl.store(x + (lower + i) * BM + pair + j, low)
-    tl.debug_barrier()
+def load_block(p, gain, colgain, row, col, NP, SIZE: tl.constexpr):
+    """gain p colgain (SIZE, SIZE) from row and column of a tile, in float32."""
+    i = tl.arange(0, SIZE)
+    block = tl.load(p + (row + i)[:, None].to(tl.int64) * NP + (col + i)[None, :]).to(tl.float32)
+    return block * tl.load(gain + row + i)[:, None] * tl.load(colgain + col + i)[None, :]
+
+
+@triton.jit
+def invert_block(N, SIZE: tl.constexpr, DOUBLINGS: tl.constexpr, EXACT: tl.constexpr):
+    """(I - N)^-1 of a strictly lower triangular block, as operand: (I + N)(I + N^2)(I + N^4)..."""
+    operand: tl.constexpr = tl.float32 if EXACT == "tf32x3" else tl.float16
+    eye = tl.arange(0, SIZE)[:, None] == tl.arange(0, SIZE)[None, :]
+    X = tl.where(eye, 1.0, N)
+    power = N
+    for _ in tl.static_range(DOUBLINGS):
+        power = tl.dot(power.to(operand), power.to(operand), input_precision=EXACT)
+        X = tl.dot(X.to(operand), power.to(operand), X, input_precision=EXACT)
+    return X.to(operand)
 
 
 @triton.jit
 def invert_tile(
-    N, gain, colgain, x, NP, doublings, BM: tl.constexpr, LEAF: tl.constexpr,
-    MERGES: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """(I - gain N colgain)^-1 of a tile into x (BM, BM), on and below the diagonal, in float32.
+    p, gain, colgain, NP, BM: tl.constexpr, DOUBLINGS: tl.constexpr, EXACT: tl.constexpr
+):
+    """Replace N = gain p colgain, strictly lower triangular, by (I - N)^-1 - I.
 
-    N is nilpotent: a leaf is (I + N)(I + N^2)(I + N^4)..., then neighbours merge.
+    Halves are inverted and merged: the lower-left block is X2 N21 X1. No entry of N, of its powers
+    and of the inverse is above 1, and float16 has as many digits there as TF32: it can carry the
+    operands.
     """
-    leaf = LEAF * tl.arange(0, BM // LEAF)[:, None, None]
-    i = tl.arange(0, LEAF)[None, :, None]
-    j = tl.arange(0, LEAF)[None, None, :]
-    power = tl.load(N + (leaf + i).to(tl.int64) * NP + leaf + j).to(tl.float32)
-    power *= tl.load(gain + leaf + i) * tl.load(colgain + leaf + j)
-    X = power + tl.where((i == j) & (leaf >= 0), 1.0, 0.0)
-    for _ in range(doublings):
-        power = tl.dot(power, power, input_precision=PRECISION)
-        X += tl.dot(X, power, input_precision=PRECISION)
-    tl.store(x + (leaf + i) * BM + leaf + j, X)
-    tl.debug_barrier()
-    for level in tl.static_range(MERGES):
-        merge_inverses(N, gain, colgain, x, NP, BM, LEAF * 2**level, PRECISION)
+    SIZE: tl.constexpr = BM // 2
+    first = invert_block(load_block(p, gain, colgain, 0, 0, NP, SIZE), SIZE, DOUBLINGS, EXACT)
+    N = load_block(p, gain, colgain, SIZE, SIZE, NP, SIZE)
+    second = invert_block(N, SIZE, DOUBLINGS, EXACT)
+    low = load_block(p, gain, colgain, SIZE, 0, NP, SIZE).to(first.dtype)
+    low = tl.dot(second, low, input_precision=EXACT)
+    low = tl.dot(low.to(first.dtype), first, input_precision=EXACT)
+    i = tl.arange(0, SIZE)
+    cells = p + i[:, None].to(tl.int64) * NP + i[None, :]
+    below = i[:, None] > i[None, :]
+    # Above the diagonal there are zeros already.
+    tl.store(cells, first.to(p.dtype.element_ty), mask=below)
+    tl.store(cells + SIZE * NP + SIZE, second.to(p.dtype.element_ty), mask=below)
+    tl.store(cells + SIZE * NP, low.to(p.dtype.element_ty))
 
 
 @triton.jit
 def inverse_task(
-    p, stats, lse, gamma, gain, x, scores_done, inverse_done, row, T, P, NP, NW,
-    doublings,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, CHUNK: tl.constexpr, LEAF: tl.constexpr,
-    MERGES: tl.constexpr, SHIFT: tl.constexpr,
-    REVERSE: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+    p, stats, lse, gamma, gain, scores_done, inverse_done, row, T, P, NP, NW,
+    BM: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr, DOUBLINGS: tl.constexpr,
+    SHIFT: tl.constexpr, REVERSE: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gain of a row tile, and lse when forward; X - I takes the place of N_ii, Y of N_{i,i-1}."""
     local = tl.arange(0, BM)
@@ -242,7 +243,7 @@ def inverse_task(
     wait(scores_done, tl.cdiv(windows, CHUNK))
     if REVERSE:
         own = tl.load(gamma + T - 1 - rows, mask=rows < T, other=0.0)
-        tl.store(gain + local, tl.full((BM,), 2.0**-SHIFT, tl.float32))
+        weight = tl.full((BM,), 2.0**-SHIFT, tl.float32)
         tl.store(colgain + local, own.to(tl.float32))
     else:
         top, total = softmax_sums(stats, p, windows, end, NP, NW, BM, BN)
@@ -251,29 +252,21 @@ def inverse_task(
         value = (top + tl.log2(tl.where(seen, total, 1.0))) / LOG2_E
         tl.store(lse + rows - P, tl.where(seen, value, float("inf")), mask=rows_ok)
         own = tl.load(gamma + rows - P, mask=rows_ok, other=0.0).to(tl.float32)
-        tl.store(gain + local, tl.where(seen, own / tl.where(seen, total, 1.0), 0.0))
+        weight = tl.where(seen, own / tl.where(seen, total, 1.0), 0.0)
         tl.store(colgain + local, tl.full((BM,), 1.0, tl.float32))
+    tl.store(gain + local, weight)
     tl.debug_barrier()
-    diagonal = p + row * BM
-    cells = local[:, None] * NP + tl.arange(0, BN)[None, :]
+    cells = p + (local.to(tl.int64) * NP)[:, None] + local[None, :]
+    # In the product X N the gains go into X; 2^SHIFT keeps them in float16's range.
+    X = tl.where(local[:, None] == local[None, :], 1.0, 0.0)
     if row * BM < end:
-        invert_tile(diagonal, gain, colgain, x, NP, doublings, BM, LEAF, MERGES, EXACT)
-        for first in range(0, BM, BN):
-            cols = first + tl.arange(0, BN)[None, :]
-            X = tl.load(x + local[:, None] * BM + cols, mask=local[:, None] > cols, other=0.0)
-            tl.store(diagonal + first + cells, X.to(p.dtype.element_ty))
-    for tile in range(tl.maximum(row - LINKS, 0), tl.minimum(row, NP // BM)):
-        for first in range(tile * BM, (tile + 1) * BM, BN):
-            N = tl.load(p + first + cells).to(tl.float32) * tl.load(gain + local)[:, None]
-            tl.store(p + first + cells, N.to(p.dtype.element_ty))
-            tl.debug_barrier()
-            if row * BM < end:
-                cols = first + tl.arange(0, BN)
-                N = product(
-                    N, diagonal + local[:, None] * NP, p, NP, 0, BM, BM - 1, cols,
-                    BN, BN, BK, PRECISION,
-                )  # fmt: skip
-                tl.store(p + first + cells, N.to(p.dtype.element_ty))
+        invert_tile(p + row * BM, gain, colgain, NP, BM, DOUBLINGS, EXACT)
+        tl.debug_barrier()
+        X += tl.load(cells + row * BM).to(tl.float32)
+    X = (X * (weight * 2.0**SHIFT)[None, :]).to(p.dtype.element_ty)
+    for tile in tl.range(tl.maximum(row - LINKS, 0), tl.minimum(row, NP // BM), num_stages=1):
+        Y = tl.dot(X, tl.load(cells + tile * BM), input_precision=PRECISION) * 2.0**-SHIFT
+        tl.store(cells + tile * BM, Y.to(X.dtype))
     signal(inverse_done)
 
 
@@ -306,11 +299,6 @@ def mix_task(
     known = 0 if REVERSE else P // BM
     before = tl.maximum(tl.minimum(row - LINKS, NP // BM), 0)
     p_rows = p + (local.to(tl.int64) * NP)[:, None]
-    wait(inverse_done, 1)
-    acc = tl.zeros((BM, BD), tl.float32)
-    acc = read_solved(
-        acc, p_rows, v, solved, known, 0, before, last, d, D, BM, BD, BK, PRECISION
-    )  # fmt: skip
     if REVERSE:
         f_rows = T - 1 - rows
         out += (P + T - 1).to(tl.int64) * D
@@ -320,22 +308,24 @@ def mix_task(
         step = D
     f_ok = ((f_rows >= 0) & (f_rows < T))[:, None] & d_ok
     f_at = f + (f_rows.to(tl.int64) * sft)[:, None] + d[None, :]
-    z = tl.load(f_at, mask=f_ok, other=0.0).to(tl.float32)
+    # Fetched before the waiting, so that it is there behind it.
+    right = tl.load(f_at, mask=f_ok, other=0.0)
     out_at = out + (rows.to(tl.int64) * step)[:, None] + d[None, :]
     out_ok = (rows < P + T)[:, None] & d_ok
     if not REVERSE:
         out_ok = out_ok & (rows >= P)[:, None]
         if row * BM < P:
             old = (rows < P)[:, None] & d_ok
-            z += tl.load(out_at, mask=old, other=0.0).to(tl.float32)
-    z += tl.load(gain + local)[:, None] * acc
+            right += tl.load(out_at, mask=old, other=0.0).to(right.dtype)
+    wait(inverse_done, 1)
+    acc = tl.zeros((BM, BD), tl.float32)
+    acc = read_solved(
+        acc, p_rows, v, solved, known, 0, before, last, d, D, BM, BD, BK, PRECISION
+    )  # fmt: skip
+    z = right.to(tl.float32) + tl.load(gain + local)[:, None] * acc
     if row * BM < NP:
-        # The right-hand side passes through the rows of its own solution to become an operand.
-        tl.store(out_at, z.to(out.dtype.element_ty), mask=out_ok)
-        tl.debug_barrier()
-        z = product(
-            z, p_rows, out, step, row * BM, (row + 1) * BM, P + T - 1, d, D, BD, BK, PRECISION
-        )
+        X = tl.load(p_rows + row * BM + local[None, :])
+        z = tl.dot(X, z.to(X.dtype), z, input_precision=PRECISION)
     z = read_solved(
         z, p_rows, v, solved, known, before, tl.minimum(row, NP // BM), last,
         d, D, BM, BD, BK, PRECISION,
@@ -350,17 +340,14 @@ def mix_task(
     signal(solved)
 
 
-@triton.jit(
-    do_not_specialize=["B", "T", "P", "ring", "inverse_lag", "mix_lag", "width", "doublings"]
-)
+@triton.jit(do_not_specialize=["B", "T", "P", "ring", "inverse_lag", "mix_lag", "width"])
 def solve_kernel(
     f, q, k, gamma, mask, lse, v, out, p, work, flags, sfb, sft, sqb, sqt, skb, skt,
-    B, T, P, ring, inverse_lag, mix_lag, width, doublings,
+    B, T, P, ring, inverse_lag, mix_lag, width,
     K: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    BD: tl.constexpr, CHUNK: tl.constexpr, LEAF: tl.constexpr,
-    MERGES: tl.constexpr, SCALE: tl.constexpr, HEADROOM: tl.constexpr,
-    SHIFT: tl.constexpr, REVERSE: tl.constexpr, MASKED: tl.constexpr, EXACT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    BD: tl.constexpr, CHUNK: tl.constexpr, DOUBLINGS: tl.constexpr, SCALE: tl.constexpr,
+    HEADROOM: tl.constexpr, SHIFT: tl.constexpr, REVERSE: tl.constexpr, MASKED: tl.constexpr,
+    EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Draw a ticket: step by step the chunks of scores, one inverse and the mixes, per batch.
 
@@ -387,10 +374,9 @@ def solve_kernel(
         wide = b.to(tl.int64)
         slot = wide * ring + row % ring
         p += slot * (BM * NP)
-        work += slot * (2 * NW * BM + 3 * BM + BM * BM)
+        work += slot * (2 * NW * BM + 3 * BM)
         ref_ring = work + 2 * NW * BM
         gain = ref_ring + BM
-        x = gain + 2 * BM
         lse += wide * T
         count = B * tiles
         ref_done = flags + 1 + b * tiles + row
@@ -408,9 +394,8 @@ def solve_kernel(
                 )  # fmt: skip
         elif task == chunks:
             inverse_task(
-                p, work, lse, gamma + wide * T, gain, x, scores_done, inverse_done,
-                row, T, P, NP, NW, doublings, BM, BN, BK, CHUNK, LEAF, MERGES, SHIFT,
-                REVERSE, EXACT, PRECISION,
+                p, work, lse, gamma + wide * T, gain, scores_done, inverse_done, row, T, P, NP, NW,
+                BM, BN, CHUNK, DOUBLINGS, SHIFT, REVERSE, EXACT, PRECISION,
             )  # fmt: skip
         else:
             part = task - chunks - 1
