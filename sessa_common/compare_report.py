@@ -30,7 +30,8 @@ def table(results: Mapping[str, Any]) -> str:
     ]
     if results["control_threshold"] is not None:
         parts.append(f"Control: {', '.join(results['control_options'])}; passed from an accuracy "
-                     f"of {results['control_threshold']:g}.")  # fmt: skip
+                     f"of {results['control_threshold']:g} (of the control's ceiling, where it is "
+                     "below 1).")  # fmt: skip
     parts.append(_main_table(results["models"], text=results["task"] is None))
     parts += [_by_lag(results["models"]), _errors(results["models"])]
     parts.append(_unfinished(results["models"]))
@@ -241,7 +242,8 @@ def _control(control: Mapping[str, Any] | None) -> str:
     if control is None:
         return "–"
     verdict = "passed" if control["passed"] else "**FAILED**"
-    return f"{verdict} {control['accuracy']:.3f} in {control['steps']:,} steps"
+    ceiling = f" of {control['ceiling']:.3f}" if "ceiling" in control else ""
+    return f"{verdict} {control['accuracy']:.3f}{ceiling} in {control['steps']:,} steps"
 
 
 def _number(value: float | None, form: str) -> str:

@@ -77,7 +77,7 @@ def compare(
         int, typer.Option(help="Steps of the control; 0: --steps. May grow, for those that failed.")
     ] = 0,
     control_threshold: Annotated[
-        float, typer.Option(help="Accuracy from which the control is passed.")
+        float, typer.Option(help="Accuracy, of the ceiling, from which it is passed.")
     ] = Comparison.control_threshold,
     jobs: Annotated[int, typer.Option(help="Runs at a time, on all devices together.")] = 1,
     context: Annotated[int | None, typer.Option(help="As in `sessa train`, for text.")] = None,
