@@ -11,6 +11,8 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -71,6 +73,52 @@ def test_unavailable_says_why():
     f = torch.zeros(1, 2, 4)
     assert "CUDA" in unavailable(f, f)
     assert "float64" in unavailable(f.double(), f.double())
+
+
+def fake_kernel():
+    """What `launch` sees of a Triton kernel on a GPU, and the launches by the way they took."""
+    launches = []
+
+    def runs(way):
+        return lambda *args, **options: launches.append((way, args)) or compiled
+
+    compiled = MagicMock()
+    compiled.__getitem__.side_effect = lambda grid: runs(("compiled", grid))
+    names = ("x", "y", "stride", "T", "K", "BLOCK")
+    kernel = MagicMock(arg_names=names, params=[
+        SimpleNamespace(is_constexpr=name in ("K", "BLOCK"), do_not_specialize=name == "T")
+        for name in names
+    ])  # fmt: skip
+    kernel.__getitem__.side_effect = lambda grid: runs(("triton", grid))
+    return kernel, launches
+
+
+def fake_tensor(pointer=256, dtype=torch.bfloat16):
+    device = SimpleNamespace(type="cuda", index=0)
+    return SimpleNamespace(data_ptr=lambda: pointer, dtype=dtype, device=device)
+
+
+def test_a_launch_finds_what_triton_would_compile_the_same(monkeypatch):
+    from sessa_torch.feedback.triton_launch import launch
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    kernel, launches = fake_kernel()
+    x, y = fake_tensor(), fake_tensor(512, torch.float32)
+
+    def ways(tensors=(x, y), stride=64, T=5, K=24):
+        launches.clear()
+        launch(kernel, (7,), tensors, (stride, T), BLOCK=16, K=K, num_warps=4)
+        return launches[0]
+
+    assert ways()[0] == ("triton", (7,))
+    # All kernel arguments in the kernel's order, the grid filled up; a length is no reason.
+    assert ways(T=6) == (("compiled", (7, 1, 1)), (x, y, 64, 6, 24, 16))
+    for other in ({"stride": 65}, {"K": 25}, {"tensors": (x, fake_tensor())}):
+        assert ways(**other)[0] == ("triton", (7,)), other
+        assert ways(**other)[0] == ("compiled", (7, 1, 1)), other
+    # An unaligned pointer is left to Triton every time.
+    for _ in range(2):
+        assert ways((x, fake_tensor(516)))[0] == ("triton", (7,))
 
 
 def draw(

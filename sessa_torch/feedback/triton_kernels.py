@@ -183,13 +183,13 @@ def _decode(
     common |= {"MASKED": mask is not None, "PRECISION": precision(q.dtype)}
     seen = q if seen is None else seen
     launch(
-        past_kernel, (splits, B), q, k, past_s, seen, sums, parts,
-        *q.stride()[:2], *k.stride()[:2], *past_s.stride()[:2], T, P, share,
+        past_kernel, (splits, B), (q, k, past_s, seen, sums, parts),
+        (*q.stride()[:2], *k.stride()[:2], *past_s.stride()[:2], T, P, share),
         BN=block, BD=wide, num_warps=8, **common,
     )  # fmt: skip
     launch(
-        combine_kernel, (-(-D // 32), B), f, q, k, gamma, seen, sums, parts, s, lse,
-        *f.stride()[:2], *q.stride()[:2], *k.stride()[:2], T, P, splits,
+        combine_kernel, (-(-D // 32), B), (f, q, k, gamma, seen, sums, parts, s, lse),
+        (*f.stride()[:2], *q.stride()[:2], *k.stride()[:2], T, P, splits),
         BD=32, SPLITS=max(16, 1 << (splits - 1).bit_length()), num_warps=4, **common,
     )  # fmt: skip
     return s, lse
@@ -227,9 +227,9 @@ def _solve(
     half = q.dtype == torch.float16
     launch(
         solve_kernel, (steps * B * tasks,),
-        f, q, k, gamma, q if mask is None else mask, lse, values, out, p, work, flags,
-        *f.stride()[:2], *q.stride()[:2], *k.stride()[:2], B, T, rows - T, ring,
-        (lag + 1) // 3 + 1, lag, K,
+        (f, q, k, gamma, q if mask is None else mask, lse, values, out, p, work, flags),
+        (*f.stride()[:2], *q.stride()[:2], *k.stride()[:2], B, T, rows - T, ring,
+         (lag + 1) // 3 + 1, lag, K),
         K=K, D=D, BM=t.rows, BN=t.columns, BK=t.inner, BD=t.width, CHUNK=t.chunk,
         DOUBLINGS=t.rows.bit_length() - 3,
         SCALE=K**-0.5 * math.log2(math.e), HEADROOM=14.0 if half else 60.0,
@@ -312,25 +312,26 @@ def _score_gradients(
         where = (first, chunk, T, columns - T, padded)
         launch(
             kernels.probabilities_kernel, grid,
-            q, k, lse, q if mask is None else mask, p, *q.stride()[:2], *k.stride()[:2], *where, K,
-            K**-0.5 * math.log2(math.e), shift,
+            (q, k, lse, q if mask is None else mask, p),
+            (*q.stride()[:2], *k.stride()[:2], *where, K, K**-0.5 * math.log2(math.e), shift),
             K=K, BN=t.columns, MASKED=mask is not None, **common,
         )  # fmt: skip
         launch(
-            kernels.read_kernel, (parts, tiles, B), p, u, states, r, *by_row, *where, shift,
+            kernels.read_kernel, (parts, tiles, B), (p, u, states, r), (*by_row, *where, shift),
             D=D, BD=t.width, **common,
         )  # fmt: skip
         launch(
             kernels.score_gradients_kernel, grid,
-            p, u, states, gamma, r, dgamma, unit, *by_row, *where, D, shift,
+            (p, u, states, gamma, r, dgamma, unit), (*by_row, *where, D, shift),
             D=D, BN=t.columns, PARTS=parts, **common,
         )  # fmt: skip
         wide = -(-K // t.width)
         row_tasks = tiles * wide
         launch(
             kernels.products_kernel, (row_tasks + -(-seen // t.rows) * wide, B),
-            p, q, k, dq, dk, dk_sum, unit, *q.stride()[:2], *k.stride()[:2], *where, K**-0.5,
-            row_tasks, first + chunk >= T, K=K, BD=t.width, **common,
+            (p, q, k, dq, dk, dk_sum, unit),
+            (*q.stride()[:2], *k.stride()[:2], *where, K**-0.5, row_tasks, first + chunk >= T),
+            K=K, BD=t.width, **common,
         )  # fmt: skip
     return dq, dk, dgamma
 

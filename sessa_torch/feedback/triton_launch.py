@@ -7,42 +7,55 @@ for.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
+# Lengths of sequences are among the keys: a program that has seen very many forgets them.
+MOST_COMPILED = 4096
+
 _compiled: dict[tuple, Any] = {}
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Tensor | float, **constants: Any) -> None:
-    """kernel[grid](*args, **constants) on the device of the first argument, a tensor.
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    tensors: tuple[Tensor, ...],
+    numbers: tuple[float, ...],
+    **constants: Any,
+) -> None:
+    """kernel[grid](*tensors, *numbers, **constants) on the device of the first tensor.
 
-    args are all arguments that are not constexpr, in their order; constants are the rest and the
-    launch options.
+    constants are the kernel's constexpr arguments and the launch options.
     """
-    device = args[0].device  # type: ignore[union-attr]
-    if device.type != "cuda":
-        kernel[grid](*args, **constants)
+    device, pointers = tensors[0].device, 0
+    for tensor in tensors:
+        pointers |= tensor.data_ptr()
+    # Triton compiles anew for pointers that are not aligned to 16 bytes; they are rare.
+    if device.type != "cuda" or pointers % 16:
+        kernel[grid](*tensors, *numbers, **constants)
         return
     if device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            launch(kernel, grid, *args, **constants)
+            launch(kernel, grid, tensors, numbers, **constants)
         return
-    key = (kernel, device.index, *map(_mark, args), *constants.values())
+    special = tuple([numbers[i] for i in _special(kernel, len(tensors))])
+    types = tuple([tensor.dtype for tensor in tensors])
+    key = (kernel, device.index, special, types, *constants.values())
     compiled = _compiled.get(key)
     if compiled is None:
-        _compiled[key] = kernel[grid](*args, **constants)
+        if len(_compiled) >= MOST_COMPILED:
+            _compiled.clear()
+        _compiled[key] = kernel[grid](*tensors, *numbers, **constants)
     else:
-        rest = [constants[name] for name in kernel.arg_names[len(args) :]]
-        compiled[(*grid, 1, 1)[:3]](*args, *rest)
+        rest = [constants[name] for name in kernel.arg_names[len(tensors) + len(numbers) :]]
+        compiled[(*grid, 1, 1)[:3]](*tensors, *numbers, *rest)
 
 
-def _mark(argument: Tensor | float) -> Any:
-    """What Triton specialises for: alignment of pointers; of integers 1, multiples of 16, size."""
-    if isinstance(argument, Tensor):
-        return argument.dtype, argument.data_ptr() % 16
-    if isinstance(argument, int):
-        # Finer than Triton's own rule, which does no harm.
-        return argument if 0 <= argument < 16 else (argument % 16, argument.bit_length() > 31)
-    return None
+@functools.cache
+def _special(kernel: Any, tensors: int) -> list[int]:
+    """Which of a kernel's numbers it is specialised for."""
+    numbers = [p for p in kernel.params[tensors:] if not p.is_constexpr]
+    return [i for i, p in enumerate(numbers) if not p.do_not_specialize]
