@@ -87,6 +87,21 @@ def test_block_boundaries(framework, T):
     check(framework, "blocked", "float32", 2e-4, arrays, key_mask, ds)
 
 
+@pytest.mark.parametrize("T", [60, 64, 65, 73])
+def test_long_sequences_in_larger_blocks(monkeypatch, T):
+    """Workspaces begin as NaN, as everything that PyTorch leaves uninitialised does here."""
+    monkeypatch.setattr(sessa_torch.feedback.blocked, "BLOCK", 4)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(5).isnan().all()
+        for P in (0, 3):
+            case = draw(T, T=T, P=P, D=12, K=8, masked=True)
+            check(Torch(), "blocked", "float64", 1e-12, *case)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 @frameworks
 @backends
 @pytest.mark.parametrize("gain", [0.0, -0.999, 0.999], ids=lambda g: f"gamma{g}")

@@ -28,24 +28,26 @@ def solve_forward(
     B, T, D = f.shape
     P = k.shape[1] - T
     work = torch.promote_types(f.dtype, torch.float32)
-    q, k, gamma = q.to(work) * q.shape[-1] ** -0.5, k.to(work), gamma.to(work)
+    q, k, gamma = q.to(work), k.to(work), gamma.to(work)
     states = torch.empty(B, P + T, D, dtype=work, device=f.device)
     if past_s is not None:
         states[:, :P] = past_s
     lse = torch.empty(B, T, dtype=work, device=f.device)
-    for start in range(0, T, BLOCK):
-        rows = slice(start, min(start + BLOCK, T))
+    block = _block_rows(P + T)
+    tile = states.new_empty(B * min(block, T) * (P + T))
+    for start in range(0, T, block):
+        rows = slice(start, min(start + block, T))
         old, new = P + rows.start, P + rows.stop
-        scores = _scores(q[:, rows], k[:, :new], key_mask)  # (B, n, P+stop)
+        scores = _scores(q[:, rows], k[:, :new], key_mask, tile)  # (B, n, P+stop)
         top = scores.amax(-1, keepdim=True).clamp_min_(torch.finfo(work).min)
-        N = scores.sub_(top).exp_()
-        total = N.sum(-1, keepdim=True)
+        weights = scores.sub_(top).exp_()
+        total = weights.sum(-1, keepdim=True)
         lse[:, rows] = torch.where(total > 0, total.log() + top, torch.inf).squeeze(-1)
-        N *= gamma[:, rows, None] / total.masked_fill(total == 0, 1)
+        gain = gamma[:, rows, None] / total.masked_fill(total == 0, 1)
         rhs = f[:, rows].to(work)
         if old:
-            rhs = torch.baddbmm(rhs, N[:, :, :old], states[:, :old])
-        torch.bmm(unit_lower_inverse(N[:, :, old:]), rhs, out=states[:, old:new])
+            rhs = torch.addcmul(rhs, weights[:, :, :old] @ states[:, :old], gain)
+        states[:, old:new] = _solve_block(weights[:, :, old:] * gain, rhs)
     return states[:, P:].to(f.dtype).contiguous(), lse
 
 
@@ -63,46 +65,73 @@ def solve_backward(
 
     One sweep from the last block row to the first: u_i = X_i^T (ds_i + N_ti^T u_t summed over later
     blocks t) is the gradient of f; with r = rowsum(alpha * u s^T) the score gradient is
-    gamma alpha (u s^T - r) and the gradient of gamma is r.
+    gamma alpha (u s^T - r) and the gradient of gamma is r. As gamma scales whole rows, the narrow
+    factors of the products take it.
     """
     B, T, D = s.shape
     P = k.shape[1] - T
     work = torch.promote_types(s.dtype, torch.float32)
     scale = q.shape[-1] ** -0.5
-    qw, kw, gw, states = q.to(work) * scale, k.to(work), gamma.to(work), s.to(work)
+    qw, kw, gw, states = q.to(work), k.to(work), gamma.to(work), s.to(work)
     if past_s is not None:
         states = torch.cat([past_s.to(work), states], 1)
     u = torch.cat([ds.new_zeros(B, P, D, dtype=work), ds.to(work)], 1)
     dq, dk, dgamma = torch.empty_like(qw), torch.zeros_like(kw), torch.empty_like(gw)
-    for start in reversed(range(0, T, BLOCK)):
-        rows = slice(start, min(start + BLOCK, T))
+    block = _block_rows(P + T)
+    tile, other = (u.new_empty(B * min(block, T) * (P + T)) for _ in range(2))
+    for start in reversed(range(0, T, block)):
+        rows = slice(start, min(start + block, T))
         old, new = P + rows.start, P + rows.stop
-        alpha = _scores(qw[:, rows], kw[:, :new], key_mask).sub_(lse[:, rows, None].to(work)).exp_()
-        N = alpha * gw[:, rows, None]
-        u[:, old:new] = unit_lower_inverse(N[:, :, old:]).mT @ u[:, old:new]
+        alpha = _scores(qw[:, rows], kw[:, :new], key_mask, tile)  # (B, n, P+stop)
+        alpha.sub_(lse[:, rows, None].to(work)).exp_()
+        gain = gw[:, rows, None]
+        ui = _solve_block(alpha[:, :, old:] * gain, u[:, old:new], transposed=True)
+        u[:, old:new] = ui
         if old:
-            u[:, :old].baddbmm_(N[:, :, :old].mT, u[:, old:new])
-        dP = u[:, old:new] @ states[:, :new].mT
-        r = torch.linalg.vecdot(alpha, dP)
-        dgamma[:, rows] = r
-        dS = dP.sub_(r[..., None]).mul_(N)
-        dq[:, rows] = (dS @ kw[:, :new]) * scale
-        dk[:, :new].baddbmm_(dS.mT, qw[:, rows])
+            u[:, :old].baddbmm_(alpha[:, :, :old].mT, ui * gain)
+        dS = other[: alpha.numel()].view_as(alpha)
+        torch.bmm(ui, states[:, :new].mT, out=dS).mul_(alpha)
+        r = dS.sum(-1, keepdim=True)
+        dgamma[:, rows] = r.squeeze(-1)
+        dS.addcmul_(alpha, r, value=-1)
+        gain = gain * scale
+        torch.mul(dS @ kw[:, :new], gain, out=dq[:, rows])
+        dk[:, :new].baddbmm_(dS.mT, qw[:, rows] * gain)
     df, dpast_s = u[:, P:].to(s.dtype).contiguous(), None
     if past_s is not None:
         dpast_s = u[:, :P].to(past_s.dtype, copy=True).contiguous()
     return df, dq.to(q.dtype), dk.to(k.dtype), dgamma.to(gamma.dtype), dpast_s
 
 
-def _scores(q: Tensor, k: Tensor, key_mask: Tensor | None) -> Tensor:
-    """Scores (B, n, m) of n query rows, the last n of m keys being their own; -inf where hidden."""
-    n, m = q.shape[1], k.shape[1]
-    scores = q @ k.mT
+def _block_rows(keys: int) -> int:
+    """Rows of a block: large products run faster, but half of the diagonal one is for nothing."""
+    return BLOCK if keys < 16 * BLOCK else 2 * BLOCK
+
+
+def _scores(q: Tensor, k: Tensor, key_mask: Tensor | None, tile: Tensor) -> Tensor:
+    """Scores (B, n, m) of n query rows, the last n of m keys being their own; -inf where hidden.
+
+    They are written to the flat workspace `tile`, whatever it holds.
+    """
+    (B, n, K), m = q.shape, k.shape[1]
+    scores = tile[: B * n * m].view(B, n, m).baddbmm_(q, k.mT, beta=0, alpha=K**-0.5)
     hidden = torch.ones(n, n, dtype=torch.bool, device=q.device).triu()
     scores[:, :, m - n :].masked_fill_(hidden, -torch.inf)
     if key_mask is not None:
         scores.masked_fill_(~key_mask[:, None, :m], -torch.inf)
     return scores
+
+
+def _solve_block(N: Tensor, rhs: Tensor, *, transposed: bool = False) -> Tensor:
+    """(I - N)^-1 rhs, or (I - N)^-T rhs, for strictly lower triangular N (B, n, n)."""
+    if rhs.device.type != "cpu":
+        X = unit_lower_inverse(N)
+        return (X.mT if transposed else X) @ rhs
+    # One call instead of twenty; from the right, BLAS takes the rows as they lie in memory.
+    A = -N if transposed else -N.mT
+    return torch.linalg.solve_triangular(
+        A, rhs.mT, upper=not transposed, left=False, unitriangular=True
+    ).mT
 
 
 def unit_lower_inverse(N: Tensor) -> Tensor:
