@@ -28,7 +28,7 @@ def choose_device(name: str | None) -> str:
         reason = str(error).splitlines()[0]
         raise SessaError(f"device {name!r} cannot be used by PyTorch here ({reason})") from None
     if name.startswith("cuda:"):
-        # Triton launches its kernels on the current device, wherever the tensors are.
+        # Streams and CUDA graphs are made on the current device.
         torch.cuda.set_device(name)
     return name
 
