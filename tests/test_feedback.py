@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import sessa_torch.feedback.blocked
 from sessa_common import reference
+from sessa_torch.feedback import blocked
 
 LENGTHS = (1, 2, 15, 16, 17, 63, 130)
 BACKENDS = ("naive", "blocked")
@@ -90,7 +90,7 @@ def test_block_boundaries(framework, T):
 @pytest.mark.parametrize("T", [60, 64, 65, 73])
 def test_long_sequences_in_larger_blocks(monkeypatch, T):
     """Workspaces begin as NaN, as everything that PyTorch leaves uninitialised does here."""
-    monkeypatch.setattr(sessa_torch.feedback.blocked, "BLOCK", 4)
+    monkeypatch.setattr(blocked, "BLOCK", 4)
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     torch.use_deterministic_algorithms(True)
     try:
@@ -239,9 +239,9 @@ def test_torch_holds_no_square_of_the_length():
     arrays, _, ds = draw(15, B=1, T=T, D=D, K=K)
     f, q, k, gamma = (torch.tensor(x) for x in arrays.values())
     with LargestResult() as largest:
-        s, lse = sessa_torch.feedback.blocked.solve_forward(f, q, k, gamma)
-        sessa_torch.feedback.blocked.solve_backward(torch.tensor(ds), q, k, gamma, s, lse)
-    assert 0 < largest.elements <= sessa_torch.feedback.blocked.BLOCK * T
+        s, lse = blocked.solve_forward(f, q, k, gamma)
+        blocked.solve_backward(torch.tensor(ds), q, k, gamma, s, lse)
+    assert 0 < largest.elements <= blocked.BLOCK * T
 
 
 def test_mlx_memory_grows_with_the_length_not_its_square():
@@ -310,3 +310,15 @@ def test_wrong_types_are_refused_by_name(framework):
         framework.solve(**good, backend="fast")
     with pytest.raises(ValueError, match="'kernel' cannot run here: "):
         framework.solve(**good, backend="kernel")
+
+
+@pytest.mark.parametrize("n", [1, 2, 63, 64, 65, 130, 256])
+def test_the_two_ways_to_solve_a_diagonal_block_agree(n):
+    """CPUs take a triangular solve, other devices products with the inverse."""
+    generator = torch.Generator().manual_seed(n)
+    N = torch.rand(2, n, n, generator=generator, dtype=torch.float64).tril(-1)
+    N *= 0.999 / N.sum(-1, keepdim=True).clamp_min(1e-30)
+    rhs = torch.randn(2, n, 5, generator=generator, dtype=torch.float64)
+    X = blocked.unit_lower_inverse(N)
+    torch.testing.assert_close(blocked._solve_block(N, rhs), X @ rhs)
+    torch.testing.assert_close(blocked._solve_block(N, rhs, transposed=True), X.mT @ rhs)
