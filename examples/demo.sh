@@ -2,7 +2,7 @@
 # Train a small model, move it between the frameworks, export it, prove the numbers agree, read its text.
 set -euo pipefail
 out=${1:-demo}
-prompt="The "
+prompt="The"
 rm -rf "$out"
 set -x
 sessa train --backend torch --out "$out/torch" --steps 400
