@@ -94,7 +94,7 @@ def test_whole_block_rows(twin: str) -> None:
 @pytest.mark.parametrize("P", [1, 31, 32, 33, 100])
 @pytest.mark.parametrize("masked", [False, True])
 def test_one_new_token(twin: str, P: int, masked: bool) -> None:
-    check_against_plain(twin, Case(1, B=9, D=40, K=33, P=P, masked=masked), "float32", draws=3)
+    check_against_plain(twin, Case(1, B=9, D=40, K=33, P=P, masked=masked), "float32", draws=24)
 
 
 @twins
