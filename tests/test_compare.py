@@ -45,13 +45,16 @@ with log.open("a") as file:
 if a.resume:
     given = json.loads((folder / "training.json").read_text())
 else:
-    folder.mkdir(parents=True)
     given = vars(a)
-    (folder / "training.json").write_text(json.dumps(given))
+    # A folder and a result appear whole, like those of the real one: the command looks at any time.
+    start = folder.with_name(folder.name + ".start")
+    start.mkdir(parents=True)
+    (start / "training.json").write_text(json.dumps(given))
     config = dataclasses.replace(PRESETS[a.preset], vocab_size=613, max_position_embeddings=300,
                                  feedback=not a.no_feedback)
-    (folder / "config.json").write_text(json.dumps(config.to_dict()))
-    (folder / "training_state.safetensors").write_text("")
+    (start / "config.json").write_text(json.dumps(config.to_dict()))
+    (start / "training_state.safetensors").write_text("")
+    start.rename(folder)
 slow = folder.parent.parent.parent / "slow"
 if slow.exists():
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(130))
@@ -80,7 +83,6 @@ if given["task"]:
     if given["task"] == "symbolsoup":
         test["ceiling"] = 0.85
     options = {"min_lag": 96, "max_lag": 384, "test_lags": [128, 512]}
-    # Renamed into place whole, like the real one.
     (folder / "new").write_text(json.dumps({"task": given["task"], "parameters": 5,
         "task_options": options,
         "tokens_per_second": 60.0, "steps": steps, "validation_loss": loss, "test": test}))
