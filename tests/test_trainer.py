@@ -141,7 +141,15 @@ def test_a_run_killed_before_its_first_interval_can_be_resumed(tokens, tmp_path)
     assert left == right
 
 
-def test_second_interrupt_ends_at_once(tokens, tmp_path):
+@pytest.fixture
+def interruptible():
+    """Ctrl-C as in a terminal: a shell starts its background jobs with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_second_interrupt_ends_at_once(tokens, tmp_path, interruptible):
     broken = make_trainer("torch", tmp_path / "run", tokens)
 
     def interrupted(batches, rate):
