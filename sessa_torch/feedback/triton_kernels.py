@@ -216,20 +216,21 @@ def _solve(
     tiles, parts = -(-rows // t.rows), -(-D // t.width)
     padded = -(-columns // t.rows) * t.rows
     windows = -(-padded // t.columns)
-    tasks = -(-windows // t.chunk) + 1 + parts
     # With many sequences a step has tasks enough to keep the device busy until the next.
     lag = min(tiles, LAG if B < SEQUENCES else SHORT_LAG)
-    steps = tiles + lag - (0 if reverse else (rows - T) // t.rows)
+    first = 0 if reverse else (rows - T) // t.rows
+    chunks = _score_chunks(first, tiles, padded // t.rows, t.columns * t.chunk // t.rows)
+    tasks = chunks + (tiles - first) * (1 + parts)
     ring = min(tiles, lag + 2 + programs(q.device) // (B * parts))
     p = q.new_empty(B * ring * t.rows * padded)
     work = lse.new_empty(B * ring * t.rows * (2 * windows + 3))
     flags = torch.zeros(1 + 3 * B * tiles + B * parts, dtype=torch.int32, device=q.device)
     half = q.dtype == torch.float16
     launch(
-        solve_kernel, (steps * B * tasks,),
+        solve_kernel, (B * tasks,),
         (f, q, k, gamma, q if mask is None else mask, lse, values, out, p, work, flags),
         (*f.stride()[:2], *q.stride()[:2], *k.stride()[:2], B, T, rows - T, ring,
-         (lag + 1) // 3 + 1, lag, K),
+         (lag + 1) // 2, lag, K),
         K=K, D=D, BM=t.rows, BN=t.columns, BK=t.inner, BD=t.width, CHUNK=t.chunk,
         DOUBLINGS=t.rows.bit_length() - 3,
         SCALE=K**-0.5 * math.log2(math.e), HEADROOM=14.0 if half else 60.0,
@@ -237,6 +238,12 @@ def _solve(
         EXACT="tf32" if q.element_size() == 2 else precision(q.dtype), PRECISION=precision(q.dtype),
         num_warps=t.warps, num_stages=t.stages,
     )  # fmt: skip
+
+
+@functools.lru_cache
+def _score_chunks(first: int, tiles: int, blocks: int, per: int) -> int:
+    """Chunks of scores of the row tiles from first on; see chunks_before in triton_solve.py."""
+    return sum(-(-min(row + 1, blocks) // per) for row in range(first, tiles))
 
 
 def solve_backward(

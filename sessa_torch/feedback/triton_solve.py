@@ -9,7 +9,8 @@ lower tickets, which are running or done, so the order of the tickets excludes a
     mix      z = X (f + N s over the tiles before those), then s_i = z + Y s, for a slice of D
 
 Only the product with Y waits for the tiles just before, so the chain through time is one small
-product a tile, and the scores run ahead of it as far as the ring allows.
+product a tile, and the scores run ahead of it as far as the ring allows. What a mix reads of other
+tiles needs no inverse, so both are computed at once.
 
 Backward in time the same system is u = ds + N^T u. Rows are then keys, columns are queries, both
 counted from the last position, the probabilities are known (lse), and the values are w = gamma u.
@@ -94,8 +95,9 @@ def scores_task(
 ):  # fmt: skip
     """Windows of BN columns, counted down from the diagonal, of the probabilities of one row tile.
 
-    A window is stored relative to the row's maximum in the first window that shows it anything, or
-    to its own where that is more than HEADROOM higher: few rows need rescaling and none overflows.
+    A window is stored relative to the row's maximum in window 1, which all rows see, or to its own
+    where that is more than HEADROOM higher: few rows need rescaling and none overflows. Window 1
+    comes first, and the other chunks have their first product ready before they wait for it.
     """
     local = tl.arange(0, BM)
     rows = row * BM + local
@@ -114,10 +116,8 @@ def scores_task(
         if MASKED:
             rows_ok = rows_ok & (tl.load(mask + near_rows) != 0)
         ref = tl.where(rows_ok, -SHIFT, float("inf"))
-    elif chunk > 0:
-        wait(ref_done, 1)
-        ref = tl.load(ref_ring + local)
-    for window in range(chunk * CHUNK, tl.minimum((chunk + 1) * CHUNK, windows)):
+    for turn in range(chunk * CHUNK, tl.minimum((chunk + 1) * CHUNK, windows)):
+        window = tl.where(turn < tl.minimum(windows, 2) - 1, 1, tl.where(turn == 1, 0, turn))
         first = end - (window + 1) * BN
         cols = first + tl.arange(0, BN)
         near_cols = tl.minimum(tl.maximum(cols, 0), columns - 1)
@@ -134,6 +134,9 @@ def scores_task(
             s = tl.where((cols[None, :] < rows[:, None]) & seen[None, :], s, float("-inf"))
         m = ref
         if not REVERSE:
+            if (chunk > 0) & (turn == chunk * CHUNK):
+                wait(ref_done, 1)
+                ref = tl.load(ref_ring + local)
             top = tl.max(s, 1)
             m = tl.where(top > ref + HEADROOM, top, ref)
         rounded = tl.exp2(s - m[:, None]).to(p.dtype.element_ty)
@@ -143,7 +146,7 @@ def scores_task(
             tl.store(stats + window * BM + local, m)
             tl.store(stats + (NW + window) * BM + local, tl.sum(rounded.to(tl.float32), 1))
             ref = tl.where(ref == NOTHING, m, ref)
-            if (chunk == 0) & (window == tl.minimum(1, windows - 1)):
+            if turn == 0:
                 tl.store(ref_ring + local, ref)
                 signal(ref_done)
     signal(scores_done)
@@ -234,7 +237,10 @@ def inverse_task(
     BM: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr, DOUBLINGS: tl.constexpr,
     SHIFT: tl.constexpr, REVERSE: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gain of a row tile, and lse when forward; X - I takes the place of N_ii, Y of N_{i,i-1}."""
+    """Gain of a row tile, and lse when forward; X - I takes the place of N_ii, Y of N_{i,i-1}.
+
+    inverse_done is 1 once the gain and all other columns can be read, 2 at the end.
+    """
     local = tl.arange(0, BM)
     rows = row * BM + local
     end = tl.minimum((row + 1) * BM, NP)
@@ -255,7 +261,7 @@ def inverse_task(
         weight = tl.where(seen, own / tl.where(seen, total, 1.0), 0.0)
         tl.store(colgain + local, tl.full((BM,), 1.0, tl.float32))
     tl.store(gain + local, weight)
-    tl.debug_barrier()
+    signal(inverse_done)
     cells = p + (local.to(tl.int64) * NP)[:, None] + local[None, :]
     # In the product X N the gains go into X; 2^SHIFT keeps them in float16's range.
     X = tl.where(local[:, None] == local[None, :], 1.0, 0.0)
@@ -322,6 +328,7 @@ def mix_task(
     acc = read_solved(
         acc, p_rows, v, solved, known, 0, before, last, d, D, BM, BD, BK, PRECISION
     )  # fmt: skip
+    wait(inverse_done, 2)
     z = right.to(tl.float32) + tl.load(gain + local)[:, None] * acc
     if row * BM < NP:
         X = tl.load(p_rows + row * BM + local[None, :])
@@ -340,6 +347,30 @@ def mix_task(
     signal(solved)
 
 
+@triton.jit
+def chunks_before(row, blocks, PER: tl.constexpr):
+    """Chunks of scores of all row tiles before this one.
+
+    A row tile has scores for itself and the tiles before it, at most blocks, PER of them a chunk.
+    """
+    triangle = tl.minimum(row, blocks)
+    full = triangle // PER
+    inside = PER * (full * (full + 1) // 2) + triangle % PER * (full + 1)
+    return inside + (row - triangle) * tl.cdiv(blocks, PER)
+
+
+@triton.jit
+def tickets_before(
+    step, rows, first_tile, blocks, inverse_lag, mix_lag, PER: tl.constexpr, PARTS: tl.constexpr
+):
+    """Tickets of one sequence in the steps before this one."""
+    scored = first_tile + tl.minimum(step, rows)
+    inverted = tl.minimum(tl.maximum(step - inverse_lag, 0), rows)
+    mixed = tl.minimum(tl.maximum(step - mix_lag, 0), rows)
+    scores = chunks_before(scored, blocks, PER) - chunks_before(first_tile, blocks, PER)
+    return scores + inverted + PARTS * mixed
+
+
 @triton.jit(do_not_specialize=["B", "T", "P", "ring", "inverse_lag", "mix_lag", "width"])
 def solve_kernel(
     f, q, k, gamma, mask, lse, v, out, p, work, flags, sfb, sft, sqb, sqt, skb, skt,
@@ -349,7 +380,7 @@ def solve_kernel(
     HEADROOM: tl.constexpr, SHIFT: tl.constexpr, REVERSE: tl.constexpr, MASKED: tl.constexpr,
     EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Draw a ticket: step by step the chunks of scores, one inverse and the mixes, per batch.
+    """Draw a ticket: step by step the chunks of scores, an inverse and the mixes, of each sequence.
 
     gamma, lse (B, T), mask (B, P+T), out (B, P+T, D) and v are contiguous. Forward v is out, whose
     first P rows are given; backward in time v (B, T, D) takes w, last position first. A slot of the
@@ -362,45 +393,54 @@ def solve_kernel(
     tiles = tl.cdiv(P + T, BM)
     NP = tl.cdiv(columns, BM) * BM
     NW = tl.cdiv(NP, BN)
-    chunks = tl.cdiv(NW, CHUNK)
+    PER: tl.constexpr = BN * CHUNK // BM
+    rows = tiles - first_tile
+    blocks = NP // BM
     ticket = tl.atomic_add(flags, 1)
     b = ticket % B
-    task = (ticket // B) % (chunks + 1 + PARTS)
-    step = ticket // (B * (chunks + 1 + PARTS))
-    lag = tl.where(task > chunks, mix_lag, tl.minimum(task, 1))
-    lag = tl.where(task == chunks, inverse_lag, lag)
-    row = first_tile + step - lag
-    if (step >= lag) & (row < tiles):
-        wide = b.to(tl.int64)
-        slot = wide * ring + row % ring
-        p += slot * (BM * NP)
-        work += slot * (2 * NW * BM + 3 * BM)
-        ref_ring = work + 2 * NW * BM
-        gain = ref_ring + BM
-        lse += wide * T
-        count = B * tiles
-        ref_done = flags + 1 + b * tiles + row
-        scores_done = ref_done + count
-        inverse_done = scores_done + count
-        solved = flags + 1 + 3 * count + b * PARTS
-        if task < chunks:
-            if task * CHUNK * BN < tl.minimum((row + 1) * BM, NP):
-                for part in range(PARTS):
-                    wait(solved + part, row - first_tile - ring + 1)
-                scores_task(
-                    q + wide * sqb, k + wide * skb, lse, mask + wide * (P + T), p, work, ref_ring,
-                    ref_done, scores_done, sqt, skt, row, task, T, P, NP, NW, width,
-                    K, BM, BN, BK, CHUNK, SCALE, HEADROOM, SHIFT, REVERSE, MASKED, PRECISION,
-                )  # fmt: skip
-        elif task == chunks:
-            inverse_task(
-                p, work, lse, gamma + wide * T, gain, scores_done, inverse_done, row, T, P, NP, NW,
-                BM, BN, CHUNK, DOUBLINGS, SHIFT, REVERSE, EXACT, PRECISION,
-            )  # fmt: skip
-        else:
-            part = task - chunks - 1
-            mix_task(
-                f + wide * sfb, v + wide * columns * D, out + wide * (P + T) * D, p, gain,
-                inverse_done, solved + part, sft, row, part, T, P, NP,
-                D, BM, BD, BK, REVERSE, PRECISION,
-            )  # fmt: skip
+    task = ticket // B
+    # The last step with no more tickets before it.
+    step = 0
+    beyond = rows + mix_lag
+    while beyond - step > 1:
+        middle = (step + beyond) // 2
+        before = tickets_before(middle, rows, first_tile, blocks, inverse_lag, mix_lag, PER, PARTS)
+        step = tl.where(before <= task, middle, step)
+        beyond = tl.where(before <= task, beyond, middle)
+    task -= tickets_before(step, rows, first_tile, blocks, inverse_lag, mix_lag, PER, PARTS)
+    chunks = tl.where(step < rows, tl.cdiv(tl.minimum(first_tile + step + 1, blocks), PER), 0)
+    inverses = tl.where((step >= inverse_lag) & (step - inverse_lag < rows), 1, 0)
+    lag = tl.where(task < chunks + inverses, inverse_lag, mix_lag)
+    row = first_tile + step - tl.where(task < chunks, 0, lag)
+    wide = b.to(tl.int64)
+    slot = wide * ring + row % ring
+    p += slot * (BM * NP)
+    work += slot * (2 * NW * BM + 3 * BM)
+    ref_ring = work + 2 * NW * BM
+    gain = ref_ring + BM
+    lse += wide * T
+    count = B * tiles
+    ref_done = flags + 1 + b * tiles + row
+    scores_done = ref_done + count
+    inverse_done = scores_done + count
+    solved = flags + 1 + 3 * count + b * PARTS
+    if task < chunks:
+        for part in range(PARTS):
+            wait(solved + part, row - first_tile - ring + 1)
+        scores_task(
+            q + wide * sqb, k + wide * skb, lse, mask + wide * (P + T), p, work, ref_ring,
+            ref_done, scores_done, sqt, skt, row, task, T, P, NP, NW, width,
+            K, BM, BN, BK, CHUNK, SCALE, HEADROOM, SHIFT, REVERSE, MASKED, PRECISION,
+        )  # fmt: skip
+    elif task < chunks + inverses:
+        inverse_task(
+            p, work, lse, gamma + wide * T, gain, scores_done, inverse_done, row, T, P, NP, NW,
+            BM, BN, CHUNK, DOUBLINGS, SHIFT, REVERSE, EXACT, PRECISION,
+        )  # fmt: skip
+    else:
+        part = task - chunks - inverses
+        mix_task(
+            f + wide * sfb, v + wide * columns * D, out + wide * (P + T) * D, p, gain,
+            inverse_done, solved + part, sft, row, part, T, P, NP,
+            D, BM, BD, BK, REVERSE, PRECISION,
+        )  # fmt: skip
