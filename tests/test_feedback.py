@@ -120,6 +120,34 @@ def test_logits_up_to_eighty(framework, backend):
     check(framework, backend, "float32", 1e-3, arrays, key_mask, ds)
 
 
+def by_matrices(arrays, ds):
+    """s and the gradients of f, q, k, gamma in float32 from T x T matrices and autograd."""
+    f, q, k, gamma = (torch.tensor(x, dtype=torch.float32, requires_grad=True) for x in arrays)
+    hidden = torch.ones(f.shape[1], f.shape[1], dtype=torch.bool).triu()
+    scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(hidden, -1e30)
+    N = gamma[..., None] * torch.softmax(scores, -1).masked_fill(hidden, 0)
+    s = torch.linalg.solve_triangular(torch.eye(f.shape[1]) - N, f, upper=False)
+    return s, *torch.autograd.grad(s, (f, q, k, gamma), torch.tensor(ds, dtype=torch.float32))
+
+
+@frameworks
+@pytest.mark.parametrize("logits", [2.0, 20.0, 80.0])
+@pytest.mark.parametrize("T", [200, 400])
+def test_errors_are_those_of_the_matrix_way(framework, T, logits):
+    """Root mean squares: neither the sums nor a stored log-sum-exp may cost digits."""
+    arrays, _, ds = draw(T, B=4, T=T, D=32, K=32)
+    arrays["q"] *= logits / np.abs(arrays["q"] @ arrays["k"].swapaxes(1, 2) / 32**0.5).max()
+    arrays = {name: x.astype(np.float32).astype(float) for name, x in arrays.items()}
+    ds = ds.astype(np.float32).astype(float)
+    s_ref, grads_ref = wanted(arrays, None, ds)
+    s, grads = results(framework, "blocked", "float32", arrays, None, ds)
+    theirs = by_matrices(arrays.values(), ds)
+    ours, exact = [s, *grads.values()], [s_ref, *grads_ref.values()]
+    for name, x, y, z in zip(("s", *grads), ours, theirs, exact, strict=True):
+        allowed = 2 * np.linalg.norm(y.detach().numpy() - z)
+        assert np.linalg.norm(x - z) <= allowed, name
+
+
 @frameworks
 @backends
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

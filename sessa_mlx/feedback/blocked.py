@@ -46,8 +46,8 @@ def solve_forward(
         N = N * (gamma[:, rows, None] / mx.where(total > 0, total, 1))
         rhs = f[:, rows].astype(work)
         if old:
-            rhs = mx.addmm(rhs, N[:, :, :old], states[:, :old])
-        states[:, old:new] = unit_lower_inverse(N[:, :, old:]) @ rhs
+            rhs = rhs + N[:, :, :old] @ states[:, :old]
+        states[:, old:new] = _solve_block(N[:, :, old:], rhs)
     return states[:, P:].astype(f.dtype), mx.concatenate(lse, 1)
 
 
@@ -82,17 +82,20 @@ def solve_backward(
         queries = mx.depends(qw[:, rows], [u, dq, dk, dgamma])
         scores = _scores(queries, kw[:, :new], key_mask)
         alpha = mx.exp(scores - lse[:, rows, None].astype(work))
+        # 1 but for the rounding of lse, which far exceeds that of alpha where lse is large.
+        total = alpha.sum(-1, keepdims=True)
+        alpha = alpha / mx.where(total > 0, total, 1)
         N = alpha * gw[:, rows, None]
-        ui = unit_lower_inverse(N[:, :, old:]).swapaxes(1, 2) @ u[:, old:new]
+        ui = _solve_block(N[:, :, old:], u[:, old:new], transposed=True)
         u[:, old:new] = ui
         if old:
-            u[:, :old] = mx.addmm(u[:, :old], N[:, :, :old].swapaxes(1, 2), ui)
+            u[:, :old] += N[:, :, :old].swapaxes(1, 2) @ ui
         dP = ui @ states[:, :new].swapaxes(1, 2)
         r = (alpha * dP).sum(-1)
         dgamma[:, rows] = r
         dS = (dP - r[..., None]) * N
         dq[:, rows] = (dS @ kw[:, :new]) * scale
-        dk[:, :new] = mx.addmm(dk[:, :new], dS.swapaxes(1, 2), qw[:, rows])
+        dk[:, :new] += dS.swapaxes(1, 2) @ qw[:, rows]
     dpast_s = None if past_s is None else u[:, :P].astype(past_s.dtype)
     df = u[:, P:].astype(s.dtype)
     return df, dq.astype(q.dtype), dk.astype(k.dtype), dgamma.astype(gamma.dtype), dpast_s
@@ -105,6 +108,13 @@ def _scores(q: mx.array, k: mx.array, key_mask: mx.array | None) -> mx.array:
     if key_mask is not None:
         visible = visible & key_mask[:, None, :m]
     return mx.where(visible, q @ k.swapaxes(1, 2), -mx.inf)
+
+
+def _solve_block(N: mx.array, rhs: mx.array, *, transposed: bool = False) -> mx.array:
+    """(I - N)^-1 rhs, or (I - N)^-T rhs, for strictly lower triangular N (B, n, n)."""
+    # Without the diagonal of ones, and not by addmm: the small is summed before it joins the large.
+    X = unit_lower_inverse(N) - mx.eye(N.shape[-1], dtype=N.dtype)
+    return rhs + (X.swapaxes(1, 2) if transposed else X) @ rhs
 
 
 def unit_lower_inverse(N: mx.array) -> mx.array:

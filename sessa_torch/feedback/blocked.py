@@ -82,18 +82,21 @@ def solve_backward(
     for start in reversed(range(0, T, block)):
         rows = slice(start, min(start + block, T))
         old, new = P + rows.start, P + rows.stop
-        alpha = _scores(qw[:, rows], kw[:, :new], key_mask, tile)  # (B, n, P+stop)
-        alpha.sub_(lse[:, rows, None].to(work)).exp_()
-        gain = gw[:, rows, None]
-        ui = _solve_block(alpha[:, :, old:] * gain, u[:, old:new], transposed=True)
+        weights = _scores(qw[:, rows], kw[:, :new], key_mask, tile)  # (B, n, P+stop)
+        weights.sub_(lse[:, rows, None].to(work)).exp_()
+        # 1 but for the rounding of lse, which far exceeds that of the weights where lse is large.
+        total = weights.sum(-1, keepdim=True)
+        total.masked_fill_(total == 0, 1)
+        gain = gw[:, rows, None] / total
+        ui = _solve_block(weights[:, :, old:] * gain, u[:, old:new], transposed=True)
         u[:, old:new] = ui
         if old:
-            u[:, :old].baddbmm_(alpha[:, :, :old].mT, ui * gain)
-        dS = other[: alpha.numel()].view_as(alpha)
-        torch.bmm(ui, states[:, :new].mT, out=dS).mul_(alpha)
-        r = dS.sum(-1, keepdim=True)
+            u[:, :old].baddbmm_(weights[:, :, :old].mT, ui * gain)
+        dS = other[: weights.numel()].view_as(weights)
+        torch.bmm(ui, states[:, :new].mT, out=dS).mul_(weights)
+        r = dS.sum(-1, keepdim=True) / total
         dgamma[:, rows] = r.squeeze(-1)
-        dS.addcmul_(alpha, r, value=-1)
+        dS.addcmul_(weights, r, value=-1)
         gain = gain * scale
         torch.mul(dS @ kw[:, :new], gain, out=dq[:, rows])
         dk[:, :new].baddbmm_(dS.mT, qw[:, rows] * gain)
@@ -125,13 +128,13 @@ def _scores(q: Tensor, k: Tensor, key_mask: Tensor | None, tile: Tensor) -> Tens
 def _solve_block(N: Tensor, rhs: Tensor, *, transposed: bool = False) -> Tensor:
     """(I - N)^-1 rhs, or (I - N)^-T rhs, for strictly lower triangular N (B, n, n)."""
     if rhs.device.type != "cpu":
-        X = unit_lower_inverse(N)
-        return (X.mT if transposed else X) @ rhs
-    # One call instead of twenty; from the right, BLAS takes the rows as they lie in memory.
-    A = -N if transposed else -N.mT
-    return torch.linalg.solve_triangular(
-        A, rhs.mT, upper=not transposed, left=False, unitriangular=True
-    ).mT
+        # Without the diagonal of ones: the small is summed before it is added to the large.
+        X = unit_lower_inverse(N).sub_(torch.eye(N.shape[-1], dtype=N.dtype, device=N.device))
+        return torch.baddbmm(rhs, X.mT if transposed else X, rhs)
+    # One call instead of twenty. From the right BLAS would take the rows as they lie in memory, but
+    # round each element once for every few columns, so that s - f loses four times the digits.
+    A = -N.mT if transposed else -N
+    return torch.linalg.solve_triangular(A, rhs, upper=transposed, unitriangular=True)
 
 
 def unit_lower_inverse(N: Tensor) -> Tensor:
