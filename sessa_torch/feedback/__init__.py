@@ -128,7 +128,7 @@ _backward = torch.library.custom_op("sessa::feedback_solve_backward", _gradients
 
 @_forward.register_fake
 def _(f, q, k, gamma, past_s, key_mask, backend):
-    lse = f.new_empty(f.shape[:2], dtype=torch.promote_types(f.dtype, torch.float32))
+    lse = f.new_empty(f.shape[:2], dtype=blocked.sum_type(f.device))
     return torch.empty_like(f, memory_format=torch.contiguous_format), lse
 
 

@@ -32,7 +32,7 @@ def solve_forward(
     states = torch.empty(B, P + T, D, dtype=work, device=f.device)
     if past_s is not None:
         states[:, :P] = past_s
-    lse = torch.empty(B, T, dtype=work, device=f.device)
+    lse = torch.empty(B, T, dtype=sum_type(f.device), device=f.device)
     block = _block_rows(P + T)
     tile = states.new_empty(B * min(block, T) * (P + T))
     for start in range(0, T, block):
@@ -104,6 +104,11 @@ def solve_backward(
     if past_s is not None:
         dpast_s = u[:, :P].to(past_s.dtype, copy=True).contiguous()
     return df, dq.to(q.dtype), dk.to(k.dtype), dgamma.to(gamma.dtype), dpast_s
+
+
+def sum_type(device: torch.device) -> torch.dtype:
+    """The type of a log-sum-exp on this device: float64 where there is one."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _block_rows(keys: int) -> int:

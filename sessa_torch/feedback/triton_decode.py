@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sessa_torch.feedback.triton_solve import LOG2_E, NOTHING
+from sessa_torch.feedback.triton_solve import NOTHING, log_sum
 
 # Rows of a tile; decoding takes at most this many new rows.
 ROWS = tl.constexpr(16)
@@ -120,5 +120,4 @@ def combine_kernel(
     rhs = tl.dot(X, rhs, rhs, input_precision="ieee")
     tl.store(s + (b * T + rows[:, None]) * D + d[None, :], rhs.to(s.dtype.element_ty), mask=ok)
     if tl.program_id(0) == 0:
-        value = (top + tl.log2(tl.where(visible, total, 1.0))) / LOG2_E
-        tl.store(lse + b * T + rows, tl.where(visible, value, float("inf")), mask=rows < T)
+        tl.store(lse + b * T + rows, log_sum(top, total), mask=rows < T)

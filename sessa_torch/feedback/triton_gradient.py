@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sessa_torch.feedback.triton_solve import LOG2_E, product, score_tile
+from sessa_torch.feedback.triton_solve import product, relative, score_tile
 
 # Sizes for which no kernel of its own is compiled.
 COUNTS = ["first", "chunk", "T", "past", "width"]
@@ -33,8 +33,8 @@ def probabilities_kernel(
         q_rows = q + b * sqb + (tl.minimum(rows, T - 1).to(tl.int64) * sqt)[:, None]
         k_cols = k + b * skb + (tl.minimum(cols, past + T - 1).to(tl.int64) * skt)[None, :]
         s = score_tile(q_rows, k_cols, width, K, BM, BN, BK, PRECISION)
-        top = tl.load(lse + b * T + rows, mask=rows_ok, other=float("inf")) * LOG2_E - shift
-        e = tl.exp2(s * scale2 - top[:, None])
+        sums = tl.load(lse + b * T + rows, mask=rows_ok, other=float("inf"))
+        e = tl.exp2(relative(s * scale2, sums[:, None]) + shift)
         seen = (cols[None, :] < past + rows[:, None]) & cols_ok[None, :]
         if MASKED:
             shown = tl.load(mask + b * (past + T) + cols, mask=cols_ok, other=0) != 0

@@ -142,7 +142,7 @@ def solve_forward(
 ) -> tuple[Tensor, Tensor]:
     """Solve (I - N) s = f; give s (B, T, D) like f and the log-sum-exp (B, T) of every score row.
 
-    The log-sum-exp is float32, and +inf for a row that sees nothing.
+    The log-sum-exp is float64, and +inf for a row that sees nothing.
     """
     B, T, D = f.shape
     P = k.shape[1] - T
@@ -152,7 +152,7 @@ def solve_forward(
     states = torch.empty(B, P + T, D, dtype=dtype, device=f.device)
     if past_s is not None:
         states[:, :P] = past_s
-    lse = torch.empty(B, T, dtype=torch.float32, device=f.device)
+    lse = torch.empty(B, T, dtype=torch.float64, device=f.device)
     f, q, k = (rows_contiguous(x.to(dtype)) for x in (f, q, k))
     _solve(f, q, k, gamma.contiguous(), mask_bytes(key_mask), lse, states, states, reverse=False)
     return states[:, P:].to(f.dtype).contiguous(), lse
@@ -176,7 +176,7 @@ def _decode(
     sums = torch.empty(B, splits, 2, ROWS.value, dtype=torch.float32, device=f.device)
     parts = torch.empty(B, splits, T, D, dtype=torch.float32, device=f.device)
     s = torch.empty(B, T, D, dtype=f.dtype, device=f.device)
-    lse = torch.empty(B, T, dtype=torch.float32, device=f.device)
+    lse = torch.empty(B, T, dtype=torch.float64, device=f.device)
     # One wide piece of K would be buffered whole for every stage, beyond the shared memory.
     inner = min(64, 1 << max(K - 1, 15).bit_length())
     common = {"K": K, "D": D, "BK": inner, "SCALE": K**-0.5 * math.log2(math.e)}
@@ -223,7 +223,7 @@ def _solve(
     tasks = chunks + (tiles - first) * (1 + parts)
     ring = min(tiles, lag + 2 + programs(q.device) // (B * parts))
     p = q.new_empty(B * ring * t.rows * padded)
-    work = lse.new_empty(B * ring * t.rows * (2 * windows + 3))
+    work = q.new_empty(B * ring * t.rows * (2 * windows + 3), dtype=torch.float32)
     flags = torch.zeros(1 + 3 * B * tiles + B * parts, dtype=torch.int32, device=q.device)
     half = q.dtype == torch.float16
     launch(

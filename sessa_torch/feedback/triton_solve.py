@@ -44,6 +44,24 @@ def signal(flag):
 
 
 @triton.jit
+def log_sum(top, total):
+    """log(2^top total) in float64, +inf where the total is 0."""
+    value = top.to(tl.float64) + tl.log2(tl.where(total > 0, total, 1.0).to(tl.float64))
+    return tl.where(total > 0, value / LOG2_E, float("inf"))
+
+
+@triton.jit
+def relative(s, lse):
+    """s - lse for s in float32 and in units of log 2, lse in float64.
+
+    In float32 an lse of 80 is off by 4e-6, and so would be all the weights of its row.
+    """
+    exact = lse * LOG2_E
+    near = exact.to(tl.float32)
+    return s - near - tl.where(exact == float("inf"), 0.0, exact - near).to(tl.float32)
+
+
+@triton.jit
 def score_tile(
     q, k, width, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -109,7 +127,7 @@ def scores_task(
         near_rows = tl.minimum(tl.maximum(rows - P, 0), T - 1)
     end = tl.minimum((row + 1) * BM, NP)
     windows = tl.cdiv(end, BN)
-    q_rows = q + (near_rows.to(tl.int64) * sqt)[:, None]
+    q_at = q + near_rows.to(tl.int64) * sqt
     ref = tl.full((BM,), NOTHING, tl.float32)
     if REVERSE:
         rows_ok = rows < P + T
@@ -123,10 +141,15 @@ def scores_task(
         near_cols = tl.minimum(tl.maximum(cols, 0), columns - 1)
         if REVERSE:
             near_cols = T - 1 - near_cols
-        k_cols = k + (near_cols.to(tl.int64) * skt)[None, :]
-        s = score_tile(q_rows, k_cols, width, K, BM, BN, BK, PRECISION) * SCALE
+        k_at = k + near_cols.to(tl.int64) * skt
+        if REVERSE and PRECISION == "tf32x3":
+            # Operands change places, so that float32 scores are those of the forward pass.
+            s = score_tile(k_at[:, None], q_at[None, :], width, K, BN, BM, BK, PRECISION)
+            s = tl.trans(s) * SCALE
+        else:
+            s = score_tile(q_at[:, None], k_at[None, :], width, K, BM, BN, BK, PRECISION) * SCALE
         if REVERSE:
-            s -= (tl.load(lse + near_cols) * LOG2_E)[None, :]
+            s = relative(s, tl.load(lse + near_cols)[None, :])
         elif MASKED:
             s = tl.where((tl.load(mask + near_cols) != 0)[None, :], s, float("-inf"))
         if (first < 0) | (first + BN > tl.minimum(row * BM, columns)):
@@ -255,8 +278,7 @@ def inverse_task(
         top, total = softmax_sums(stats, p, windows, end, NP, NW, BM, BN)
         rows_ok = (rows >= P) & (rows < P + T)
         seen = total > 0
-        value = (top + tl.log2(tl.where(seen, total, 1.0))) / LOG2_E
-        tl.store(lse + rows - P, tl.where(seen, value, float("inf")), mask=rows_ok)
+        tl.store(lse + rows - P, log_sum(top, total), mask=rows_ok)
         own = tl.load(gamma + rows - P, mask=rows_ok, other=0.0).to(tl.float32)
         weight = tl.where(seen, own / tl.where(seen, total, 1.0), 0.0)
         tl.store(colgain + local, tl.full((BM,), 1.0, tl.float32))
