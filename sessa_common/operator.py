@@ -11,6 +11,18 @@ BACKENDS = ("auto", "naive", "blocked", "kernel")
 log = logging.getLogger("sessa")
 
 
+def check_arrays(
+    kind: type, f: Any, q: Any, k: Any, gamma: Any, past_s: Any, key_mask: Any
+) -> None:
+    """Raise TypeError, naming the argument, unless all are arrays of this kind or absent."""
+    for name, array in (("f", f), ("q", q), ("k", k), ("gamma", gamma)):
+        if not isinstance(array, kind):
+            raise TypeError(f"{name} is a {type(array).__name__}, expected a {kind.__name__}")
+    for name, array in (("past_s", past_s), ("key_mask", key_mask)):
+        if array is not None and not isinstance(array, kind):
+            raise TypeError(f"{name} is a {type(array).__name__}, expected a {kind.__name__}")
+
+
 def check_shapes(f: Any, q: Any, k: Any, gamma: Any, past_s: Any, key_mask: Any) -> None:
     """Raise ValueError, naming the argument, unless the shapes fit one feedback solve.
 

@@ -233,11 +233,49 @@ def test_gradcheck_in_float64():
 
 @pytest.mark.parametrize("T", [1, 33])
 @pytest.mark.parametrize("P", [0, 4])
-def test_custom_op_passes_opcheck(T, P):
-    arrays, key_mask, _ = draw(9, T=T, P=P, masked=True)
+@pytest.mark.parametrize("B", [1, 2])
+def test_custom_op_passes_opcheck(T, P, B):
+    arrays, key_mask, _ = draw(9, B=B, T=T, P=P, masked=True)
     f, q, k, gamma, *past = (torch.tensor(x, requires_grad=True) for x in arrays.values())
-    arguments = (f, q, k, gamma, past[0] if past else None, torch.tensor(key_mask), "auto")
-    torch.library.opcheck(torch.ops.sessa.feedback_solve.default, arguments)
+    past, mask = past[0] if past else None, torch.tensor(key_mask)
+    solve, backward = torch.ops.sessa.feedback_solve, torch.ops.sessa.feedback_solve_backward
+    torch.library.opcheck(solve.default, (f, q, k, gamma, past, mask, "auto"))
+    with torch.no_grad():
+        # As a model that keeps time first gives them.
+        q, k, gamma = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in (q, k, gamma))
+        s, lse = solve(f, q, k, gamma, past, mask, "auto")
+        torch.library.opcheck(backward.default, (f, q, k, gamma, s, lse, past, mask, "auto"))
+
+
+def test_activation_checkpointing_computes_the_same_gradients():
+    arrays, _, _ = draw(10, T=20, P=3)
+    inputs = [torch.tensor(x, requires_grad=True) for x in arrays.values()]
+
+    def solve(*x):
+        return Torch.solve(*x[:4], past_s=x[4]).sin().sum()
+
+    plain = torch.autograd.grad(solve(*inputs), inputs)
+    again = torch.utils.checkpoint.checkpoint(solve, *inputs, use_reentrant=False)
+    for x, y in zip(torch.autograd.grad(again, inputs), plain, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=0)
+
+
+def test_a_second_derivative_is_refused_not_left_out():
+    arrays, _, _ = draw(10, T=20)
+    inputs = [torch.tensor(x, requires_grad=True) for x in arrays.values()]
+    s = Torch.solve(*inputs)
+    (dq,) = torch.autograd.grad(s.square().sum(), inputs[1], create_graph=True)
+    with pytest.raises(RuntimeError, match="feedback_solve_backward"):
+        torch.autograd.grad(s.sum() + dq.square().sum(), inputs)
+
+
+@backends
+def test_autocast_changes_nothing(backend):
+    arrays, _, _ = draw(10, T=20)
+    inputs = [torch.tensor(x, dtype=torch.float32) for x in arrays.values()]
+    with torch.autocast("cpu", torch.bfloat16):
+        s = Torch.solve(*inputs, backend=backend)
+    torch.testing.assert_close(s, Torch.solve(*inputs, backend=backend), rtol=0, atol=0)
 
 
 def test_torch_compile_has_no_graph_break():
@@ -334,6 +372,10 @@ def test_wrong_types_are_refused_by_name(framework):
         framework.solve(**{**good, "k": framework.array(arrays["k"], "float16")})
     with pytest.raises(TypeError, match="key_mask"):
         framework.solve(**good, key_mask=framework.array(np.ones((2, 63), np.float32)))
+    with pytest.raises(TypeError, match="gamma is a NoneType"):
+        framework.solve(**{**good, "gamma": None})
+    with pytest.raises(TypeError, match="past_s is a ndarray"):
+        framework.solve(**good, past_s=arrays["f"])
     with pytest.raises(ValueError, match="backend is 'fast'"):
         framework.solve(**good, backend="fast")
     with pytest.raises(ValueError, match="'kernel' cannot run here: "):

@@ -6,6 +6,7 @@ case (this file run as a script) and the tests read its results. Nothing here ne
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -118,6 +119,21 @@ def test_a_launch_finds_what_triton_would_compile_the_same(monkeypatch):
     # An unaligned pointer is left to Triton every time.
     for _ in range(2):
         assert ways((x, fake_tensor(516)))[0] == ("triton", (7,))
+    # On another device, aligned or not, only after that has become the current one.
+    current, entered = [1], []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+
+    @contextlib.contextmanager
+    def enter(device):
+        entered.append(device.index)
+        current[0] = device.index
+        yield
+
+    monkeypatch.setattr(torch.cuda, "device", enter)
+    for other in (y, fake_tensor(516)):
+        current[0] = 1
+        ways((x, other))
+    assert entered == [0, 0]
 
 
 def draw(

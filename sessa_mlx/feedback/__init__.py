@@ -8,7 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from sessa_common.operator import check_backend, check_shapes, choose_backend
+from sessa_common.operator import check_arrays, check_backend, check_shapes, choose_backend
 from sessa_mlx.feedback import blocked, metal
 from sessa_mlx.feedback.naive import feedback_solve_naive
 
@@ -35,6 +35,7 @@ def feedback_solve(
     ValueError with the reason when the kernel is asked for where it cannot run.
     """
     check_backend(backend)
+    check_arrays(mx.array, f, q, k, gamma, past_s, key_mask)
     check_shapes(f, q, k, gamma, past_s, key_mask)
     _check_types(f, q, k, gamma, past_s, key_mask)
     if backend == "naive":

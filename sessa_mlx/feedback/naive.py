@@ -18,15 +18,15 @@ def feedback_solve_naive(
     work = mx.float64 if f.dtype == mx.float64 else mx.float32
     states = [] if past_s is None else [past_s.astype(work)]
     visible = mx.ones(k.shape[:2], dtype=mx.bool_) if key_mask is None else key_mask
+    q, k, gamma = q.astype(work), k.astype(work), gamma.astype(work)
     for t in range(T):
         row = f[:, t].astype(work)
         if P + t:
-            keys, query = k[:, : P + t].astype(work), q[:, t, :, None].astype(work)
-            scores = (keys @ query)[..., 0] * q.shape[-1] ** -0.5
+            scores = (k[:, : P + t] @ q[:, t, :, None])[..., 0] * q.shape[-1] ** -0.5
             seen = visible[:, : P + t]
             # A finite floor keeps a row with nothing visible free of NaN, forward and backward.
             alpha = mx.softmax(mx.where(seen, scores, -1e30), axis=-1) * seen
             mix = (alpha[:, None] @ mx.concatenate(states, 1))[:, 0]
-            row = row + gamma[:, t, None].astype(work) * mix
+            row = row + gamma[:, t, None] * mix
         states.append(row[:, None])
     return mx.concatenate(states, 1)[:, P:].astype(f.dtype)

@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from sessa_common.operator import check_backend, check_shapes, choose_backend
+from sessa_common.operator import check_arrays, check_backend, check_shapes, choose_backend
 from sessa_torch.feedback import blocked
 from sessa_torch.feedback.naive import feedback_solve_naive
 
@@ -37,6 +36,7 @@ def feedback_solve(
     fit, and ValueError with the reason when the kernel is asked for where it cannot run.
     """
     check_backend(backend)
+    check_arrays(Tensor, f, q, k, gamma, past_s, key_mask)
     check_shapes(f, q, k, gamma, past_s, key_mask)
     _check_types(f, q, k, gamma, past_s, key_mask)
     if torch.onnx.is_in_onnx_export():
@@ -47,7 +47,8 @@ def feedback_solve(
             "sessa::FeedbackSolve", inputs, dtype=f.dtype, shape=f.shape, version=1
         )
     if backend == "naive":
-        return feedback_solve_naive(f, q, k, gamma, past_s, key_mask)
+        with torch.autocast(f.device.type, enabled=False):
+            return feedback_solve_naive(f, q, k, gamma, past_s, key_mask)
     # The custom op is what the compiler sees; its dispatch costs more time than a short solve.
     solve = _forward if torch.compiler.is_compiling() else _Eager.apply
     return solve(f, q, k, gamma, past_s, key_mask, backend)[0]
@@ -141,12 +142,13 @@ def _(ds, q, k, gamma, s, lse, past_s, key_mask, backend):
 
 def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     _, q, k, gamma, past_s, key_mask, ctx.backend = inputs
+    ctx.has_past = past_s is not None
     ctx.save_for_backward(q, k, gamma, *output, past_s, key_mask)
 
 
 def _by_input(ctx: Any, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
     df, dq, dk, dgamma, dpast_s = grads
-    return df, dq, dk, dgamma, None if ctx.saved_tensors[5] is None else dpast_s, None, None
+    return df, dq, dk, dgamma, dpast_s if ctx.has_past else None, None, None
 
 
 def _differentiate(ctx: Any, ds: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -167,8 +169,7 @@ class _Eager(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, ds: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, gamma, s, lse, past_s, key_mask = ctx.saved_tensors
-        grads = _gradients(ds, q, k, gamma, s, lse, past_s, key_mask, ctx.backend)
-        return _by_input(ctx, grads)
+        # Of the custom op autograd knows that it has no second derivative, and says so.
+        gradients: Any = _backward if torch.is_grad_enabled() else _gradients
+        return _by_input(ctx, gradients(ds, *ctx.saved_tensors, ctx.backend))

@@ -48,7 +48,7 @@ def solve_forward(
         if old:
             rhs = torch.addcmul(rhs, weights[:, :, :old] @ states[:, :old], gain)
         states[:, old:new] = _solve_block(weights[:, :, old:] * gain, rhs)
-    return states[:, P:].to(f.dtype).contiguous(), lse
+    return from_row(states, P, f.dtype), lse
 
 
 def solve_backward(
@@ -76,7 +76,7 @@ def solve_backward(
     if past_s is not None:
         states = torch.cat([past_s.to(work), states], 1)
     u = torch.cat([ds.new_zeros(B, P, D, dtype=work), ds.to(work)], 1)
-    dq, dk, dgamma = torch.empty_like(qw), torch.zeros_like(kw), torch.empty_like(gw)
+    dq, dk, dgamma = (x.new_zeros(x.shape) for x in (qw, kw, gw))
     block = _block_rows(P + T)
     tile, other = (u.new_empty(B * min(block, T) * (P + T)) for _ in range(2))
     for start in reversed(range(0, T, block)):
@@ -100,10 +100,17 @@ def solve_backward(
         gain = gain * scale
         torch.mul(dS @ kw[:, :new], gain, out=dq[:, rows])
         dk[:, :new].baddbmm_(dS.mT, qw[:, rows] * gain)
-    df, dpast_s = u[:, P:].to(s.dtype).contiguous(), None
+    dpast_s = None
     if past_s is not None:
         dpast_s = u[:, :P].to(past_s.dtype, copy=True).contiguous()
-    return df, dq.to(q.dtype), dk.to(k.dtype), dgamma.to(gamma.dtype), dpast_s
+    return from_row(u, P, s.dtype), dq.to(q.dtype), dk.to(k.dtype), dgamma.to(gamma.dtype), dpast_s
+
+
+def from_row(x: Tensor, first: int, dtype: torch.dtype) -> Tensor:
+    """Rows `first` and later of x (B, T, D), contiguous, and none of the memory of the others."""
+    if first == 0:
+        return x.to(dtype)
+    return x[:, first:].to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def sum_type(device: torch.device) -> torch.dtype:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sessa_torch.feedback.blocked import from_row
+
 # As in the Metal text.
 BLOCK = 256
 THREADS = 128
@@ -66,7 +68,7 @@ def solve_forward(
         weights, coupling, lse[:, rows] = _weights(scores, gain, key_mask, storage)
         carried = weights[:, :, :old] @ states[:, :old] if old else None
         states[:, old:new] = _block(f[:, rows].to(storage), gain, carried, coupling)
-    return states[:, P:].to(f.dtype).contiguous(), lse
+    return from_row(states, P, f.dtype), lse
 
 
 def solve_backward(
@@ -92,7 +94,7 @@ def solve_backward(
     if past_s is not None:
         states = torch.cat([past_s.float(), states], 1)
     u = torch.cat([gw.new_zeros(B, P, D), ds.float()], 1)
-    dq, dk, dgamma = torch.empty_like(queries), torch.zeros_like(keys), torch.empty_like(gw)
+    dq, dk, dgamma = (x.new_zeros(x.shape) for x in (queries, keys, gw))
     for start in reversed(range(0, T, BLOCK)):
         rows = slice(start, min(start + BLOCK, T))
         old, new = P + rows.start, P + rows.stop
@@ -108,7 +110,7 @@ def solve_backward(
         dk[:, :new] += dscores.mT @ q[:, rows].to(storage)
     # A custom op's outputs may not share storage, as two slices of one batch element would.
     dpast_s = None if past_s is None else u[:, :P].to(past_s.dtype, copy=True).contiguous()
-    df, dk = u[:, P:].to(s.dtype).contiguous(), (dk * scale).to(k.dtype)
+    df, dk = from_row(u, P, s.dtype), (dk * scale).to(k.dtype)
     return df, dq.to(q.dtype), dk, dgamma.to(gamma.dtype), dpast_s
 
 

@@ -23,15 +23,16 @@ def feedback_solve_naive(
     visible = (
         torch.ones(k.shape[:2], dtype=torch.bool, device=k.device) if key_mask is None else key_mask
     )
+    q, k, gamma = q.to(work), k.to(work), gamma.to(work)
     for t in range(T):
         row = f[:, t].to(work)
         if P + t:
-            scores = torch.einsum("bk,bjk->bj", q[:, t].to(work), k[:, : P + t].to(work))
+            scores = torch.einsum("bk,bjk->bj", q[:, t], k[:, : P + t])
             scores = scores * q.shape[-1] ** -0.5
             seen = visible[:, : P + t]
             # A finite floor keeps a row with nothing visible free of NaN, forward and backward.
             alpha = torch.softmax(scores.masked_fill(~seen, -1e30), -1) * seen
             mix = torch.einsum("bj,bjd->bd", alpha, states)
-            row = row + gamma[:, t, None].to(work) * mix
+            row = row + gamma[:, t, None] * mix
         states = torch.cat([states, row[:, None]], 1)
     return states[:, P:].to(f.dtype)

@@ -15,6 +15,12 @@ from sessa_torch.feedback.triton_solve import product, relative, score_tile
 COUNTS = ["first", "chunk", "T", "past", "width"]
 
 
+@triton.jit
+def load_unit(unit, p):
+    """The factor of the score gradients in p: 1 but in float16, whose range is small."""
+    return tl.load(unit) if p.dtype.element_ty == tl.float16 else 1.0
+
+
 @triton.jit(do_not_specialize=COUNTS)
 def probabilities_kernel(
     q, k, lse, mask, p,
@@ -97,7 +103,7 @@ def score_gradients_kernel(
         if tl.program_id(0) == 0:
             tl.store(dgamma + b * T + rows, mean.to(dgamma.dtype.element_ty), mask=rows_ok)
         gain = tl.load(gamma + b * T + rows, mask=rows_ok, other=0.0)
-        gain = gain.to(tl.float32) * tl.load(unit) * tl.exp2(-shift)
+        gain = gain.to(tl.float32) * load_unit(unit, p) * tl.exp2(-shift)
         at = p + (b * chunk + local[:, None]) * NP + cols[None, :]
         alpha = tl.load(at).to(tl.float32)
         tl.store(at, (alpha * gain[:, None] * (dP - mean[:, None])).to(p.dtype.element_ty))
@@ -120,7 +126,7 @@ def products_kernel(
     d = (task % PARTS) * BD + tl.arange(0, BD)
     d_ok = (d < K)[None, :]
     acc = tl.zeros((BM, BD), tl.float32)
-    scale = scale / tl.load(unit)
+    scale = scale / load_unit(unit, p)
     if task < row_tasks:
         tile = (row_tasks - 1 - task) // PARTS
         local = tile * BM + tl.arange(0, BM)

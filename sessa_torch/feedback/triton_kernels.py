@@ -13,12 +13,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sessa_torch.feedback.blocked import from_row
 from sessa_torch.feedback.triton_launch import launch
 
 MIB = 2**20
+# What CUDA allows in the second and third dimension of a grid.
+MOST_SEQUENCES = 65535
 # New rows and columns of s up to which a few rows behind a past have kernels of their own.
 DECODE_ROWS, DECODE_WIDTH = 16, 2048
-# The workspace of the score gradients: this many elements, but at least so many tiles of rows.
+# The workspace of the score gradients: so many elements, but at least so many tiles of rows.
 CHUNK_ELEMENTS, CHUNK_TILES = 64 * MIB, 16
 # Row tiles by which the scores run ahead of the solve, for few sequences and for SEQUENCES or more.
 LAG, SHORT_LAG, SEQUENCES = 40, 5, 16
@@ -59,6 +62,8 @@ def unavailable(f: Tensor, q: Tensor) -> str | None:
         return "Triton is not installed (pip install triton)"
     if torch.promote_types(f.dtype, q.dtype) == torch.float64:
         return "the kernels take float32, bfloat16 and float16, not float64"
+    if f.shape[0] > MOST_SEQUENCES:
+        return f"a batch of more than {MOST_SEQUENCES:,}"
     if interpreted():
         return None
     if f.device.type != "cuda":
@@ -155,7 +160,7 @@ def solve_forward(
     lse = torch.empty(B, T, dtype=torch.float64, device=f.device)
     f, q, k = (rows_contiguous(x.to(dtype)) for x in (f, q, k))
     _solve(f, q, k, gamma.contiguous(), mask_bytes(key_mask), lse, states, states, reverse=False)
-    return states[:, P:].to(f.dtype).contiguous(), lse
+    return from_row(states, P, f.dtype), lse
 
 
 def _decode(
@@ -178,7 +183,9 @@ def _decode(
     s = torch.empty(B, T, D, dtype=f.dtype, device=f.device)
     lse = torch.empty(B, T, dtype=torch.float64, device=f.device)
     # One wide piece of K would be buffered whole for every stage, beyond the shared memory.
-    inner = min(64, 1 << max(K - 1, 15).bit_length())
+    # In float32 pieces as long as the backward pass takes, so that its scores are the same.
+    inner = gradient_tiles(q.dtype, q.device).inner
+    inner = min(inner, 1 << max(K - 1, 15).bit_length())
     common = {"K": K, "D": D, "BK": inner, "SCALE": K**-0.5 * math.log2(math.e)}
     common |= {"MASKED": mask is not None, "PRECISION": precision(q.dtype)}
     seen = q if seen is None else seen
@@ -275,8 +282,7 @@ def solve_backward(
     dq, dk, dgamma = _score_gradients(new, qw, kw, gain, states, lse, mask)
     # df and dpast_s must not share memory, which slices of one sequence would.
     dpast_s = None if past_s is None else past.to(past_s.dtype, copy=True).contiguous()
-    df = new.to(s.dtype).contiguous()
-    return df, dq.to(q.dtype), dk.to(k.dtype), dgamma, dpast_s
+    return from_row(u, columns - T, s.dtype), dq.to(q.dtype), dk.to(k.dtype), dgamma, dpast_s
 
 
 def _score_gradients(
@@ -293,7 +299,7 @@ def _score_gradients(
 
     (B, T, D), (columns, K) = u.shape, k.shape[1:]
     t = gradient_tiles(q.dtype, q.device)
-    rows = min(max(CHUNK_ELEMENTS // (B * columns), CHUNK_TILES * t.rows), T)
+    rows = min(max(CHUNK_ELEMENTS // (B * columns), -(-CHUNK_TILES // B) * t.rows), T)
     chunk = -(-rows // t.rows) * t.rows
     widest = max(t.rows, t.columns)
     padded = -(-columns // widest) * widest
@@ -344,14 +350,12 @@ def _score_gradients(
 
 
 def _unit(u: Tensor, states: Tensor) -> Tensor:
-    """The factor that keeps score gradients, of which float16 holds few magnitudes, below 2^14."""
+    """The factor that keeps score gradients, of which float16 holds few magnitudes, below 2^14.
+
+    In other types the kernels do not read it.
+    """
     if u.dtype != torch.float16:
-        return _one(u.device)
+        return u
     largest = [torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).amax() for x in (u, states)]
     bound = 2 * largest[0] * largest[1]
     return torch.where(bound > 0, 2.0**14 / bound, 1.0).reshape(1)
-
-
-@functools.cache
-def _one(device: torch.device) -> Tensor:
-    return torch.ones(1, dtype=torch.float32, device=device)

@@ -34,12 +34,12 @@ def launch(
     for tensor in tensors:
         pointers |= tensor.data_ptr()
     # Triton compiles anew for pointers that are not aligned to 16 bytes; they are rare.
-    if device.type != "cuda" or pointers % 16:
-        kernel[grid](*tensors, *numbers, **constants)
-        return
-    if device.index != torch.cuda.current_device():
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             launch(kernel, grid, tensors, numbers, **constants)
+        return
+    if device.type != "cuda" or pointers % 16:
+        kernel[grid](*tensors, *numbers, **constants)
         return
     special = tuple([numbers[i] for i in _special(kernel, len(tensors))])
     types = tuple([tensor.dtype for tensor in tensors])

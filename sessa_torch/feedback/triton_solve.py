@@ -133,7 +133,7 @@ def scores_task(
         rows_ok = rows < P + T
         if MASKED:
             rows_ok = rows_ok & (tl.load(mask + near_rows) != 0)
-        ref = tl.where(rows_ok, -SHIFT, float("inf"))
+        ref = tl.full((BM,), -SHIFT, tl.float32)
     for turn in range(chunk * CHUNK, tl.minimum((chunk + 1) * CHUNK, windows)):
         window = tl.where(turn < tl.minimum(windows, 2) - 1, 1, tl.where(turn == 1, 0, turn))
         first = end - (window + 1) * BN
@@ -150,6 +150,7 @@ def scores_task(
             s = score_tile(q_at[:, None], k_at[None, :], width, K, BM, BN, BK, PRECISION) * SCALE
         if REVERSE:
             s = relative(s, tl.load(lse + near_cols)[None, :])
+            s = tl.where(rows_ok[:, None], s, float("-inf"))
         elif MASKED:
             s = tl.where((tl.load(mask + near_cols) != 0)[None, :], s, float("-inf"))
         if (first < 0) | (first + BN > tl.minimum(row * BM, columns)):
