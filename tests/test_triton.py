@@ -67,6 +67,10 @@ def test_same_inputs_give_the_same_bits(results):
     assert results["same bits"] == 0
 
 
+def test_what_the_mask_hides_does_not_matter(results):
+    assert results["hidden keys"] == 0
+
+
 def test_unavailable_says_why():
     from sessa_torch.feedback.triton_kernels import unavailable
 
@@ -204,6 +208,20 @@ def compare(case, kernels, blocked):
     return errors | {name: relative(x, y) for name, x, y in pairs if y is not None}
 
 
+def hidden_keys(kernels, value):
+    """How many results change when the keys that the mask hides are all `value`.
+
+    Not dq, where the value is multiplied by a weight of zero.
+    """
+    f, q, k, gamma, past_s, mask = draw(T=70, P=37, masked=True)
+    found = []
+    for keys in (k, k.masked_fill(~mask[..., None], value)):
+        s, lse = kernels.solve_forward(f, q, keys, gamma, past_s, mask)
+        df, _, *grads = kernels.solve_backward(f, q, keys, gamma, s, lse, past_s, mask)
+        found.append((s, df, *grads))
+    return sum(not torch.equal(x, y) for x, y in zip(*found, strict=True))
+
+
 def main():
     from sessa_torch.feedback import blocked
     from sessa_torch.feedback import triton_kernels as kernels
@@ -216,6 +234,7 @@ def main():
     args = draw(T=40, P=3)
     first, second = (kernels.solve_forward(*args)[0] for _ in range(2))
     results["same bits"] = int(not torch.equal(first, second))
+    results["hidden keys"] = hidden_keys(kernels, float("nan")) + hidden_keys(kernels, float("inf"))
     print(json.dumps(results))
 
 
