@@ -11,6 +11,7 @@ from torch import Tensor
 from sessa_common.operator import check_arrays, check_backend, check_shapes, choose_backend
 from sessa_torch.feedback import blocked
 from sessa_torch.feedback.naive import feedback_solve_naive
+from sessa_torch.feedback.outputs import sum_type
 
 __all__ = ["feedback_solve", "feedback_solve_naive"]
 
@@ -129,7 +130,7 @@ _backward = torch.library.custom_op("sessa::feedback_solve_backward", _gradients
 
 @_forward.register_fake
 def _(f, q, k, gamma, past_s, key_mask, backend):
-    lse = f.new_empty(f.shape[:2], dtype=blocked.sum_type(f.device))
+    lse = f.new_empty(f.shape[:2], dtype=sum_type(f.device))
     return torch.empty_like(f, memory_format=torch.contiguous_format), lse
 
 

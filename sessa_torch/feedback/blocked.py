@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sessa_torch.feedback.outputs import from_row, sum_type
+
 BLOCK = 256
 LEAF = 64
 
@@ -104,18 +106,6 @@ def solve_backward(
     if past_s is not None:
         dpast_s = u[:, :P].to(past_s.dtype, copy=True).contiguous()
     return from_row(u, P, s.dtype), dq.to(q.dtype), dk.to(k.dtype), dgamma.to(gamma.dtype), dpast_s
-
-
-def from_row(x: Tensor, first: int, dtype: torch.dtype) -> Tensor:
-    """Rows `first` and later of x (B, T, D), contiguous, and none of the memory of the others."""
-    if first == 0:
-        return x.to(dtype)
-    return x[:, first:].to(dtype, copy=True, memory_format=torch.contiguous_format)
-
-
-def sum_type(device: torch.device) -> torch.dtype:
-    """The type of a log-sum-exp on this device: float64 where there is one."""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _block_rows(keys: int) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sessa_torch.feedback.blocked import from_row
+from sessa_torch.feedback.outputs import from_row
 
 # As in the Metal text.
 BLOCK = 256

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sessa_torch.feedback.blocked import from_row
+from sessa_torch.feedback.outputs import from_row
 from sessa_torch.feedback.triton_launch import launch
 
 MIB = 2**20

@@ -1,0 +1,18 @@
+"""What every backend of the solve keeps to in the tensors that it returns."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def from_row(x: Tensor, first: int, dtype: torch.dtype) -> Tensor:
+    """Rows `first` and later of x (B, T, D), contiguous, and none of the memory of the others."""
+    if first == 0:
+        return x.to(dtype)
+    return x[:, first:].to(dtype, copy=True, memory_format=torch.contiguous_format)
+
+
+def sum_type(device: torch.device) -> torch.dtype:
+    """The type of a log-sum-exp on this device: float64 where there is one."""
+    return torch.float32 if device.type == "mps" else torch.float64
