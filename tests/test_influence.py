@@ -355,3 +355,10 @@ def test_what_is_not_a_checkpoint_or_has_no_tokenizer_is_refused(folders, tmp_pa
     (tmp_path / "config.json").write_bytes((folders["heads"] / "config.json").read_bytes())
     with pytest.raises(SessaError, match="--tokens N"):
         run(tmp_path, "--text", "words", "--out", tmp_path / "p.png")
+
+
+def test_the_numbers_replace_no_file_of_another_kind(folders, tmp_path):
+    (tmp_path / "config.json").write_text('{"hidden_size": 8}')
+    with pytest.raises(SessaError, match="is another file"):
+        run(folders["heads"], "--tokens", "20", "--out", tmp_path / "config.png")
+    assert json.loads((tmp_path / "config.json").read_text()) == {"hidden_size": 8}

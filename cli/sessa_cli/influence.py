@@ -13,7 +13,7 @@ from rich.table import Table
 
 from sessa_cli.common import choose_backend, framework, make_console, print_json, say
 from sessa_common.checkpoint import load_config, write_json
-from sessa_common.config import SessaConfig
+from sessa_common.config import SessaConfig, read_json
 from sessa_common.data.corpus import check_ids
 from sessa_common.errors import SessaError
 from sessa_common.influence import (
@@ -62,10 +62,10 @@ def influence(
         list[Path] | None, typer.Option(help="A UTF-8 file with a text; repeatable.")
     ] = None,
     tokens: Annotated[
-        int | None, typer.Option(help="Random tokens instead. Default: 512 or the context.")
+        int | None, typer.Option(min=1, help="Random tokens instead. Default: 512 or the context.")
     ] = None,
     length: Annotated[
-        int | None, typer.Option(help="Use only the first tokens of each text.")
+        int | None, typer.Option(min=1, help="Use only the first tokens of each text.")
     ] = None,
     tau: Annotated[
         str | None, typer.Option(help="Old positions, as 0,16. Default: 4 in the first quarter.")
@@ -126,6 +126,9 @@ def _check_out(out: Path) -> None:
         raise SessaError(f"--out is {out}, expected a file name that ends in .png")
     if not out.parent.is_dir():
         raise SessaError(f"--out: there is no folder {out.parent}; make it first")
+    numbers = out.with_suffix(".json")
+    if numbers.exists() and "meaning" not in read_json(numbers):
+        raise SessaError(f"--out: {numbers} is another file, which the numbers would replace")
 
 
 def _names(folders: list[Path]) -> list[str]:
