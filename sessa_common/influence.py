@@ -381,6 +381,8 @@ def draw_influence(path: Path, drawn: Sequence[Drawn]) -> bool:
         _draw_slopes(side, one, style, (i - (len(drawn) - 1) / 2) * 0.12)
     main.set(xscale="log", yscale="log", xlabel="lag  t − τ  (tokens)",
              ylabel="‖∂y(t) / ∂x(τ)‖", title="How much an old token still matters")  # fmt: skip
+    if not any(one.curves.above_floor[:, 1:].any() for one in drawn):
+        main.set(xlim=(1, 10), ylim=(0.1, 1))  # A logarithmic axis finds no limits of its own.
     figure.legend(loc="outside lower center")
     side.axhline(-1, color="#888888", linewidth=1, linestyle=":", zorder=0)
     side.set(xlabel="layer", ylabel="log-log slope of the layer alone",
@@ -399,8 +401,11 @@ def _draw_curves(axes: Any, one: Drawn, style: dict[str, Any]) -> None:
     shown = np.where(curves.above_floor, curves.values, np.nan)[:, 1:]
     lags = curves.lags[1:]
     some = ~np.isnan(shown).all(0)
-    low, middle, high = np.nanquantile(shown[:, some], (0.1, 0.5, 0.9), axis=0)
     label = f"{one.name} ({one.mixer}): {fit.describe()}"
+    if not some.any():  # Named without a curve: nothing matters beyond the token's own position.
+        axes.plot([], [], label=label, **style)
+        return
+    low, middle, high = np.nanquantile(shown[:, some], (0.1, 0.5, 0.9), axis=0)
     axes.plot(lags[some], middle, label=label, linewidth=1.2, markersize=4, **style)
     axes.fill_between(lags[some], low, high, color=style["color"], alpha=0.15, linewidth=0)
     fitted = lags[some & (lags >= FIRST_LAG)]

@@ -18,6 +18,7 @@ import sessa_common.influence
 import sessa_mlx.influence
 import sessa_torch.influence
 from sessa_cli.influence import influence
+from sessa_common.checkpoint import read_safetensors, write_safetensors
 from sessa_common.errors import SessaError
 from sessa_common.influence import (
     EPSILON,
@@ -362,3 +363,22 @@ def test_the_numbers_replace_no_file_of_another_kind(folders, tmp_path):
     with pytest.raises(SessaError, match="is another file"):
         run(folders["heads"], "--tokens", "20", "--out", tmp_path / "config.png")
     assert json.loads((tmp_path / "config.json").read_text()) == {"hidden_size": 8}
+
+
+@pytest.mark.parametrize("factor", [0.0, math.nan])
+def test_weights_that_carry_nothing_and_weights_that_are_nan(tmp_path, factor):
+    config = small_config("heads", hidden_size=8, max_position_embeddings=64)
+    folder = write_checkpoint(tmp_path / "silent", config)[0]
+    (file,) = folder.glob("*.safetensors")
+    arrays = read_safetensors(file)
+    changed = {n: x * np.float32(factor if "W_out" in n else 1) for n, x in arrays.items()}
+    assert sum("W_out" in name for name in arrays) == 2 * config.num_hidden_layers
+    write_safetensors(file, changed, {"format": "pt"})
+    arguments = (folder, "--tokens", "40", "--probes", "1", "--out", tmp_path / "p.png")
+    if math.isnan(factor):
+        with pytest.raises(SessaError, match="not finite"):
+            run(*arguments)
+        assert not (tmp_path / "p.json").exists()
+    else:
+        run(*arguments)
+        assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")

@@ -225,6 +225,8 @@ def _measure(
         return influence_curves(tracers, job.sources, first, last, probes=probes, seed=seed)
 
     curves = measured(0, depth)
+    if not np.isfinite(curves.values).all():
+        raise SessaError(f"{job.folder}: the derivatives are not finite; are the weights?")
     fit = fit_laws(curves, seed=seed)
     layers, fits = [], {}
     for i in job.layers:
