@@ -255,6 +255,13 @@ def check_plan(out: Path, comparison: Comparison) -> None:
                 f"{out}: {field.name} is {there} in its {PLAN}, {given} was given; give the same "
                 "options (only seeds and control-steps may grow), or another --out"
             )
+    models = read_json(out / PLAN).get("models", {})
+    for model in comparison.models():
+        if models.get(model.name, {}).get("config") != model.config.to_dict():
+            raise SessaError(
+                f"{out}: the configuration of {model.name} is not the one in its {PLAN}; give the "
+                "file as it was, or another --out"
+            )
 
 
 def read_plan(out: Path) -> Comparison:

@@ -1,5 +1,6 @@
 """`sessa compare` with a trainer that writes known results: plan, resuming, failures, numbers."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -16,7 +17,15 @@ from in_process import sessa
 import sessa_cli.compare as command
 from sessa_cli.compare import compare
 from sessa_cli.main import app
-from sessa_common.compare import PLAN, Comparison, aggregate, flops_per_token, read_result
+from sessa_common.compare import (
+    PLAN,
+    Comparison,
+    aggregate,
+    check_plan,
+    flops_per_token,
+    read_result,
+    write_plan,
+)
 from sessa_common.compare_report import spread, trained_lags
 from sessa_common.config import SessaConfig, parameter_count
 from sessa_common.errors import SessaError
@@ -389,3 +398,19 @@ def test_an_unfinished_run_has_no_result(tmp_path):
     assert read_result(tmp_path, 4) is None
     assert read_result(tmp_path, 3)["perplexity"] == pytest.approx(2.7182818)
     assert read_result(Path(tmp_path / "none"), 3) is None
+
+
+def test_a_configuration_that_changed_is_another_comparison(tmp_path):
+    file = tmp_path / "own.json"
+    config = SessaConfig(hidden_size=32, num_attention_heads=2, vocab_size=300)
+    file.write_text(json.dumps(config.to_dict()))
+    comparison = Comparison(
+        task="symbolsoup", mixers=("own",), configs=(f"own={file}",), scales=("400k",)
+    )
+    out = tmp_path / "out"
+    out.mkdir()
+    write_plan(out, comparison, {})
+    check_plan(out, comparison)
+    file.write_text(json.dumps(dataclasses.replace(config, num_hidden_layers=9).to_dict()))
+    with pytest.raises(SessaError, match="configuration of 400k-own"):
+        check_plan(out, comparison)
