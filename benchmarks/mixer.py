@@ -1,6 +1,7 @@
 """The whole Sessa mixer, forward and forward+backward, against the T x T way of the release.
 
 python benchmarks/mixer.py [--device cpu|cuda] [--dtype float32|bfloat16] [--shapes 1x4096x512x8]
+                           [--compile]
 
 A shape is BxTxDxH. A case is timed only after its output and every gradient passed against the
 T x T way in float64 at T <= 1024 (the same weights), at most twice the error of the T x T way in
@@ -71,13 +72,13 @@ def worst_error(got: dict[str, Tensor], want: dict[str, Tensor]) -> tuple[str, f
     return max(errors.items(), key=lambda item: item[1])
 
 
-def check(mixer: SessaMixer, a: Tensor, ds: Tensor) -> dict[str, Any]:
-    """Errors against float64; raises when ours is more than twice the T x T way's."""
+def check(mix: Mix, mixer: SessaMixer, a: Tensor, ds: Tensor) -> dict[str, Any]:
+    """Errors against float64; raises when those of mix are more than twice the T x T way's."""
     a, ds = a[:, :CHECK_LENGTH], ds[:, :CHECK_LENGTH]
     exact = SessaMixer(mixer.config).to(a.device, torch.float64)
     exact.load_state_dict(mixer.state_dict())
     want = gradients(dense, exact, a.double(), ds.double())
-    got, other = (gradients(mix, mixer, a, ds) for mix in (ours, dense))
+    got, other = (gradients(way, mixer, a, ds) for way in (mix, dense))
     # A key bias shifts a whole score row: its exact gradient is 0 and what is there is rounding.
     rounding = ("k_proj.bias", "proj_fb.bias")
     name, error = worst_error(got, {k: v for k, v in want.items() if k not in rounding})
@@ -87,17 +88,16 @@ def check(mixer: SessaMixer, a: Tensor, ds: Tensor) -> dict[str, Any]:
     return {"worst error": f"{error:.1e} ({name})", "allowed": f"{limit:.1e}"}
 
 
-def case(shape: str, device: str, dtype: torch.dtype, with_dense: bool) -> list[dict[str, Any]]:
+def case(shape: str, device: str, dtype: torch.dtype, ways: list[str]) -> list[dict[str, Any]]:
     B, T, D, H = map(int, shape.split("x"))
     torch.manual_seed(0)
     config = SessaConfig(hidden_size=D, num_attention_heads=H, max_position_embeddings=T)
     mixer = SessaMixer(config).to(device, dtype)
     a, ds = (torch.randn(B, T, D, device=device).to(dtype) for _ in range(2))
-    checked = check(mixer, a, ds)
     rows = []
-    for name, mix in (("ours", ours), ("T x T", dense)):
-        if name == "T x T" and not with_dense:
-            continue
+    for name in ways:
+        mix = {"ours": ours, "compiled": torch.compile(ours), "T x T": dense}[name]
+        checked = {} if mix is dense else check(mix, mixer, a, ds)
 
         def forward(mix: Mix = mix) -> Tensor:
             with torch.no_grad():
@@ -109,7 +109,7 @@ def case(shape: str, device: str, dtype: torch.dtype, with_dense: bool) -> list[
         row = {"shape": shape, "way": name, "forward ms": round(median_ms(forward), 2)}
         row |= {"forward+backward ms": round(median_ms(both), 2)}
         row |= {"forward MiB": round(peak_mib(forward)), "both MiB": round(peak_mib(both))}
-        rows.append(row | (checked if name == "ours" else {}))
+        rows.append(row | checked)
     return rows
 
 
@@ -119,14 +119,15 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--shapes", nargs="+", default=["1x2048x512x8", "1x4096x512x8"])
     parser.add_argument("--no-dense", action="store_true", help="leave out the T x T way")
+    parser.add_argument("--compile", action="store_true", help="also time the compiled mixer")
     parser.add_argument("--save", help="name of the file under benchmarks/results")
     options = parser.parse_args()
     print(machine())
-    rows = []
+    rows, dtype = [], getattr(torch, options.dtype)
+    ways = ["ours"] + ["compiled"] * options.compile + ["T x T"] * (not options.no_dense)
     for shape in options.shapes:
-        dtype = getattr(torch, options.dtype)
-        rows += case(shape, options.device, dtype, not options.no_dense)
-        print(table(rows[-2:] if not options.no_dense else rows[-1:]), flush=True)
+        rows += case(shape, options.device, dtype, ways)
+        print(table(rows[-len(ways) :]), flush=True)
     if options.save:
         print(save(options.save, rows))
 

@@ -1,0 +1,120 @@
+"""Errors of the feedback solve and its gradients, over those of the T x T way in the same dtype.
+
+    python benchmarks/errors.py [--device cuda] [--dtype bfloat16] [--save NAME]
+
+Both are compared with the blocked solve in float64 on the same inputs. A sixth of the gains is
+0, the others lie between -0.999 and 0.999; logits are the largest score; a mask hides 30 % of the
+keys.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from measure import machine, save, table
+from torch import Tensor
+
+from sessa_torch.feedback import feedback_solve
+
+# B, T, P, D, K
+SHAPES = [
+    (2, 777, 0, 96, 80),
+    (1, 1500, 0, 256, 256),
+    (2, 300, 21, 72, 40),
+    (1, 130, 1000, 64, 64),
+    (2, 5, 700, 128, 96),
+    (1, 2048, 0, 1024, 1024),
+    (1, 300, 0, 2048, 2048),
+    (300, 129, 0, 32, 32),
+]
+LOGITS = (2, 20, 80)
+NAMES = ("s", "df", "dq", "dk", "dgamma", "dpast_s")
+
+
+def matrices(
+    f: Tensor, q: Tensor, k: Tensor, gamma: Tensor, past_s: Tensor | None, key_mask: Tensor | None
+) -> Tensor:
+    """The T x T way: scores and the triangular system in float32 at least."""
+    T, P = f.shape[1], k.shape[1] - f.shape[1]
+    work = torch.promote_types(f.dtype, torch.float32)
+    seen = torch.ones(T, P + T, dtype=torch.bool, device=f.device).tril(P - 1)
+    if key_mask is not None:
+        seen = seen & key_mask[:, None]
+    scores = (q @ k.mT).to(work) * q.shape[-1] ** -0.5
+    N = gamma[..., None] * torch.softmax(scores.masked_fill(~seen, -1e30), -1) * seen
+    rhs = f.to(work)
+    if past_s is not None:
+        rhs = rhs + N[..., :P] @ past_s.to(work)
+    eye = torch.eye(T, dtype=work, device=f.device)
+    return torch.linalg.solve_triangular(eye - N[..., P:], rhs, upper=False).to(f.dtype)
+
+
+def solved(backend: str) -> Callable[..., Tensor]:
+    return lambda *x: feedback_solve(*x[:4], past_s=x[4], key_mask=x[5], backend=backend)
+
+
+def results(way: Callable[..., Tensor], inputs: list[Any], mask: Any, ds: Tensor) -> list[Tensor]:
+    leaves = [x if x is None else x.detach().clone().requires_grad_() for x in inputs]
+    s = way(*leaves, mask)
+    given = [x for x in leaves if x is not None]
+    return [s.detach(), *torch.autograd.grad(s, given, ds.to(s.dtype))]
+
+
+def case(
+    shape: tuple[int, ...], dtype: torch.dtype, logits: float, masked: bool, device: str
+) -> dict[str, Any]:
+    B, T, P, D, K = shape
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, device=device)
+
+    f, q, k, ds = normal(B, T, D), normal(B, T, K), normal(B, P + T, K), normal(B, T, D)
+    gamma = torch.rand(B, T, generator=generator, device=device) * 1.998 - 0.999
+    gamma[:, ::6] = 0
+    q *= logits / (q @ k.mT * K**-0.5).abs().max()
+    past = normal(B, P, D) if P else None
+    mask = None
+    if masked:
+        mask = torch.rand(B, P + T, generator=generator, device=device) > 0.3
+    inputs = [x if x is None else x.to(dtype) for x in (f, q, k, gamma, past)]
+    inputs[3], ds = gamma, ds.to(dtype)
+    exact = [x if x is None else x.double() for x in inputs]
+    wanted = results(solved("blocked"), exact, mask, ds)
+    errors = [
+        [((x.double() - y).norm() / y.norm().clamp_min(1e-30)).item() for x, y in pairs]
+        for pairs in (
+            list(zip(results(way, inputs, mask, ds), wanted, strict=True))
+            for way in (solved("auto"), matrices)
+        )
+    ]
+    row: dict[str, Any] = dict(zip("BTPDK", shape, strict=True))
+    row |= {"dtype": str(dtype)[6:], "logits": logits, "masked": masked}
+    for name, ours, theirs in zip(NAMES, *errors, strict=False):
+        row[name] = f"{ours:.1e} ({ours / max(theirs, 1e-12):.2f} x)"
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--save", help="name of the file under benchmarks/results")
+    options = parser.parse_args()
+    print(machine(), flush=True)
+    rows = [
+        case(shape, getattr(torch, options.dtype), logits, masked, options.device)
+        for shape in SHAPES
+        for logits in LOGITS
+        for masked in (False, True)
+    ]
+    print(table(rows))
+    if options.save:
+        print(save(options.save, rows))
+
+
+if __name__ == "__main__":
+    main()
