@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -51,7 +52,9 @@ def feedback_solve(
         with torch.autocast(f.device.type, enabled=False):
             return feedback_solve_naive(f, q, k, gamma, past_s, key_mask)
     # The custom op is what the compiler sees; its dispatch costs more time than a short solve.
-    solve = _forward if torch.compiler.is_compiling() else _Eager.apply
+    solve = _Eager.apply if torch.is_grad_enabled() else _solve
+    if torch.compiler.is_compiling():
+        solve = _forward
     return solve(f, q, k, gamma, past_s, key_mask, backend)[0]
 
 
@@ -101,9 +104,15 @@ def _solve(
     key_mask: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    # Autocast would compute the float32 sums inside in the low type.
-    with torch.autocast(f.device.type, enabled=False):
+    with _no_autocast(f.device):
         return _implementation(backend, f, q).solve_forward(f, q, k, gamma, past_s, key_mask)
+
+
+def _no_autocast(device: torch.device) -> AbstractContextManager[None]:
+    """Autocast would compute the float32 sums inside in the low type."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def _gradients(
@@ -118,7 +127,7 @@ def _gradients(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     solve = _implementation(backend, s, q)
-    with torch.autocast(s.device.type, enabled=False):
+    with _no_autocast(s.device):
         *grads, dpast_s = solve.solve_backward(ds, q, k, gamma, s, lse, past_s, key_mask)
     # A custom op returns tensors only; an empty one stands for "no past".
     return *grads, s.new_empty(0) if dpast_s is None else dpast_s

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sessa_torch.feedback.triton_solve import NOTHING, log_sum
+from sessa_torch.feedback.triton_tiles import NOTHING, log_sum
 
 # Rows of a tile; decoding takes at most this many new rows.
 ROWS = tl.constexpr(16)

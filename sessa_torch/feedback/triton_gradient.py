@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sessa_torch.feedback.triton_solve import product, relative, score_tile
+from sessa_torch.feedback.triton_tiles import cells, product, relative, score_tile
 
 # Sizes for which no kernel of its own is compiled.
 COUNTS = ["first", "chunk", "T", "past", "width"]
@@ -21,6 +21,12 @@ def load_unit(unit, p):
     return tl.load(unit) if p.dtype.element_ty == tl.float16 else 1.0
 
 
+@triton.jit
+def tile_cells(p, row, NP, window, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """Pointers (BM, BN) to a window of columns in the row tile that starts at this row of p."""
+    return p + row * NP + window * (BN * BM) + cells(tl.arange(0, BM), tl.arange(0, BN), BM, BK)
+
+
 @triton.jit(do_not_specialize=COUNTS)
 def probabilities_kernel(
     q, k, lse, mask, p,
@@ -28,10 +34,12 @@ def probabilities_kernel(
     K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """2^shift alpha of one tile of rows and columns into the workspace p (B, chunk, NP)."""
+    """2^shift alpha of one tile of rows and columns into the workspace p (B, chunk, NP).
+
+    Row tiles are stored in blocks, see cells.
+    """
     b = tl.program_id(2).to(tl.int64)
-    local = tl.program_id(1) * BM + tl.arange(0, BM)
-    rows = first + local
+    rows = first + tl.program_id(1) * BM + tl.arange(0, BM)
     cols = tl.program_id(0) * BN + tl.arange(0, BN)
     if tl.program_id(0) * BN < tl.cdiv(past + first + (tl.program_id(1) + 1) * BM, BM) * BM:
         rows_ok = rows < T
@@ -46,7 +54,7 @@ def probabilities_kernel(
             shown = tl.load(mask + b * (past + T) + cols, mask=cols_ok, other=0) != 0
             seen = seen & shown[None, :]
         e = tl.where(seen, e, 0.0)
-        at = p + (b * chunk + local[:, None]) * NP + cols[None, :]
+        at = tile_cells(p, b * chunk + tl.program_id(1) * BM, NP, tl.program_id(0), BM, BN, BK)
         tl.store(at, e.to(p.dtype.element_ty))
 
 
@@ -60,16 +68,15 @@ def read_kernel(
     part = tl.program_id(0)
     tile = tl.num_programs(1) - 1 - tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
-    local = tile * BM + tl.arange(0, BM)
-    rows = first + local
+    rows = first + tile * BM + tl.arange(0, BM)
     d = part * BD + tl.arange(0, BD)
     d_ok = (d < D)[None, :]
-    p_rows = p + (b * chunk + local[:, None]) * NP
+    p += (b * chunk + tile * BM) * NP
     stop = tl.minimum(past + first + (tile + 1) * BM, past + T)
     acc = tl.zeros((BM, BD), tl.float32)
     acc = product(
-        acc, p_rows, states + b * ssb, sst, 0, stop, past + T - 1, d, D, BD, BK, PRECISION
-    )
+        acc, p, states + b * ssb, sst, 0, stop, part * BD, D, BM, BD, BK, True, PRECISION
+    )  # fmt: skip
     rows_ok = rows < T
     at = u + b * sub + (rows.to(tl.int64) * sut)[:, None] + d[None, :]
     acc *= tl.load(at, mask=rows_ok[:, None] & d_ok, other=0.0).to(tl.float32)
@@ -89,8 +96,7 @@ def score_gradients_kernel(
 ):  # fmt: skip
     """Replace 2^shift alpha in the workspace by unit gamma alpha (<u, s> - r); r is dgamma too."""
     b = tl.program_id(2).to(tl.int64)
-    local = tl.program_id(1) * BM + tl.arange(0, BM)
-    rows = first + local
+    rows = first + tl.program_id(1) * BM + tl.arange(0, BM)
     cols = tl.program_id(0) * BN + tl.arange(0, BN)
     if tl.program_id(0) * BN < tl.cdiv(past + first + (tl.program_id(1) + 1) * BM, BM) * BM:
         rows_ok = rows < T
@@ -104,7 +110,7 @@ def score_gradients_kernel(
             tl.store(dgamma + b * T + rows, mean.to(dgamma.dtype.element_ty), mask=rows_ok)
         gain = tl.load(gamma + b * T + rows, mask=rows_ok, other=0.0)
         gain = gain.to(tl.float32) * load_unit(unit, p) * tl.exp2(-shift)
-        at = p + (b * chunk + local[:, None]) * NP + cols[None, :]
+        at = tile_cells(p, b * chunk + tl.program_id(1) * BM, NP, tl.program_id(0), BM, BN, BK)
         alpha = tl.load(at).to(tl.float32)
         tl.store(at, (alpha * gain[:, None] * (dP - mean[:, None])).to(p.dtype.element_ty))
 
@@ -129,20 +135,21 @@ def products_kernel(
     scale = scale / load_unit(unit, p)
     if task < row_tasks:
         tile = (row_tasks - 1 - task) // PARTS
-        local = tile * BM + tl.arange(0, BM)
-        rows = first + local
-        p_rows = p + (b * chunk + local[:, None]) * NP
+        rows = first + tile * BM + tl.arange(0, BM)
+        p += (b * chunk + tile * BM) * NP
         stop = tl.minimum(past + first + (tile + 1) * BM, past + T)
-        acc = product(acc, p_rows, k + b * skb, skt, 0, stop, past + T - 1, d, K, BD, BK, PRECISION)
+        part = task % PARTS * BD
+        acc = product(acc, p, k + b * skb, skt, 0, stop, part, K, BM, BD, BK, True, PRECISION)
         dq_at = dq + (b * T + rows[:, None]) * K + d[None, :]
         tl.store(dq_at, (acc * scale).to(dq.dtype.element_ty), mask=(rows < T)[:, None] & d_ok)
     else:
         tile = (task - row_tasks) // PARTS
         cols = tile * BM + tl.arange(0, BM)
         inner = tl.arange(0, BK)
+        a_at = tile * (BM * BM) + cells(inner, tl.arange(0, BM), BM, BK)
         begin = tl.maximum(tile * BM - past - first, 0) // BM * BM
         for start in range(begin, tl.minimum(chunk, T - first), BK):
-            a = tl.load(p + (b * chunk + start + inner[:, None]) * NP + cols[None, :])
+            a = tl.load(p + (b * chunk + start // BM * BM) * NP + (start % BM * BK) + a_at)
             query = tl.minimum(first + start + inner, T - 1).to(tl.int64)
             at = q + b * sqb + (query * sqt)[:, None] + d[None, :]
             c = tl.load(at) if K % BD == 0 else tl.load(at, mask=d_ok, other=0.0)

@@ -23,8 +23,9 @@ MOST_SEQUENCES = 65535
 DECODE_ROWS, DECODE_WIDTH = 16, 2048
 # The workspace of the score gradients: so many elements, but at least so many tiles of rows.
 CHUNK_ELEMENTS, CHUNK_TILES = 64 * MIB, 16
-# Row tiles by which the scores run ahead of the solve, for few sequences and for SEQUENCES or more.
-LAG, SHORT_LAG, SEQUENCES = 40, 5, 16
+# Row tiles by which the scores run ahead of the solve: LAG, but from LAG_COLUMNS columns on fewer,
+# since the ring would take memory for a gain of 1 %. SHORT_LAG at least, and for SEQUENCES or more.
+LAG, LAG_COLUMNS, SHORT_LAG, SEQUENCES = 40, 2**15, 5, 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +160,7 @@ def solve_forward(
         states[:, :P] = past_s
     lse = torch.empty(B, T, dtype=torch.float64, device=f.device)
     f, q, k = (rows_contiguous(x.to(dtype)) for x in (f, q, k))
-    _solve(f, q, k, gamma.contiguous(), mask_bytes(key_mask), lse, states, states, reverse=False)
+    _solve(f, q, k, gamma.contiguous(), mask_bytes(key_mask), lse, states, reverse=False)
     return from_row(states, P, f.dtype), lse
 
 
@@ -209,12 +210,14 @@ def _solve(
     gamma: Tensor,
     mask: Tensor | None,
     lse: Tensor,
-    values: Tensor,
     out: Tensor,
     *,
     reverse: bool,
 ) -> None:
-    """Run the solve kernel; when reverse, q are the keys, k the queries and out the gradient u."""
+    """Run the solve kernel; when reverse, q are the keys, k the queries and out the gradient u.
+
+    Forward the first rows of out are the past.
+    """
     from sessa_torch.feedback.triton_solve import solve_kernel
 
     (B, T, D), K, rows = f.shape, q.shape[2], out.shape[1]
@@ -223,12 +226,14 @@ def _solve(
     tiles, parts = -(-rows // t.rows), -(-D // t.width)
     padded = -(-columns // t.rows) * t.rows
     windows = -(-padded // t.columns)
-    # With many sequences a step has tasks enough to keep the device busy until the next.
-    lag = min(tiles, LAG if B < SEQUENCES else SHORT_LAG)
+    # With many sequences or columns a step keeps the device busy until the next.
+    lag = 0 if B >= SEQUENCES else min(LAG, LAG * LAG_COLUMNS // columns)
+    lag = min(tiles, max(lag, SHORT_LAG))
     first = 0 if reverse else (rows - T) // t.rows
     chunks = _score_chunks(first, tiles, padded // t.rows, t.columns * t.chunk // t.rows)
     tasks = chunks + (tiles - first) * (1 + parts)
     ring = min(tiles, lag + 2 + programs(q.device) // (B * parts))
+    values = q.new_empty(B, padded, D) if reverse else out
     p = q.new_empty(B * ring * t.rows * padded)
     work = q.new_empty(B * ring * t.rows * (2 * windows + 3), dtype=torch.float32)
     flags = torch.zeros(1 + 3 * B * tiles + B * parts, dtype=torch.int32, device=q.device)
@@ -276,8 +281,7 @@ def solve_backward(
     if past_s is not None:
         states = torch.cat([past_s.to(dtype), states], 1)
     u = torch.empty(B, columns, D, dtype=dtype, device=s.device)
-    w = torch.empty(B, T, D, dtype=dtype, device=s.device)
-    _solve(ds, kw, qw, gain, mask, lse, w, u, reverse=True)
+    _solve(ds, kw, qw, gain, mask, lse, u, reverse=True)
     new, past = u[:, columns - T :], u[:, : columns - T]
     dq, dk, dgamma = _score_gradients(new, qw, kw, gain, states, lse, mask)
     # df and dpast_s must not share memory, which slices of one sequence would.

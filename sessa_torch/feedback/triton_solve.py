@@ -21,11 +21,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from sessa_torch.feedback.triton_tiles import (
+    NOTHING,
+    cells,
+    log_sum,
+    product,
+    relative,
+    row_sums,
+    score_tile,
+)
+
 # Tiles before its own whose part in a row tile goes through Y.
 LINKS = tl.constexpr(2)
-# The maximum of a row in which nothing is visible.
-NOTHING = tl.constexpr(-1e30)
-LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -44,66 +51,6 @@ def signal(flag):
 
 
 @triton.jit
-def log_sum(top, total):
-    """log(2^top total) in float64, +inf where the total is 0."""
-    value = top.to(tl.float64) + tl.log2(tl.where(total > 0, total, 1.0).to(tl.float64))
-    return tl.where(total > 0, value / LOG2_E, float("inf"))
-
-
-@triton.jit
-def relative(s, lse):
-    """s - lse for s in float32 and in units of log 2, lse in float64.
-
-    In float32 an lse of 80 is off by 4e-6, and so would be all the weights of its row.
-    """
-    exact = lse * LOG2_E
-    near = exact.to(tl.float32)
-    return s - near - tl.where(exact == float("inf"), 0.0, exact - near).to(tl.float32)
-
-
-@triton.jit
-def score_tile(
-    q, k, width, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Products (BM, BN) in float32; q (BM, 1) and k (1, BN) point to the start of their rows.
-
-    width is K, passed at run time so that the loop is not unrolled.
-    """
-    inner = tl.arange(0, BK)
-    acc = tl.zeros((BM, BN), tl.float32)
-    for start in range(0, width, BK):
-        if K % BK == 0:
-            a = tl.load(q + (start + inner)[None, :])
-            b = tl.load(k + (start + inner)[:, None])
-        else:
-            inside = start + inner < K
-            a = tl.load(q + (start + inner)[None, :], mask=inside[None, :], other=0.0)
-            b = tl.load(k + (start + inner)[:, None], mask=inside[:, None], other=0.0)
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
-    return acc
-
-
-@triton.jit
-def product(
-    acc, a_rows, values, stride, begin, end, last, d, D: tl.constexpr, BD: tl.constexpr,
-    BK: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """acc + columns begin to end of a_rows (BM, 1) times these rows of values, columns d (BD,).
-
-    Rows of values behind the last repeat it; a_rows must be 0 there.
-    """
-    inner = tl.arange(0, BK)
-    columns = values + d[None, :]
-    for start in range(begin, end, BK):
-        a = tl.load(a_rows + (start + inner)[None, :])
-        at = columns + (tl.minimum(start + inner, last).to(tl.int64) * stride)[:, None]
-        b = tl.load(at) if D % BD == 0 else tl.load(at, mask=(d < D)[None, :], other=0.0)
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
-    return acc
-
-
-@triton.jit
 def scores_task(
     q, k, lse, mask, p, stats, ref_ring, ref_done, scores_done, sqt, skt, row, chunk, T, P, NP, NW,
     width,
@@ -118,6 +65,7 @@ def scores_task(
     comes first, and the other chunks have their first product ready before they wait for it.
     """
     local = tl.arange(0, BM)
+    cells_at = cells(local, tl.arange(0, BN), BM, BK)
     rows = row * BM + local
     columns = T if REVERSE else P + T
     # Rows and columns outside repeat the nearest one inside; what they give is masked or unused.
@@ -145,11 +93,11 @@ def scores_task(
         if REVERSE and PRECISION == "tf32x3":
             # Operands change places, so that float32 scores are those of the forward pass.
             s = score_tile(k_at[:, None], q_at[None, :], width, K, BN, BM, BK, PRECISION)
-            s = tl.trans(s) * SCALE
+            s = tl.trans(s)
         else:
-            s = score_tile(q_at[:, None], k_at[None, :], width, K, BM, BN, BK, PRECISION) * SCALE
+            s = score_tile(q_at[:, None], k_at[None, :], width, K, BM, BN, BK, PRECISION)
         if REVERSE:
-            s = relative(s, tl.load(lse + near_cols)[None, :])
+            s = relative(s * SCALE, tl.load(lse + near_cols)[None, :])
             s = tl.where(rows_ok[:, None], s, float("-inf"))
         elif MASKED:
             s = tl.where((tl.load(mask + near_cols) != 0)[None, :], s, float("-inf"))
@@ -161,14 +109,15 @@ def scores_task(
             if (chunk > 0) & (turn == chunk * CHUNK):
                 wait(ref_done, 1)
                 ref = tl.load(ref_ring + local)
-            top = tl.max(s, 1)
+            top = tl.max(s, 1) * SCALE
             m = tl.where(top > ref + HEADROOM, top, ref)
+            s *= SCALE
         rounded = tl.exp2(s - m[:, None]).to(p.dtype.element_ty)
-        tl.store(p + local[:, None] * NP + cols[None, :], rounded, mask=(cols >= 0)[None, :])
+        tl.store(p + first * BM + cells_at, rounded, mask=(cols >= 0)[None, :])
         if not REVERSE:
             # The sum of what is multiplied, so that the weights of a row add up to one.
             tl.store(stats + window * BM + local, m)
-            tl.store(stats + (NW + window) * BM + local, tl.sum(rounded.to(tl.float32), 1))
+            tl.store(stats + (NW + window) * BM + local, row_sums(rounded, BN))
             ref = tl.where(ref == NOTHING, m, ref)
             if turn == 0:
                 tl.store(ref_ring + local, ref)
@@ -177,7 +126,7 @@ def scores_task(
 
 
 @triton.jit
-def softmax_sums(stats, p, windows, end, NP, NW, BM: tl.constexpr, BN: tl.constexpr):
+def softmax_sums(stats, p, windows, end, NW, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
     """Maximum and sum (BM,) of a row tile, whose windows end up relative to the maximum.
 
     Windows stored relative to something else are rescaled in place.
@@ -198,21 +147,21 @@ def softmax_sums(stats, p, windows, end, NP, NW, BM: tl.constexpr, BN: tl.conste
             top = new
     if tl.max(top - low, 0) > 0:
         for window in range(0, windows):
-            cols = end - (window + 1) * BN + tl.arange(0, BN)
-            cells = p + (local.to(tl.int64) * NP)[:, None] + cols[None, :]
-            inside = (cols >= 0)[None, :] & (local >= 0)[:, None]
+            first = end - (window + 1) * BN
+            at = p + first * BM + cells(local, tl.arange(0, BN), BM, BK)
+            inside = (first + tl.arange(0, BN) >= 0)[None, :] & (local >= 0)[:, None]
             weight = tl.exp2(tl.minimum(tl.load(stats + window * BM + local) - top, 0.0))
-            old = tl.load(cells, mask=inside, other=0.0).to(tl.float32)
-            tl.store(cells, (old * weight[:, None]).to(p.dtype.element_ty), mask=inside)
+            old = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+            tl.store(at, (old * weight[:, None]).to(p.dtype.element_ty), mask=inside)
         tl.debug_barrier()
     return top, total
 
 
 @triton.jit
-def load_block(p, gain, colgain, row, col, NP, SIZE: tl.constexpr):
+def load_block(p, gain, colgain, row, col, SIZE: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr):
     """gain p colgain (SIZE, SIZE) from row and column of a tile, in float32."""
     i = tl.arange(0, SIZE)
-    block = tl.load(p + (row + i)[:, None].to(tl.int64) * NP + (col + i)[None, :]).to(tl.float32)
+    block = tl.load(p + cells(row + i, col + i, BM, BK)).to(tl.float32)
     return block * tl.load(gain + row + i)[:, None] * tl.load(colgain + col + i)[None, :]
 
 
@@ -231,8 +180,9 @@ def invert_block(N, SIZE: tl.constexpr, DOUBLINGS: tl.constexpr, EXACT: tl.const
 
 @triton.jit
 def invert_tile(
-    p, gain, colgain, NP, BM: tl.constexpr, DOUBLINGS: tl.constexpr, EXACT: tl.constexpr
-):
+    p, gain, colgain, BM: tl.constexpr, BK: tl.constexpr, DOUBLINGS: tl.constexpr,
+    EXACT: tl.constexpr,
+):  # fmt: skip
     """Replace N = gain p colgain, strictly lower triangular, by (I - N)^-1 - I.
 
     Halves are inverted and merged: the lower-left block is X2 N21 X1. No entry of N, of its powers
@@ -240,26 +190,26 @@ def invert_tile(
     operands.
     """
     SIZE: tl.constexpr = BM // 2
-    first = invert_block(load_block(p, gain, colgain, 0, 0, NP, SIZE), SIZE, DOUBLINGS, EXACT)
-    N = load_block(p, gain, colgain, SIZE, SIZE, NP, SIZE)
+    first = invert_block(load_block(p, gain, colgain, 0, 0, SIZE, BM, BK), SIZE, DOUBLINGS, EXACT)
+    N = load_block(p, gain, colgain, SIZE, SIZE, SIZE, BM, BK)
     second = invert_block(N, SIZE, DOUBLINGS, EXACT)
-    low = load_block(p, gain, colgain, SIZE, 0, NP, SIZE).to(first.dtype)
+    low = load_block(p, gain, colgain, SIZE, 0, SIZE, BM, BK).to(first.dtype)
     low = tl.dot(second, low, input_precision=EXACT)
     low = tl.dot(low.to(first.dtype), first, input_precision=EXACT)
     i = tl.arange(0, SIZE)
-    cells = p + i[:, None].to(tl.int64) * NP + i[None, :]
     below = i[:, None] > i[None, :]
     # Above the diagonal there are zeros already.
-    tl.store(cells, first.to(p.dtype.element_ty), mask=below)
-    tl.store(cells + SIZE * NP + SIZE, second.to(p.dtype.element_ty), mask=below)
-    tl.store(cells + SIZE * NP, low.to(p.dtype.element_ty))
+    tl.store(p + cells(i, i, BM, BK), first.to(p.dtype.element_ty), mask=below)
+    tl.store(p + cells(SIZE + i, SIZE + i, BM, BK), second.to(p.dtype.element_ty), mask=below)
+    tl.store(p + cells(SIZE + i, i, BM, BK), low.to(p.dtype.element_ty))
 
 
 @triton.jit
 def inverse_task(
     p, stats, lse, gamma, gain, scores_done, inverse_done, row, T, P, NP, NW,
-    BM: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr, DOUBLINGS: tl.constexpr,
-    SHIFT: tl.constexpr, REVERSE: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, CHUNK: tl.constexpr,
+    DOUBLINGS: tl.constexpr, SHIFT: tl.constexpr, REVERSE: tl.constexpr, EXACT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gain of a row tile, and lse when forward; X - I takes the place of N_ii, Y of N_{i,i-1}.
 
@@ -276,7 +226,7 @@ def inverse_task(
         weight = tl.full((BM,), 2.0**-SHIFT, tl.float32)
         tl.store(colgain + local, own.to(tl.float32))
     else:
-        top, total = softmax_sums(stats, p, windows, end, NP, NW, BM, BN)
+        top, total = softmax_sums(stats, p, windows, end, NW, BM, BN, BK)
         rows_ok = (rows >= P) & (rows < P + T)
         seen = total > 0
         tl.store(lse + rows - P, log_sum(top, total), mask=rows_ok)
@@ -285,30 +235,31 @@ def inverse_task(
         tl.store(colgain + local, tl.full((BM,), 1.0, tl.float32))
     tl.store(gain + local, weight)
     signal(inverse_done)
-    cells = p + (local.to(tl.int64) * NP)[:, None] + local[None, :]
+    tile_at = cells(local, local, BM, BK)
     # In the product X N the gains go into X; 2^SHIFT keeps them in float16's range.
     X = tl.where(local[:, None] == local[None, :], 1.0, 0.0)
     if row * BM < end:
-        invert_tile(p + row * BM, gain, colgain, NP, BM, DOUBLINGS, EXACT)
+        invert_tile(p + row * BM * BM, gain, colgain, BM, BK, DOUBLINGS, EXACT)
         tl.debug_barrier()
-        X += tl.load(cells + row * BM).to(tl.float32)
+        X += tl.load(p + row * BM * BM + tile_at).to(tl.float32)
     X = (X * (weight * 2.0**SHIFT)[None, :]).to(p.dtype.element_ty)
     for tile in tl.range(tl.maximum(row - LINKS, 0), tl.minimum(row, NP // BM), num_stages=1):
-        Y = tl.dot(X, tl.load(cells + tile * BM), input_precision=PRECISION) * 2.0**-SHIFT
-        tl.store(cells + tile * BM, Y.to(X.dtype))
+        at = p + tile * BM * BM + tile_at
+        Y = tl.dot(X, tl.load(at), input_precision=PRECISION) * 2.0**-SHIFT
+        tl.store(at, Y.to(X.dtype))
     signal(inverse_done)
 
 
 @triton.jit
 def read_solved(
-    acc, p_rows, v, solved, known, begin, end, last, d, D: tl.constexpr, BM: tl.constexpr,
+    acc, p, v, solved, known, begin, end, first, D: tl.constexpr, BM: tl.constexpr,
     BD: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """acc + the columns of tiles begin to end times v, as far as solved at a time."""
     done = begin
     while done < end:
         ready = tl.minimum(tl.atomic_add(solved, 0, sem="acquire") + known, end)
-        acc = product(acc, p_rows, v, D, done * BM, ready * BM, last, d, D, BD, BK, PRECISION)
+        acc = product(acc, p, v, D, done * BM, ready * BM, first, D, BM, BD, BK, False, PRECISION)
         done = tl.maximum(ready, done)
     return acc
 
@@ -324,10 +275,8 @@ def mix_task(
     rows = row * BM + local
     d = part * BD + tl.arange(0, BD)
     d_ok = (d < D)[None, :]
-    last = T - 1 if REVERSE else P + T - 1
     known = 0 if REVERSE else P // BM
     before = tl.maximum(tl.minimum(row - LINKS, NP // BM), 0)
-    p_rows = p + (local.to(tl.int64) * NP)[:, None]
     if REVERSE:
         f_rows = T - 1 - rows
         out += (P + T - 1).to(tl.int64) * D
@@ -335,9 +284,12 @@ def mix_task(
     else:
         f_rows = rows - P
         step = D
+    wait(inverse_done, 1)
+    acc = tl.zeros((BM, BD), tl.float32)
+    acc = read_solved(acc, p, v, solved, known, 0, before, part * BD, D, BM, BD, BK, PRECISION)
+    # Only now: it would take the registers that the addresses of the loop need.
     f_ok = ((f_rows >= 0) & (f_rows < T))[:, None] & d_ok
     f_at = f + (f_rows.to(tl.int64) * sft)[:, None] + d[None, :]
-    # Fetched before the waiting, so that it is there behind it.
     right = tl.load(f_at, mask=f_ok, other=0.0)
     out_at = out + (rows.to(tl.int64) * step)[:, None] + d[None, :]
     out_ok = (rows < P + T)[:, None] & d_ok
@@ -346,27 +298,23 @@ def mix_task(
         if row * BM < P:
             old = (rows < P)[:, None] & d_ok
             right += tl.load(out_at, mask=old, other=0.0).to(right.dtype)
-    wait(inverse_done, 1)
-    acc = tl.zeros((BM, BD), tl.float32)
-    acc = read_solved(
-        acc, p_rows, v, solved, known, 0, before, last, d, D, BM, BD, BK, PRECISION
-    )  # fmt: skip
     wait(inverse_done, 2)
     z = right.to(tl.float32) + tl.load(gain + local)[:, None] * acc
     if row * BM < NP:
-        X = tl.load(p_rows + row * BM + local[None, :])
+        X = tl.load(p + row * BM * BM + cells(local, local, BM, BK))
         z = tl.dot(X, z.to(X.dtype), z, input_precision=PRECISION)
     z = read_solved(
-        z, p_rows, v, solved, known, before, tl.minimum(row, NP // BM), last,
-        d, D, BM, BD, BK, PRECISION,
+        z, p, v, solved, known, before, tl.minimum(row, NP // BM), part * BD,
+        D, BM, BD, BK, PRECISION,
     )  # fmt: skip
     if row * BM > NP:
         wait(solved, row - known)
     tl.store(out_at, z.to(out.dtype.element_ty), mask=out_ok)
     if REVERSE:
-        w = (z * tl.load(gain + BM + local)[:, None]).to(v.dtype.element_ty)
+        # The rows behind the last are read too.
+        w = tl.where((rows < T)[:, None], z * tl.load(gain + BM + local)[:, None], 0.0)
         w_at = v + (rows.to(tl.int64) * D)[:, None] + d[None, :]
-        tl.store(w_at, w, mask=(rows < T)[:, None] & d_ok)
+        tl.store(w_at, w.to(v.dtype.element_ty), mask=(rows < NP)[:, None] & d_ok)
     signal(solved)
 
 
@@ -406,9 +354,10 @@ def solve_kernel(
     """Draw a ticket: step by step the chunks of scores, an inverse and the mixes, of each sequence.
 
     gamma, lse (B, T), mask (B, P+T), out (B, P+T, D) and v are contiguous. Forward v is out, whose
-    first P rows are given; backward in time v (B, T, D) takes w, last position first. A slot of the
-    ring is BM x NP in p, and the statistics, factors and x in work. The lags are the steps by which
-    the tickets of a row tile's inverse and mixes follow those of its first scores.
+    first P rows are given; backward in time v (B, NP, D) takes w, last position first. A slot of
+    the ring is BM x NP in p, in blocks, see cells, and the statistics and factors in work. The lags
+    are the steps by which the tickets of a row tile's inverse and mixes follow those of its first
+    scores.
     """
     PARTS: tl.constexpr = (D + BD - 1) // BD
     columns = T if REVERSE else P + T
@@ -419,7 +368,7 @@ def solve_kernel(
     PER: tl.constexpr = BN * CHUNK // BM
     rows = tiles - first_tile
     blocks = NP // BM
-    ticket = tl.atomic_add(flags, 1)
+    ticket = tl.atomic_add(flags, 1, sem="relaxed")
     b = ticket % B
     task = ticket // B
     # The last step with no more tickets before it.
@@ -458,12 +407,12 @@ def solve_kernel(
     elif task < chunks + inverses:
         inverse_task(
             p, work, lse, gamma + wide * T, gain, scores_done, inverse_done, row, T, P, NP, NW,
-            BM, BN, CHUNK, DOUBLINGS, SHIFT, REVERSE, EXACT, PRECISION,
+            BM, BN, BK, CHUNK, DOUBLINGS, SHIFT, REVERSE, EXACT, PRECISION,
         )  # fmt: skip
     else:
         part = task - chunks - inverses
         mix_task(
-            f + wide * sfb, v + wide * columns * D, out + wide * (P + T) * D, p, gain,
-            inverse_done, solved + part, sft, row, part, T, P, NP,
+            f + wide * sfb, v + wide * (NP if REVERSE else columns) * D, out + wide * (P + T) * D,
+            p, gain, inverse_done, solved + part, sft, row, part, T, P, NP,
             D, BM, BD, BK, REVERSE, PRECISION,
         )  # fmt: skip
