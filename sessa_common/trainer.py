@@ -259,12 +259,18 @@ def read_state(folder: Path, config: SessaConfig) -> tuple[dict[str, np.ndarray]
 
 @contextmanager
 def stop_signal() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C or SIGTERM into an answer True; the next one interrupts as usual."""
+    """Turn the first Ctrl-C, SIGTERM or closed terminal into an answer True.
+
+    The next one interrupts as usual. Under nohup a closed terminal stays ignored.
+    """
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield asked.is_set
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    hangup = getattr(signal, "SIGHUP", None)
+    if hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN:
+        before[hangup] = signal.getsignal(hangup)
 
     def ask(number: int, frame: Any) -> None:
         asked.set()

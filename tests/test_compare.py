@@ -36,7 +36,7 @@ if "compare" not in {each.callback.__name__ for each in app.registered_commands 
 # Stands for `sessa train`: the same options, files and exit codes; accuracies are by model and
 # seed, the best rate by model. A file "slow" or "broken" beside --out's parent changes it.
 TRAINER = """
-import argparse, dataclasses, json, pathlib, signal, sys, time
+import argparse, dataclasses, json, os, pathlib, signal, sys, time
 from sessa_common.config import PRESETS
 p = argparse.ArgumentParser()
 p.add_argument("--task-option", action="append", default=[])
@@ -67,7 +67,8 @@ else:
 slow = folder.parent.parent.parent / "slow"
 if slow.exists():
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(130))
-    (folder / "waiting").write_text("")
+    (folder / "new").write_text(str(os.getpid()))
+    (folder / "new").rename(folder / "waiting")
     time.sleep(60)
 broken = folder.parent.parent.parent / "broken"
 if broken.exists() and broken.read_text() in folder.name:
@@ -287,11 +288,12 @@ def test_a_rate_that_diverges_loses_the_sweep(trainer, tmp_path):
     assert len(rows["sessa"]["seeds"]) == 3
 
 
-def test_a_signal_stops_the_children_and_the_same_command_goes_on(trainer, tmp_path):
-    out = tmp_path / "out"
-    (tmp_path / "slow").write_text("")
+def start_slow(trainer, out):
+    """A command with three runs that wait: its arguments, itself, names and pids of the runs."""
+    (out.parent / "slow").write_text("")
     program = (
-        "import sys, sessa_cli.compare as c; from sessa_cli.main import app, main\n"
+        "import signal, sys, sessa_cli.compare as c; from sessa_cli.main import app, main\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # Ignored where nohup started the tests.
         f"c.TRAIN = (sys.executable, {str(trainer)!r})\n"
         "known = {x.callback.__name__ for x in app.registered_commands if x.callback}\n"
         "'compare' in known or app.command()(c.compare)\n"
@@ -302,16 +304,43 @@ def test_a_signal_stops_the_children_and_the_same_command_goes_on(trainer, tmp_p
     deadline = time.monotonic() + 60
     while len(list(out.glob("sweep/*/waiting"))) < 3 and time.monotonic() < deadline:
         time.sleep(0.1)
-    started = {path.parent.name for path in out.glob("sweep/*/waiting")}
+    started = {path.parent.name: int(path.read_text()) for path in out.glob("sweep/*/waiting")}
     assert len(started) == 3
-    process.send_signal(signal.SIGTERM)
+    return arguments, process, started
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_stops_the_children_and_the_same_command_goes_on(trainer, tmp_path, number):
+    out = tmp_path / "out"
+    arguments, process, started = start_slow(trainer, out)
+    process.send_signal(number)
     shown = process.communicate(timeout=30)[0]
     assert process.returncode == 130 and "the same command goes on" in shown
     (tmp_path / "slow").unlink()
     assert subprocess.run(arguments, env=os.environ, capture_output=True).returncode == 0
     again = calls(out)[3:]
-    assert {name for name, resumed in again if resumed} == started
+    assert {name for name, resumed in again if resumed} == set(started)
     assert len(again) == 24
+
+
+def test_a_folder_has_one_comparison_at_a_time(trainer, tmp_path):
+    out = tmp_path / "out"
+    arguments, process, started = start_slow(trainer, out)
+    message = "another sessa compare works there, or a training run that one left behind"
+    second = subprocess.run(arguments, capture_output=True, text=True)
+    assert second.returncode == 2 and message in second.stdout + second.stderr
+    process.kill()
+    process.communicate(timeout=30)
+    # Its runs go on, so the folder is still in use.
+    second = subprocess.run(arguments, capture_output=True, text=True)
+    assert second.returncode == 2 and message in second.stdout + second.stderr
+    (tmp_path / "slow").unlink()
+    for pid in started.values():
+        os.kill(pid, signal.SIGKILL)
+    deadline = time.monotonic() + 30
+    while (result := subprocess.run(arguments, capture_output=True)).returncode == 2:
+        assert time.monotonic() < deadline
+    assert result.returncode == 0
 
 
 def test_text_is_measured_by_perplexity(trainer, tmp_path, capsys):

@@ -10,7 +10,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,6 +43,7 @@ from sessa_common.trainer import STATE, stop_signal
 TRAIN = (sys.executable, "-m", "sessa_cli.main", "train")
 INTERRUPTED, FAILED = 130, 1
 LOG_END = 12
+LOCK = "lock"
 
 
 def compare(
@@ -193,6 +196,7 @@ class Runner:
         self.models = comparison.models()
         self.failed: list[str] = []
         self.running: dict[str, tuple[Job, str | None, subprocess.Popen[bytes]]] = {}
+        self.lock: tuple[int, ...] = ()
         check_plan(out, comparison)
         self.commands: dict[str, list[str]] = {}
         if out.exists() and any(out.iterdir()) and not (out / "plan.json").exists():
@@ -200,8 +204,8 @@ class Runner:
         out.mkdir(parents=True, exist_ok=True)
 
     def run(self) -> bool:
-        """Run what is not finished; False when stopped by Ctrl-C or SIGTERM."""
-        with stop_signal() as stopped:
+        """Run what is not finished; False when stopped by a signal."""
+        with _alone(self.out) as self.lock, stop_signal() as stopped:
             try:
                 waiting = self._waiting()
                 while not stopped():
@@ -292,7 +296,7 @@ class Runner:
             # A session of its own: Ctrl-C in the terminal reaches it once, through us.
             process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
-                env=environment, start_new_session=True,
+                env=environment, start_new_session=True, pass_fds=self.lock,
             )  # fmt: skip
         self.running[job.name] = (job, device, process)
 
@@ -322,6 +326,27 @@ class Runner:
         for *_, process in self.running.values():
             if process.poll() is None:
                 process.send_signal(number)
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[tuple[int, ...]]:
+    """Lock the folder; give what a training run must inherit to hold the lock as well.
+
+    So a folder stays locked while a run that outlived its killed command still writes there.
+    """
+    if sys.platform == "win32":
+        yield ()
+        return
+    import fcntl
+
+    with (out / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise SessaError(
+                f"{out}: another sessa compare works there, or a training run that one left behind"
+            ) from None
+        yield (file.fileno(),)
 
 
 def _outcome(result: dict[str, Any]) -> str:
