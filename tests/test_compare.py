@@ -343,6 +343,18 @@ def test_a_folder_has_one_comparison_at_a_time(trainer, tmp_path):
     assert result.returncode == 0
 
 
+def test_only_an_empty_folder_begins_a_comparison(trainer, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.txt").write_text("mine")
+    assert sessa("compare", *FEW, "--out", out) == 2
+    assert "not empty and no comparison" in capsys.readouterr().err
+    (out / "thesis.txt").unlink()
+    # What a command leaves that failed before its plan was written.
+    (out / command.LOCK).write_text("")
+    assert sessa("compare", *FEW, "--out", out) == 0
+
+
 def test_text_is_measured_by_perplexity(trainer, tmp_path, capsys):
     out = tmp_path / "out"
     arguments = ("--data", "pydoc", "--mixers", "sessa,attention", "--steps", "4", "--seeds", "2",

@@ -199,7 +199,8 @@ class Runner:
         self.lock: tuple[int, ...] = ()
         check_plan(out, comparison)
         self.commands: dict[str, list[str]] = {}
-        if out.exists() and any(out.iterdir()) and not (out / "plan.json").exists():
+        there = {path.name for path in out.iterdir()} if out.exists() else set()
+        if there - {LOCK} and "plan.json" not in there:
             raise SessaError(f"{out}: not empty and no comparison; give another --out")
         out.mkdir(parents=True, exist_ok=True)
 
