@@ -37,15 +37,26 @@ PREFIX = 16384 if CUDA else 4096
 LIMIT = 1e-2 if CUDA else 1e-5
 
 
-def naive(f: Tensor, q: Tensor, k: Tensor, gamma: Tensor) -> Tensor:
+def naive(
+    f: Tensor,
+    q: Tensor,
+    k: Tensor,
+    gamma: Tensor,
+    past_s: Tensor | None = None,
+    key_mask: Tensor | None = None,
+) -> Tensor:
     """The way of the author's release: T x T matrices in float32, a general triangular solver."""
-    T = q.shape[1]
-    seen = torch.ones(T, T, dtype=torch.bool, device=q.device).tril(-1)
+    T, P = q.shape[1], k.shape[1] - q.shape[1]
+    seen = torch.ones(T, P + T, dtype=torch.bool, device=q.device).tril(P - 1)
+    if key_mask is not None:
+        seen = seen & key_mask[:, None]
     scores = (q @ k.mT).float() * q.shape[-1] ** -0.5
     alpha = torch.softmax(scores.masked_fill(~seen, -1e30), -1) * seen
-    eye = torch.eye(T, device=q.device)
-    lower = eye - gamma[..., None] * alpha
-    return torch.linalg.solve_triangular(lower, f.float(), upper=False).to(f.dtype)
+    rhs = f.float()
+    if past_s is not None:
+        rhs = rhs + gamma[..., None] * (alpha[..., :P] @ past_s.float())
+    lower = torch.eye(T, device=q.device) - gamma[..., None] * alpha[..., P:]
+    return torch.linalg.solve_triangular(lower, rhs, upper=False).to(f.dtype)
 
 
 def inputs(B: int, T: int, D: int) -> list[Tensor]:

@@ -23,6 +23,7 @@ from sessa_cli.common import choose_backend, framework, make_console, print_json
 from sessa_common.checkpoint import write_json
 from sessa_common.compare import (
     MIXERS,
+    PLAN,
     RESULTS,
     TABLE,
     Comparison,
@@ -200,7 +201,7 @@ class Runner:
         check_plan(out, comparison)
         self.commands: dict[str, list[str]] = {}
         there = {path.name for path in out.iterdir()} if out.exists() else set()
-        if there - {LOCK} and "plan.json" not in there:
+        if there - {LOCK} and PLAN not in there:
             raise SessaError(f"{out}: not empty and no comparison; give another --out")
         out.mkdir(parents=True, exist_ok=True)
 
@@ -258,7 +259,7 @@ class Runner:
         return comparison.control_job(model, rate)
 
     def _write_plan(self) -> None:
-        path = self.out / "plan.json"
+        path = self.out / PLAN
         if not path.exists() or read_json(path)["commands"] != self.commands:
             write_plan(self.out, self.comparison, self.commands)
 

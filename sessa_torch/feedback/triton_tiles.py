@@ -89,8 +89,8 @@ def product(
 def row_sums(tile, BN: tl.constexpr):
     """Sums (BM,) in float32 of a tile of BN columns.
 
-    16-bit numbers are summed by the tensor cores: widened one by one they would also be narrowed
-    one by one, at a sixteenth of the speed of pairs.
+    16-bit numbers are summed by the tensor cores: where they are widened one by one, the compiler
+    narrows them one by one too, which is much slower than in pairs.
     """
     if tile.dtype == tl.float32:
         return tl.sum(tile, 1)
