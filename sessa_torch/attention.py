@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sessa_common.config import SessaConfig
 from sessa_torch.cache import LayerCache
+from sessa_torch.feedback.triton_kernels import MOST_SEQUENCES, unavailable
 
 Rope = tuple[Tensor, Tensor]
 
@@ -29,10 +30,22 @@ def rope_tables(positions: Tensor, head_dim: int, theta: float, dtype: torch.dty
 
 
 def apply_rope(x: Tensor, rope: Rope) -> Tensor:
-    """Rotate the interleaved pairs (0,1), (2,3), ... of x (B, H, T, d) by the angles of `rope`."""
+    """Rotate the interleaved pairs (0,1), (2,3), ... of x (B, H, T, d) by the angles of `rope`.
+
+    On CUDA by one kernel, but not in a compiled graph, which fuses what is written here.
+    """
     cos, sin = rope
+    if x.is_cuda and not torch.compiler.is_compiling() and _has_kernel(x, cos):
+        from sessa_torch.triton_rope import Rotation
+
+        return Rotation.apply(x, cos, sin)
     swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
     return torch.addcmul(x * cos, swapped, sin).to(x.dtype)
+
+
+def _has_kernel(x: Tensor, cos: Tensor) -> bool:
+    few = x.shape[0] * x.shape[1] <= MOST_SEQUENCES
+    return few and cos.dtype == torch.float32 and unavailable(x, x) is None
 
 
 def causal_attention(

@@ -19,6 +19,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 CASES = {
     "one row": {"T": 1},
@@ -27,9 +28,13 @@ CASES = {
     "a tile": {"T": 32},
     "past a tile": {"T": 33, "K": 40, "D": 8},
     "ring used again": {"B": 1, "T": 290, "K": 16, "D": 16},
+    "more steps than are tried at once": {"B": 1, "T": 1000, "K": 16, "D": 16},
+    "rows of odd lengths": {"T": 70, "P": 5, "K": 13, "D": 7},
     "several chunks of gradients": {"T": 100, "chunk_tiles": 1},
     "past and mask": {"T": 70, "P": 37, "masked": True},
     "past of whole tiles": {"B": 1, "T": 40, "P": 64},
+    "no descriptors": {"T": 70, "P": 5, "K": 13, "D": 7, "masked": True, "described": False},
+    "no descriptors, whole tiles": {"B": 1, "T": 128, "K": 32, "described": False},
     "decode": {"T": 1, "P": 150, "D": 72, "masked": True},
     "decode a few": {"T": 16, "P": 33, "K": 40},
     "strided": {"T": 40, "P": 3, "strided": True},
@@ -67,6 +72,11 @@ def test_same_inputs_give_the_same_bits(results):
     assert results["same bits"] == 0
 
 
+def test_rotation_equals_float64_and_is_undone_backwards(results):
+    for name, error in results["rope"].items():
+        assert error <= 3e-7, name
+
+
 def test_what_the_mask_hides_does_not_matter(results):
     assert results["hidden keys"] == 0
 
@@ -88,7 +98,7 @@ def fake_kernel():
 
     compiled = MagicMock()
     compiled.__getitem__.side_effect = lambda grid: runs(("compiled", grid))
-    names = ("x", "y", "stride", "T", "K", "BLOCK")
+    names = ("x", "y", "y_blocks", "stride", "T", "K", "BLOCK")
     kernel = MagicMock(arg_names=names, params=[
         SimpleNamespace(is_constexpr=name in ("K", "BLOCK"), do_not_specialize=name == "T")
         for name in names
@@ -103,20 +113,24 @@ def fake_tensor(pointer=256, dtype=torch.bfloat16):
 
 
 def test_a_launch_finds_what_triton_would_compile_the_same(monkeypatch):
-    from sessa_torch.feedback.triton_launch import launch
+    from sessa_torch.feedback.triton_launch import blocks, launch
 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     kernel, launches = fake_kernel()
     x, y = fake_tensor(), fake_tensor(512, torch.float32)
+    z = blocks(torch.zeros(2, 16), 1, 8)
 
     def ways(tensors=(x, y), stride=64, T=5, K=24):
         launches.clear()
-        launch(kernel, (7,), tensors, (stride, T), BLOCK=16, K=K, num_warps=4)
+        launch(kernel, (7,), tensors, (z,), (stride, T), BLOCK=16, K=K, num_warps=4)
         return launches[0]
 
-    assert ways()[0] == ("triton", (7,))
+    way, args = ways()
+    assert way == ("triton", (7,))
+    assert args[:2] == (x, y) and args[3:] == (64, 5)
+    assert args[2] == TensorDescriptor(z.base, [2, 16], [16, 1], [1, 8])
     # All kernel arguments in the kernel's order, the grid filled up; a length is no reason.
-    assert ways(T=6) == (("compiled", (7, 1, 1)), (x, y, 64, 6, 24, 16))
+    assert ways(T=6) == (("compiled", (7, 1, 1)), (x, y, z, 64, 6, 24, 16))
     for other in ({"stride": 65}, {"K": 25}, {"tensors": (x, fake_tensor())}):
         assert ways(**other)[0] == ("triton", (7,)), other
         assert ways(**other)[0] == ("compiled", (7, 1, 1)), other
@@ -138,6 +152,18 @@ def test_a_launch_finds_what_triton_would_compile_the_same(monkeypatch):
         current[0] = 1
         ways((x, other))
     assert entered == [0, 0]
+
+
+def test_aligned_copies_only_what_a_descriptor_cannot_read():
+    from sessa_torch.feedback.triton_launch import aligned
+
+    x = torch.randn(3, 5, 48).bfloat16()
+    for fits in (x, x[..., 8:40], x[:, 1:], x.transpose(0, 1)):
+        assert aligned(fits) is fits
+    for other in (x[..., 1:9], x[..., :20].contiguous(), x.mT, x[:, :1].expand(3, 5, 48)):
+        y = aligned(other)
+        assert torch.equal(y, other)
+        assert y.stride(2) == 1 and all(x > 0 and x % 8 == 0 for x in y.stride()[:2])
 
 
 def draw(
@@ -195,6 +221,7 @@ def compare(case, kernels, blocked):
     args = draw(**case)
     ds = torch.randn(args[0].shape, generator=torch.Generator().manual_seed(1)).to(args[0].dtype)
     kernels.CHUNK_TILES = case.get("chunk_tiles", 16)
+    kernels.described = lambda device: case.get("described", True)
     s, lse = kernels.solve_forward(*args)
     grads = kernels.solve_backward(ds, *args[1:4], s, lse, *args[4:])
     exact = [x.double() if x is not None and x.is_floating_point() else x for x in args]
@@ -222,6 +249,22 @@ def hidden_keys(kernels, value):
     return sum(not torch.equal(x, y) for x, y in zip(*found, strict=True))
 
 
+def rope():
+    """Errors of the rotary kernel for widths and strides of several kinds, and of its inverse."""
+    from sessa_torch.attention import apply_rope, rope_tables
+    from sessa_torch.triton_rope import rotate
+
+    errors = {}
+    for B, H, T, d, tables in ((2, 3, 37, 24, 2), (1, 2, 5, 2, 1), (2, 1, 65, 64, 1)):
+        x = torch.randn(B, T, H, d).transpose(1, 2)
+        cos, sin = rope_tables(torch.randint(0, 1000, (tables, T)), d, 1e4, torch.float32)
+        y = rotate(x, cos, sin)
+        exact = apply_rope(x.double(), (cos.double(), sin.double()))
+        errors[f"{B, H, T, d}"] = relative(y, exact)
+        errors[f"{B, H, T, d} back"] = relative(rotate(y, cos, sin, back=True), x.double())
+    return errors
+
+
 def main():
     from sessa_torch.feedback import blocked
     from sessa_torch.feedback import triton_kernels as kernels
@@ -235,6 +278,7 @@ def main():
     args = draw(T=40, P=3)
     first, second = (kernels.solve_forward(*args)[0] for _ in range(2))
     results["same bits"] = int(not torch.equal(first, second))
+    results["rope"] = rope()
     results["hidden keys"] = hidden_keys(kernels, float("nan")) + hidden_keys(kernels, float("inf"))
     print(json.dumps(results))
 

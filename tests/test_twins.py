@@ -12,7 +12,7 @@ from sessa_common.config import SessaConfig, parameter_shapes
 
 ROOT = Path(__file__).parents[1]
 # Triton runs on CUDA only, and MLX arrays neither share memory nor tell their layout.
-ONE_SIDED = {"feedback/triton_", "feedback/outputs.py"}
+ONE_SIDED = {"feedback/triton_", "feedback/outputs.py", "triton_rope.py"}
 # The name of a module's call differs between the frameworks.
 SAME = {"__call__": "forward"}
 

@@ -9,7 +9,7 @@ from torch import Tensor
 def from_row(x: Tensor, first: int, dtype: torch.dtype) -> Tensor:
     """Rows `first` and later of x (B, T, D), contiguous, and none of the memory of the others."""
     if first == 0:
-        return x.to(dtype)
+        return x.to(dtype).contiguous()
     return x[:, first:].to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 

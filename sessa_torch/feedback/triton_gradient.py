@@ -12,7 +12,7 @@ import triton.language as tl
 from sessa_torch.feedback.triton_tiles import cells, product, relative, score_tile
 
 # Sizes for which no kernel of its own is compiled.
-COUNTS = ["first", "chunk", "T", "past", "width"]
+COUNTS = ["first", "chunk", "T", "past"]
 
 
 @triton.jit
@@ -27,26 +27,33 @@ def tile_cells(p, row, NP, window, BM: tl.constexpr, BN: tl.constexpr, BK: tl.co
     return p + row * NP + window * (BN * BM) + cells(tl.arange(0, BM), tl.arange(0, BN), BM, BK)
 
 
+@triton.jit
+def first_block(b, tile, chunk, NP, BM: tl.constexpr, BK: tl.constexpr):
+    """The row of p's blocks, see product, in which a row tile of the chunk starts."""
+    return (b * chunk + tile * BM) * (NP // BK)
+
+
 @triton.jit(do_not_specialize=COUNTS)
 def probabilities_kernel(
-    q, k, lse, mask, p,
-    sqb, sqt, skb, skt, first, chunk, T, past, NP, width, scale2, shift,
-    K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    q, k, lse, mask, p, q_blocks, k_blocks, sqb, sqt, skb, skt,
+    first, chunk, T, past, NP, width, scale2, shift,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    MASKED: tl.constexpr, DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """2^shift alpha of one tile of rows and columns into the workspace p (B, chunk, NP).
 
     Row tiles are stored in blocks, see cells.
     """
     b = tl.program_id(2).to(tl.int64)
-    rows = first + tl.program_id(1) * BM + tl.arange(0, BM)
-    cols = tl.program_id(0) * BN + tl.arange(0, BN)
-    if tl.program_id(0) * BN < tl.cdiv(past + first + (tl.program_id(1) + 1) * BM, BM) * BM:
+    first_row, first_col = first + tl.program_id(1) * BM, tl.program_id(0) * BN
+    rows, cols = first_row + tl.arange(0, BM), first_col + tl.arange(0, BN)
+    if first_col < tl.cdiv(past + first_row + BM, BM) * BM:
         rows_ok = rows < T
         cols_ok = cols < past + T
-        q_rows = q + b * sqb + (tl.minimum(rows, T - 1).to(tl.int64) * sqt)[:, None]
-        k_cols = k + b * skb + (tl.minimum(cols, past + T - 1).to(tl.int64) * skt)[None, :]
-        s = score_tile(q_rows, k_cols, width, K, BM, BN, BK, PRECISION)
+        s = score_tile(
+            (q, sqb, sqt, T, width, q_blocks), (k, skb, skt, past + T, width, k_blocks),
+            tl.program_id(2), first_row, first_col, width, BM, BN, BK, DESCRIBED, PRECISION,
+        )  # fmt: skip
         sums = tl.load(lse + b * T + rows, mask=rows_ok, other=float("inf"))
         e = tl.exp2(relative(s * scale2, sums[:, None]) + shift)
         seen = (cols[None, :] < past + rows[:, None]) & cols_ok[None, :]
@@ -58,11 +65,11 @@ def probabilities_kernel(
         tl.store(at, e.to(p.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=COUNTS[:4])
+@triton.jit(do_not_specialize=COUNTS)
 def read_kernel(
-    p, u, states, r, sub, sut, ssb, sst, first, chunk, T, past, NP, shift,
+    p, u, states, r, p_blocks, s_blocks, sub, sut, ssb, sst, first, chunk, T, past, NP, shift,
     D: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr,
-    PRECISION: tl.constexpr,
+    DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """r = <u, alpha s> of one row tile over BD columns of the states, into r (parts, B, T)."""
     part = tl.program_id(0)
@@ -71,11 +78,12 @@ def read_kernel(
     rows = first + tile * BM + tl.arange(0, BM)
     d = part * BD + tl.arange(0, BD)
     d_ok = (d < D)[None, :]
-    p += (b * chunk + tile * BM) * NP
     stop = tl.minimum(past + first + (tile + 1) * BM, past + T)
     acc = tl.zeros((BM, BD), tl.float32)
     acc = product(
-        acc, p, states + b * ssb, sst, 0, stop, part * BD, D, BM, BD, BK, True, PRECISION
+        acc, (p, p_blocks), (states, ssb, sst, past + T, D, s_blocks),
+        first_block(tl.program_id(2), tile, chunk, NP, BM, BK), tl.program_id(2), 0, stop,
+        part * BD, NP, BM, BD, BK, False, DESCRIBED, PRECISION,
     )  # fmt: skip
     rows_ok = rows < T
     at = u + b * sub + (rows.to(tl.int64) * sut)[:, None] + d[None, :]
@@ -89,20 +97,21 @@ def read_kernel(
 
 @triton.jit(do_not_specialize=COUNTS)
 def score_gradients_kernel(
-    p, u, states, gamma, r, dgamma, unit, sub, sut, ssb, sst,
+    p, u, states, gamma, r, dgamma, unit, u_blocks, s_blocks, sub, sut, ssb, sst,
     first, chunk, T, past, NP, width, shift,
-    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
+    DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Replace 2^shift alpha in the workspace by unit gamma alpha (<u, s> - r); r is dgamma too."""
     b = tl.program_id(2).to(tl.int64)
-    rows = first + tl.program_id(1) * BM + tl.arange(0, BM)
-    cols = tl.program_id(0) * BN + tl.arange(0, BN)
-    if tl.program_id(0) * BN < tl.cdiv(past + first + (tl.program_id(1) + 1) * BM, BM) * BM:
+    first_row, first_col = first + tl.program_id(1) * BM, tl.program_id(0) * BN
+    rows = first_row + tl.arange(0, BM)
+    if first_col < tl.cdiv(past + first_row + BM, BM) * BM:
         rows_ok = rows < T
-        u_rows = u + b * sub + (tl.minimum(rows, T - 1).to(tl.int64) * sut)[:, None]
-        s_cols = states + b * ssb + (tl.minimum(cols, past + T - 1).to(tl.int64) * sst)[None, :]
-        dP = score_tile(u_rows, s_cols, width, D, BM, BN, BK, PRECISION)
+        dP = score_tile(
+            (u, sub, sut, T, width, u_blocks), (states, ssb, sst, past + T, width, s_blocks),
+            tl.program_id(2), first_row, first_col, width, BM, BN, BK, DESCRIBED, PRECISION,
+        )  # fmt: skip
         mean = tl.zeros((BM,), tl.float32)
         for part in tl.static_range(PARTS):
             mean += tl.load(r + (part * tl.num_programs(2) + b) * T + rows, mask=rows_ok, other=0.0)
@@ -115,12 +124,12 @@ def score_gradients_kernel(
         tl.store(at, (alpha * gain[:, None] * (dP - mean[:, None])).to(p.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=[*COUNTS[:4], "row_tasks", "last"])
+@triton.jit(do_not_specialize=[*COUNTS, "row_tasks", "last"])
 def products_kernel(
-    p, q, k, dq, dk, dk_sum, unit, sqb, sqt, skb, skt,
+    p, q, k, dq, dk, dk_sum, unit, p_blocks, k_blocks, sqb, sqt, skb, skt,
     first, chunk, T, past, NP, scale, row_tasks, last,
     K: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr,
-    PRECISION: tl.constexpr,
+    DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq of the chunk's rows, and what the chunk adds to dk_sum; the last chunk writes dk.
 
@@ -136,10 +145,12 @@ def products_kernel(
     if task < row_tasks:
         tile = (row_tasks - 1 - task) // PARTS
         rows = first + tile * BM + tl.arange(0, BM)
-        p += (b * chunk + tile * BM) * NP
         stop = tl.minimum(past + first + (tile + 1) * BM, past + T)
-        part = task % PARTS * BD
-        acc = product(acc, p, k + b * skb, skt, 0, stop, part, K, BM, BD, BK, True, PRECISION)
+        acc = product(
+            acc, (p, p_blocks), (k, skb, skt, past + T, K, k_blocks),
+            first_block(tl.program_id(1), tile, chunk, NP, BM, BK), tl.program_id(1), 0, stop,
+            task % PARTS * BD, NP, BM, BD, BK, False, DESCRIBED, PRECISION,
+        )  # fmt: skip
         dq_at = dq + (b * T + rows[:, None]) * K + d[None, :]
         tl.store(dq_at, (acc * scale).to(dq.dtype.element_ty), mask=(rows < T)[:, None] & d_ok)
     else:

@@ -9,12 +9,13 @@ import functools
 import importlib.util
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sessa_torch.feedback.outputs import from_row
-from sessa_torch.feedback.triton_launch import launch
+from sessa_torch.feedback.triton_launch import aligned, aligned_empty, blocks, launch
 
 MIB = 2**20
 # What CUDA allows in the second and third dimension of a grid.
@@ -103,6 +104,11 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
+def described(device: torch.device) -> bool:
+    """Whether kernels read by tensor memory descriptors, which GPUs from Hopper on have."""
+    return device.type != "cuda" or _capability(device) >= (9, 0)
+
+
 def solve_tiles(dtype: torch.dtype, device: torch.device, width: int) -> Tiles:
     """The tile sizes of the solve for operands of this dtype; width is the smaller of K and D."""
     if device.type != "cuda":
@@ -155,12 +161,21 @@ def solve_forward(
     dtype = torch.promote_types(f.dtype, q.dtype)
     if past_s is not None and T <= DECODE_ROWS and P > 0 and D <= DECODE_WIDTH:
         return _decode(f, q.to(dtype), k.to(dtype), gamma, past_s, key_mask)
-    states = torch.empty(B, P + T, D, dtype=dtype, device=f.device)
+    states = aligned_empty(B, P + T, D, dtype=dtype, device=f.device)
     if past_s is not None:
         states[:, :P] = past_s
     lse = torch.empty(B, T, dtype=torch.float64, device=f.device)
-    f, q, k = (rows_contiguous(x.to(dtype)) for x in (f, q, k))
-    _solve(f, q, k, gamma.contiguous(), mask_bytes(key_mask), lse, states, reverse=False)
+    q, k = aligned(q.to(dtype)), aligned(k.to(dtype))
+    _solve(
+        rows_contiguous(f.to(dtype)),
+        q,
+        k,
+        gamma.contiguous(),
+        mask_bytes(key_mask),
+        lse,
+        states,
+        reverse=False,
+    )
     return from_row(states, P, f.dtype), lse
 
 
@@ -191,12 +206,12 @@ def _decode(
     common |= {"MASKED": mask is not None, "PRECISION": precision(q.dtype)}
     seen = q if seen is None else seen
     launch(
-        past_kernel, (splits, B), (q, k, past_s, seen, sums, parts),
+        past_kernel, (splits, B), (q, k, past_s, seen, sums, parts), (),
         (*q.stride()[:2], *k.stride()[:2], *past_s.stride()[:2], T, P, share),
         BN=block, BD=wide, num_warps=8, **common,
     )  # fmt: skip
     launch(
-        combine_kernel, (-(-D // 32), B), (f, q, k, gamma, seen, sums, parts, s, lse),
+        combine_kernel, (-(-D // 32), B), (f, q, k, gamma, seen, sums, parts, s, lse), (),
         (*f.stride()[:2], *q.stride()[:2], *k.stride()[:2], T, P, splits),
         BD=32, SPLITS=max(16, 1 << (splits - 1).bit_length()), num_warps=4, **common,
     )  # fmt: skip
@@ -233,7 +248,7 @@ def _solve(
     chunks = _score_chunks(first, tiles, padded // t.rows, t.columns * t.chunk // t.rows)
     tasks = chunks + (tiles - first) * (1 + parts)
     ring = min(tiles, lag + 2 + programs(q.device) // (B * parts))
-    values = q.new_empty(B, padded, D) if reverse else out
+    values = aligned_empty(B, padded, D, dtype=q.dtype, device=q.device) if reverse else out
     p = q.new_empty(B * ring * t.rows * padded)
     work = q.new_empty(B * ring * t.rows * (2 * windows + 3), dtype=torch.float32)
     flags = torch.zeros(1 + 3 * B * tiles + B * parts, dtype=torch.int32, device=q.device)
@@ -241,13 +256,16 @@ def _solve(
     launch(
         solve_kernel, (B * tasks,),
         (f, q, k, gamma, q if mask is None else mask, lse, values, out, p, work, flags),
-        (*f.stride()[:2], *q.stride()[:2], *k.stride()[:2], B, T, rows - T, ring,
+        (blocks(q, 1, t.rows, t.inner), blocks(k, 1, t.columns, t.inner),
+         blocks(p.view(-1, t.inner), t.rows, t.inner), blocks(values, 1, t.inner, t.width)),
+        (*f.stride()[:2], *q.stride()[:2], *k.stride()[:2], out.stride(1), B, T, rows - T, ring,
          (lag + 1) // 2, lag, K),
-        K=K, D=D, BM=t.rows, BN=t.columns, BK=t.inner, BD=t.width, CHUNK=t.chunk,
+        D=D, BM=t.rows, BN=t.columns, BK=t.inner, BD=t.width, CHUNK=t.chunk,
         DOUBLINGS=t.rows.bit_length() - 3,
         SCALE=K**-0.5 * math.log2(math.e), HEADROOM=14.0 if half else 60.0,
         SHIFT=15.0 if half else 0.0, REVERSE=reverse, MASKED=mask is not None,
         EXACT="tf32" if q.element_size() == 2 else precision(q.dtype), PRECISION=precision(q.dtype),
+        DESCRIBED=described(q.device), FENCE=described(q.device) and not interpreted(),
         num_warps=t.warps, num_stages=t.stages,
     )  # fmt: skip
 
@@ -276,17 +294,24 @@ def solve_backward(
     dtype = torch.promote_types(s.dtype, q.dtype)
     B, T, D = s.shape
     columns = k.shape[1]
-    ds, qw, kw, states = (rows_contiguous(x.to(dtype)) for x in (ds, q, k, s))
+    ds = rows_contiguous(ds.to(dtype))
+    qw, kw, states = (aligned(x.to(dtype)) for x in (q, k, s))
     gain, mask = gamma.contiguous(), mask_bytes(key_mask)
     if past_s is not None:
-        states = torch.cat([past_s.to(dtype), states], 1)
-    u = torch.empty(B, columns, D, dtype=dtype, device=s.device)
+        states = aligned(torch.cat([past_s.to(dtype), states], 1))
+    u = aligned_empty(B, columns, D, dtype=dtype, device=s.device)
     _solve(ds, kw, qw, gain, mask, lse, u, reverse=True)
     new, past = u[:, columns - T :], u[:, : columns - T]
     dq, dk, dgamma = _score_gradients(new, qw, kw, gain, states, lse, mask)
     # df and dpast_s must not share memory, which slices of one sequence would.
     dpast_s = None if past_s is None else past.to(past_s.dtype, copy=True).contiguous()
-    return from_row(u, columns - T, s.dtype), dq.to(q.dtype), dk.to(k.dtype), dgamma, dpast_s
+    return (
+        from_row(u, columns - T, s.dtype).contiguous(),
+        dq.to(q.dtype),
+        dk.to(k.dtype),
+        dgamma,
+        dpast_s,
+    )
 
 
 def _score_gradients(
@@ -318,9 +343,13 @@ def _score_gradients(
         dk_sum.zero_()
     shift = 15.0 if q.dtype == torch.float16 else 0.0
     unit = _unit(u, states)
-    common = {"BM": t.rows, "BK": t.inner, "PRECISION": precision(q.dtype)}
+    common: dict[str, Any] = {"BM": t.rows, "BK": t.inner, "PRECISION": precision(q.dtype)}
+    common["DESCRIBED"] = described(q.device)
     common |= {"num_warps": t.warps, "num_stages": t.stages}
     by_row = (*u.stride()[:2], *states.stride()[:2])
+    p_blocks = blocks(p.view(-1, t.inner), t.rows, t.inner)
+    as_rows, as_columns = (1, t.rows, t.inner), (1, t.columns, t.inner)
+    as_values = (1, t.inner, t.width)
     for first in range(0, T, chunk):
         here = min(chunk, T - first)
         seen = columns - T + first + here
@@ -328,25 +357,27 @@ def _score_gradients(
         grid = (-(-(-(-seen // t.rows) * t.rows) // t.columns), tiles, B)
         where = (first, chunk, T, columns - T, padded)
         launch(
-            kernels.probabilities_kernel, grid,
-            (q, k, lse, q if mask is None else mask, p),
+            kernels.probabilities_kernel, grid, (q, k, lse, q if mask is None else mask, p),
+            (blocks(q, *as_rows), blocks(k, *as_columns)),
             (*q.stride()[:2], *k.stride()[:2], *where, K, K**-0.5 * math.log2(math.e), shift),
-            K=K, BN=t.columns, MASKED=mask is not None, **common,
+            BN=t.columns, MASKED=mask is not None, **common,
         )  # fmt: skip
         launch(
-            kernels.read_kernel, (parts, tiles, B), (p, u, states, r), (*by_row, *where, shift),
+            kernels.read_kernel, (parts, tiles, B), (p, u, states, r),
+            (p_blocks, blocks(states, *as_values)), (*by_row, *where, shift),
             D=D, BD=t.width, **common,
         )  # fmt: skip
         launch(
-            kernels.score_gradients_kernel, grid,
-            (p, u, states, gamma, r, dgamma, unit), (*by_row, *where, D, shift),
-            D=D, BN=t.columns, PARTS=parts, **common,
+            kernels.score_gradients_kernel, grid, (p, u, states, gamma, r, dgamma, unit),
+            (blocks(u, *as_rows), blocks(states, *as_columns)), (*by_row, *where, D, shift),
+            BN=t.columns, PARTS=parts, **common,
         )  # fmt: skip
         wide = -(-K // t.width)
         row_tasks = tiles * wide
         launch(
             kernels.products_kernel, (row_tasks + -(-seen // t.rows) * wide, B),
             (p, q, k, dq, dk, dk_sum, unit),
+            (p_blocks, blocks(k, *as_values)),
             (*q.stride()[:2], *k.stride()[:2], *where, K**-0.5, row_tasks, first + chunk >= T),
             K=K, BD=t.width, **common,
         )  # fmt: skip

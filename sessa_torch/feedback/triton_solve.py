@@ -14,6 +14,8 @@ tiles needs no inverse, so both are computed at once.
 
 Backward in time the same system is u = ds + N^T u. Rows are then keys, columns are queries, both
 counted from the last position, the probabilities are known (lse), and the values are w = gamma u.
+In memory all keeps the order of the sequence: tiles lie last one first, and N_ii is upper
+triangular.
 """
 
 from __future__ import annotations
@@ -33,6 +35,8 @@ from sessa_torch.feedback.triton_tiles import (
 
 # Tiles before its own whose part in a row tile goes through Y.
 LINKS = tl.constexpr(2)
+# Steps of the schedule that are tried at once: as many as a warp has threads.
+SEARCH = tl.constexpr(32)
 
 
 @triton.jit
@@ -51,10 +55,16 @@ def signal(flag):
 
 
 @triton.jit
+def place(tile, NP, BM: tl.constexpr, REVERSE: tl.constexpr):
+    """The first column, in memory, of a tile of columns."""
+    return NP - (tile + 1) * BM if REVERSE else tile * BM
+
+
+@triton.jit
 def scores_task(
-    q, k, lse, mask, p, stats, ref_ring, ref_done, scores_done, sqt, skt, row, chunk, T, P, NP, NW,
-    width,
-    K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, CHUNK: tl.constexpr,
+    q, k, lse, mask, p, stats, ref_ring, ref_done, scores_done, b, row, chunk, T, P, NP, NW, width,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, CHUNK: tl.constexpr,
+    DESCRIBED: tl.constexpr,
     SCALE: tl.constexpr, HEADROOM: tl.constexpr, SHIFT: tl.constexpr,
     REVERSE: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -64,38 +74,34 @@ def scores_task(
     where that is more than HEADROOM higher: few rows need rescaling and none overflows. Window 1
     comes first, and the other chunks have their first product ready before they wait for it.
     """
-    local = tl.arange(0, BM)
-    cells_at = cells(local, tl.arange(0, BN), BM, BK)
-    rows = row * BM + local
+    local, inner = tl.arange(0, BM), tl.arange(0, BN)
+    cells_at = cells(local, inner, BM, BK)
     columns = T if REVERSE else P + T
-    # Rows and columns outside repeat the nearest one inside; what they give is masked or unused.
-    if REVERSE:
-        near_rows = tl.maximum(P + T - 1 - rows, 0)
-    else:
-        near_rows = tl.minimum(tl.maximum(rows - P, 0), T - 1)
+    rows = row * BM + (BM - 1 - local if REVERSE else local)
+    # What rows outside give is masked or unused.
+    first_row = P + T - (row + 1) * BM if REVERSE else row * BM - P
     end = tl.minimum((row + 1) * BM, NP)
     windows = tl.cdiv(end, BN)
-    q_at = q + near_rows.to(tl.int64) * sqt
     ref = tl.full((BM,), NOTHING, tl.float32)
     if REVERSE:
         rows_ok = rows < P + T
         if MASKED:
-            rows_ok = rows_ok & (tl.load(mask + near_rows) != 0)
+            rows_ok = rows_ok & (tl.load(mask + tl.maximum(P + T - 1 - rows, 0)) != 0)
         ref = tl.full((BM,), -SHIFT, tl.float32)
     for turn in range(chunk * CHUNK, tl.minimum((chunk + 1) * CHUNK, windows)):
         window = tl.where(turn < tl.minimum(windows, 2) - 1, 1, tl.where(turn == 1, 0, turn))
         first = end - (window + 1) * BN
-        cols = first + tl.arange(0, BN)
+        cols = first + (BN - 1 - inner if REVERSE else inner)
         near_cols = tl.minimum(tl.maximum(cols, 0), columns - 1)
         if REVERSE:
             near_cols = T - 1 - near_cols
-        k_at = k + near_cols.to(tl.int64) * skt
+        first_col = T - BN - first if REVERSE else first
         if REVERSE and PRECISION == "tf32x3":
             # Operands change places, so that float32 scores are those of the forward pass.
-            s = score_tile(k_at[:, None], q_at[None, :], width, K, BN, BM, BK, PRECISION)
+            s = score_tile(k, q, b, first_col, first_row, width, BN, BM, BK, DESCRIBED, PRECISION)
             s = tl.trans(s)
         else:
-            s = score_tile(q_at[:, None], k_at[None, :], width, K, BM, BN, BK, PRECISION)
+            s = score_tile(q, k, b, first_row, first_col, width, BM, BN, BK, DESCRIBED, PRECISION)
         if REVERSE:
             s = relative(s * SCALE, tl.load(lse + near_cols)[None, :])
             s = tl.where(rows_ok[:, None], s, float("-inf"))
@@ -113,7 +119,10 @@ def scores_task(
             m = tl.where(top > ref + HEADROOM, top, ref)
             s *= SCALE
         rounded = tl.exp2(s - m[:, None]).to(p.dtype.element_ty)
-        tl.store(p + first * BM + cells_at, rounded, mask=(cols >= 0)[None, :])
+        at = p + (NP - BN - first if REVERSE else first) * BM
+        # cols >= 0, in a form in which the compiler sees that neighbours agree.
+        kept = inner < first + BN if REVERSE else first + inner >= 0
+        tl.store(at + cells_at, rounded, mask=kept[None, :])
         if not REVERSE:
             # The sum of what is multiplied, so that the weights of a row add up to one.
             tl.store(stats + window * BM + local, m)
@@ -166,42 +175,50 @@ def load_block(p, gain, colgain, row, col, SIZE: tl.constexpr, BM: tl.constexpr,
 
 
 @triton.jit
-def invert_block(N, SIZE: tl.constexpr, DOUBLINGS: tl.constexpr, EXACT: tl.constexpr):
-    """(I - N)^-1 of a strictly lower triangular block, as operand: (I + N)(I + N^2)(I + N^4)..."""
-    operand: tl.constexpr = tl.float32 if EXACT == "tf32x3" else tl.float16
-    eye = tl.arange(0, SIZE)[:, None] == tl.arange(0, SIZE)[None, :]
-    X = tl.where(eye, 1.0, N)
-    power = N
-    for _ in tl.static_range(DOUBLINGS):
-        power = tl.dot(power.to(operand), power.to(operand), input_precision=EXACT)
-        X = tl.dot(X.to(operand), power.to(operand), X, input_precision=EXACT)
-    return X.to(operand)
-
-
-@triton.jit
 def invert_tile(
     p, gain, colgain, BM: tl.constexpr, BK: tl.constexpr, DOUBLINGS: tl.constexpr,
-    EXACT: tl.constexpr,
+    REVERSE: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Replace N = gain p colgain, strictly lower triangular, by (I - N)^-1 - I.
+    """Replace N = gain p colgain, strictly triangular, by X - I with X = (I - N)^-1.
 
-    Halves are inverted and merged: the lower-left block is X2 N21 X1. No entry of N, of its powers
-    and of the inverse is above 1, and float16 has as many digits there as TF32: it can carry the
-    operands.
+    N is lower triangular, with REVERSE upper. Its diagonal halves have the inverses X1 and X2, each
+    (I + N)(I + N^2)(I + N^4)..., taken in step so that their products overlap; the block beside
+    them becomes X2 N21 X1, or X1 N12 X2. No entry of N, of its powers and of X is above 1, and
+    float16 has as many digits there as TF32: it can carry the operands.
     """
+    operand: tl.constexpr = tl.float32 if EXACT == "tf32x3" else tl.float16
     SIZE: tl.constexpr = BM // 2
-    first = invert_block(load_block(p, gain, colgain, 0, 0, SIZE, BM, BK), SIZE, DOUBLINGS, EXACT)
-    N = load_block(p, gain, colgain, SIZE, SIZE, SIZE, BM, BK)
-    second = invert_block(N, SIZE, DOUBLINGS, EXACT)
-    low = load_block(p, gain, colgain, SIZE, 0, SIZE, BM, BK).to(first.dtype)
-    low = tl.dot(second, low, input_precision=EXACT)
-    low = tl.dot(low.to(first.dtype), first, input_precision=EXACT)
     i = tl.arange(0, SIZE)
-    below = i[:, None] > i[None, :]
-    # Above the diagonal there are zeros already.
-    tl.store(p + cells(i, i, BM, BK), first.to(p.dtype.element_ty), mask=below)
-    tl.store(p + cells(SIZE + i, SIZE + i, BM, BK), second.to(p.dtype.element_ty), mask=below)
-    tl.store(p + cells(SIZE + i, i, BM, BK), low.to(p.dtype.element_ty))
+    eye = i[:, None] == i[None, :]
+    power1 = load_block(p, gain, colgain, 0, 0, SIZE, BM, BK)
+    power2 = load_block(p, gain, colgain, SIZE, SIZE, SIZE, BM, BK)
+    if REVERSE:
+        beside = load_block(p, gain, colgain, 0, SIZE, SIZE, BM, BK).to(operand)
+    else:
+        beside = load_block(p, gain, colgain, SIZE, 0, SIZE, BM, BK).to(operand)
+    X1 = tl.where(eye, 1.0, power1)
+    X2 = tl.where(eye, 1.0, power2)
+    for doubling in tl.static_range(DOUBLINGS + 1):
+        factor1, factor2 = power1.to(operand), power2.to(operand)
+        if doubling < DOUBLINGS:
+            power1 = tl.dot(factor1, factor1, input_precision=EXACT)
+            power2 = tl.dot(factor2, factor2, input_precision=EXACT)
+        if doubling > 0:
+            X1 = tl.dot(X1.to(operand), factor1, X1, input_precision=EXACT)
+            X2 = tl.dot(X2.to(operand), factor2, X2, input_precision=EXACT)
+    if REVERSE:
+        beside = tl.dot(X1.to(operand), beside, input_precision=EXACT).to(operand)
+        beside = tl.dot(beside, X2.to(operand), input_precision=EXACT)
+        tl.store(p + cells(i, SIZE + i, BM, BK), beside.to(p.dtype.element_ty))
+    else:
+        beside = tl.dot(X2.to(operand), beside, input_precision=EXACT).to(operand)
+        beside = tl.dot(beside, X1.to(operand), input_precision=EXACT)
+        tl.store(p + cells(SIZE + i, i, BM, BK), beside.to(p.dtype.element_ty))
+    # Whole blocks, with the zeros that are there already, since single numbers are stored slowly.
+    tl.store(p + cells(i, i, BM, BK), tl.where(eye, 0.0, X1).to(p.dtype.element_ty))
+    at = p + cells(SIZE + i, SIZE + i, BM, BK)
+    tl.store(at, tl.where(eye, 0.0, X2).to(p.dtype.element_ty))
+    return X1, X2, beside
 
 
 @triton.jit
@@ -215,97 +232,120 @@ def inverse_task(
 
     inverse_done is 1 once the gain and all other columns can be read, 2 at the end.
     """
+    SIZE: tl.constexpr = BM // 2
     local = tl.arange(0, BM)
-    rows = row * BM + local
+    rows = row * BM + (BM - 1 - local if REVERSE else local)
     end = tl.minimum((row + 1) * BM, NP)
     windows = tl.cdiv(end, BN)
     colgain = gain + BM
     wait(scores_done, tl.cdiv(windows, CHUNK))
     if REVERSE:
-        own = tl.load(gamma + T - 1 - rows, mask=rows < T, other=0.0)
+        colgains = tl.load(gamma + T - 1 - rows, mask=rows < T, other=0.0)
         weight = tl.full((BM,), 2.0**-SHIFT, tl.float32)
-        tl.store(colgain + local, own.to(tl.float32))
+        tl.store(colgain + local, colgains.to(tl.float32))
     else:
         top, total = softmax_sums(stats, p, windows, end, NW, BM, BN, BK)
         rows_ok = (rows >= P) & (rows < P + T)
         seen = total > 0
         tl.store(lse + rows - P, log_sum(top, total), mask=rows_ok)
-        own = tl.load(gamma + rows - P, mask=rows_ok, other=0.0).to(tl.float32)
-        weight = tl.where(seen, own / tl.where(seen, total, 1.0), 0.0)
+        gains = tl.load(gamma + rows - P, mask=rows_ok, other=0.0).to(tl.float32)
+        weight = tl.where(seen, gains / tl.where(seen, total, 1.0), 0.0)
         tl.store(colgain + local, tl.full((BM,), 1.0, tl.float32))
     tl.store(gain + local, weight)
     signal(inverse_done)
-    tile_at = cells(local, local, BM, BK)
-    # In the product X N the gains go into X; 2^SHIFT keeps them in float16's range.
-    X = tl.where(local[:, None] == local[None, :], 1.0, 0.0)
+    i = tl.arange(0, SIZE)
+    X1 = tl.where(i[:, None] == i[None, :], 1.0, 0.0)
+    X2, beside = X1, tl.zeros((SIZE, SIZE), tl.float32)
     if row * BM < end:
-        invert_tile(p + row * BM * BM, gain, colgain, BM, BK, DOUBLINGS, EXACT)
-        tl.debug_barrier()
-        X += tl.load(p + row * BM * BM + tile_at).to(tl.float32)
-    X = (X * (weight * 2.0**SHIFT)[None, :]).to(p.dtype.element_ty)
+        at = p + place(row, NP, BM, REVERSE) * BM
+        X1, X2, beside = invert_tile(at, gain, colgain, BM, BK, DOUBLINGS, REVERSE, EXACT)
+    # In the product X N the gains go into X; 2^SHIFT keeps them in float16's range.
+    gains1 = tl.load(gain + i)[None, :] * 2.0**SHIFT
+    gains2 = tl.load(gain + SIZE + i)[None, :] * 2.0**SHIFT
+    beside = (beside * (gains2 if REVERSE else gains1)).to(p.dtype.element_ty)
+    X1 = (X1 * gains1).to(p.dtype.element_ty)
+    X2 = (X2 * gains2).to(p.dtype.element_ty)
     for tile in tl.range(tl.maximum(row - LINKS, 0), tl.minimum(row, NP // BM), num_stages=1):
-        at = p + tile * BM * BM + tile_at
-        Y = tl.dot(X, tl.load(at), input_precision=PRECISION) * 2.0**-SHIFT
-        tl.store(at, Y.to(X.dtype))
+        at1 = p + place(tile, NP, BM, REVERSE) * BM + cells(i, local, BM, BK)
+        at2 = at1 + SIZE * BK
+        N1, N2 = tl.load(at1), tl.load(at2)
+        Y1 = tl.dot(X1, N1, input_precision=PRECISION)
+        Y2 = tl.dot(X2, N2, input_precision=PRECISION)
+        if REVERSE:
+            Y1 = tl.dot(beside, N2, Y1, input_precision=PRECISION)
+        else:
+            Y2 = tl.dot(beside, N1, Y2, input_precision=PRECISION)
+        tl.store(at1, (Y1 * 2.0**-SHIFT).to(p.dtype.element_ty))
+        tl.store(at2, (Y2 * 2.0**-SHIFT).to(p.dtype.element_ty))
     signal(inverse_done)
 
 
 @triton.jit
 def read_solved(
-    acc, p, v, solved, known, begin, end, first, D: tl.constexpr, BM: tl.constexpr,
-    BD: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+    acc, p, v, at, b, solved, known, begin, end, first, NP, BM: tl.constexpr, BD: tl.constexpr,
+    BK: tl.constexpr, REVERSE: tl.constexpr, DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
+    FENCE: tl.constexpr,
 ):  # fmt: skip
-    """acc + the columns of tiles begin to end times v, as far as solved at a time."""
+    """acc + the columns of tiles begin to end times v, as far as solved at a time; see product."""
     done = begin
     while done < end:
         ready = tl.minimum(tl.atomic_add(solved, 0, sem="acquire") + known, end)
-        acc = product(acc, p, v, D, done * BM, ready * BM, first, D, BM, BD, BK, False, PRECISION)
+        if FENCE:
+            # What others wrote by stores is read by the tensor memory unit.
+            tl.inline_asm_elementwise(
+                "fence.proxy.async.global; mov.u32 $0, 0;", "=r", [], tl.int32, False, 1
+            )
+        acc = product(
+            acc, p, v, at, b, done * BM, ready * BM, first, NP,
+            BM, BD, BK, REVERSE, DESCRIBED, PRECISION,
+        )  # fmt: skip
         done = tl.maximum(ready, done)
     return acc
 
 
 @triton.jit
 def mix_task(
-    f, v, out, p, gain, inverse_done, solved, sft, row, part, T, P, NP,
+    f, v, out, p, p_blocks, v_blocks, at, gain, inverse_done, solved, sft, sv, b, row, part,
+    T, P, NP,
     D: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr,
-    REVERSE: tl.constexpr, PRECISION: tl.constexpr,
+    REVERSE: tl.constexpr, DESCRIBED: tl.constexpr, PRECISION: tl.constexpr, FENCE: tl.constexpr,
 ):  # fmt: skip
     """Solve one row tile for BD columns of the states; solved counts the tiles done, in order."""
     local = tl.arange(0, BM)
-    rows = row * BM + local
+    rows = row * BM + (BM - 1 - local if REVERSE else local)
     d = part * BD + tl.arange(0, BD)
     d_ok = (d < D)[None, :]
     known = 0 if REVERSE else P // BM
+    tiles = tl.minimum(row, NP // BM)
     before = tl.maximum(tl.minimum(row - LINKS, NP // BM), 0)
-    if REVERSE:
-        f_rows = T - 1 - rows
-        out += (P + T - 1).to(tl.int64) * D
-        step = -D
-    else:
-        f_rows = rows - P
-        step = D
-    wait(inverse_done, 1)
+    f_rows = T - 1 - rows if REVERSE else rows - P
+    out_rows = P + T - 1 - rows if REVERSE else rows
+    inverted = wait(inverse_done, 1)
     acc = tl.zeros((BM, BD), tl.float32)
-    acc = read_solved(acc, p, v, solved, known, 0, before, part * BD, D, BM, BD, BK, PRECISION)
-    # Only now: it would take the registers that the addresses of the loop need.
+    acc = read_solved(
+        acc, p_blocks, v_blocks, at, b, solved, known, 0, before, part * BD, NP,
+        BM, BD, BK, REVERSE, DESCRIBED, PRECISION, FENCE,
+    )  # fmt: skip
+    # Only now: it would take registers from the loop.
     f_ok = ((f_rows >= 0) & (f_rows < T))[:, None] & d_ok
     f_at = f + (f_rows.to(tl.int64) * sft)[:, None] + d[None, :]
     right = tl.load(f_at, mask=f_ok, other=0.0)
-    out_at = out + (rows.to(tl.int64) * step)[:, None] + d[None, :]
+    out_at = out + (out_rows.to(tl.int64) * sv)[:, None] + d[None, :]
     out_ok = (rows < P + T)[:, None] & d_ok
     if not REVERSE:
         out_ok = out_ok & (rows >= P)[:, None]
         if row * BM < P:
             old = (rows < P)[:, None] & d_ok
             right += tl.load(out_at, mask=old, other=0.0).to(right.dtype)
-    wait(inverse_done, 2)
+    if inverted < 2:
+        wait(inverse_done, 2)
     z = right.to(tl.float32) + tl.load(gain + local)[:, None] * acc
     if row * BM < NP:
-        X = tl.load(p + row * BM * BM + cells(local, local, BM, BK))
+        X = tl.load(p + place(row, NP, BM, REVERSE) * BM + cells(local, local, BM, BK))
         z = tl.dot(X, z.to(X.dtype), z, input_precision=PRECISION)
     z = read_solved(
-        z, p, v, solved, known, before, tl.minimum(row, NP // BM), part * BD,
-        D, BM, BD, BK, PRECISION,
+        z, p_blocks, v_blocks, at, b, solved, known, before, tiles, part * BD, NP,
+        BM, BD, BK, REVERSE, DESCRIBED, PRECISION, FENCE,
     )  # fmt: skip
     if row * BM > NP:
         wait(solved, row - known)
@@ -313,7 +353,7 @@ def mix_task(
     if REVERSE:
         # The rows behind the last are read too.
         w = tl.where((rows < T)[:, None], z * tl.load(gain + BM + local)[:, None], 0.0)
-        w_at = v + (rows.to(tl.int64) * D)[:, None] + d[None, :]
+        w_at = v + ((NP - 1 - rows).to(tl.int64) * sv)[:, None] + d[None, :]
         tl.store(w_at, w.to(v.dtype.element_ty), mask=(rows < NP)[:, None] & d_ok)
     signal(solved)
 
@@ -342,22 +382,24 @@ def tickets_before(
     return scores + inverted + PARTS * mixed
 
 
-@triton.jit(do_not_specialize=["B", "T", "P", "ring", "inverse_lag", "mix_lag", "width"])
+@triton.jit(do_not_specialize=["B", "T", "P", "ring", "inverse_lag", "mix_lag"])
 def solve_kernel(
-    f, q, k, gamma, mask, lse, v, out, p, work, flags, sfb, sft, sqb, sqt, skb, skt,
-    B, T, P, ring, inverse_lag, mix_lag, width,
-    K: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    f, q, k, gamma, mask, lse, v, out, p, work, flags, q_blocks, k_blocks, p_blocks, v_blocks,
+    sfb, sft, sqb, sqt, skb, skt, sv, B, T, P, ring, inverse_lag, mix_lag, width,
+    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     BD: tl.constexpr, CHUNK: tl.constexpr, DOUBLINGS: tl.constexpr, SCALE: tl.constexpr,
     HEADROOM: tl.constexpr, SHIFT: tl.constexpr, REVERSE: tl.constexpr, MASKED: tl.constexpr,
-    EXACT: tl.constexpr, PRECISION: tl.constexpr,
+    DESCRIBED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, FENCE: tl.constexpr,
 ):  # fmt: skip
     """Draw a ticket: step by step the chunks of scores, an inverse and the mixes, of each sequence.
 
-    gamma, lse (B, T), mask (B, P+T), out (B, P+T, D) and v are contiguous. Forward v is out, whose
-    first P rows are given; backward in time v (B, NP, D) takes w, last position first. A slot of
-    the ring is BM x NP in p, in blocks, see cells, and the statistics and factors in work. The lags
-    are the steps by which the tickets of a row tile's inverse and mixes follow those of its first
-    scores.
+    gamma, lse (B, T) and mask (B, P+T) are contiguous, out (B, P+T, D) and v too but for the stride
+    sv of their rows. Forward v is out, whose first P rows are given; backward in time v (B, NP, D)
+    takes w, the last rows of which are the last ones in time. A slot of the ring is BM x NP in p,
+    in blocks, see cells, and the statistics and factors in work. The lags are the steps by which
+    the tickets of a row tile's inverse and mixes follow those of its first scores. DESCRIBED says
+    that the descriptors are used, see load_block, and FENCE that their reads must be ordered
+    behind stores.
     """
     PARTS: tl.constexpr = (D + BD - 1) // BD
     columns = T if REVERSE else P + T
@@ -371,23 +413,25 @@ def solve_kernel(
     ticket = tl.atomic_add(flags, 1, sem="relaxed")
     b = ticket % B
     task = ticket // B
-    # The last step with no more tickets before it.
-    step = 0
-    beyond = rows + mix_lag
-    while beyond - step > 1:
-        middle = (step + beyond) // 2
-        before = tickets_before(middle, rows, first_tile, blocks, inverse_lag, mix_lag, PER, PARTS)
-        step = tl.where(before <= task, middle, step)
-        beyond = tl.where(before <= task, beyond, middle)
+    # The last step with no more tickets before it, searched for with SEARCH candidates at a time.
+    step, stride = tl.full((), 0, tl.int32), tl.full((), 1, tl.int32)
+    while stride * SEARCH < rows + mix_lag:
+        stride *= SEARCH
+    while stride > 0:
+        steps = step + stride * tl.arange(0, SEARCH)
+        before = tickets_before(steps, rows, first_tile, blocks, inverse_lag, mix_lag, PER, PARTS)
+        step += stride * (tl.sum(tl.where(before <= task, 1, 0)) - 1)
+        stride //= SEARCH
     task -= tickets_before(step, rows, first_tile, blocks, inverse_lag, mix_lag, PER, PARTS)
     chunks = tl.where(step < rows, tl.cdiv(tl.minimum(first_tile + step + 1, blocks), PER), 0)
     inverses = tl.where((step >= inverse_lag) & (step - inverse_lag < rows), 1, 0)
     lag = tl.where(task < chunks + inverses, inverse_lag, mix_lag)
     row = first_tile + step - tl.where(task < chunks, 0, lag)
     wide = b.to(tl.int64)
-    slot = wide * ring + row % ring
-    p += slot * (BM * NP)
-    work += slot * (2 * NW * BM + 3 * BM)
+    slot = b * ring + row % ring
+    ring_blocks = (p, p_blocks)
+    p += slot.to(tl.int64) * (BM * NP)
+    work += slot.to(tl.int64) * (2 * NW * BM + 3 * BM)
     ref_ring = work + 2 * NW * BM
     gain = ref_ring + BM
     lse += wide * T
@@ -397,12 +441,15 @@ def solve_kernel(
     inverse_done = scores_done + count
     solved = flags + 1 + 3 * count + b * PARTS
     if task < chunks:
-        for part in range(PARTS):
-            wait(solved + part, row - first_tile - ring + 1)
+        if row - first_tile >= ring:
+            for part in range(PARTS):
+                wait(solved + part, row - first_tile - ring + 1)
         scores_task(
-            q + wide * sqb, k + wide * skb, lse, mask + wide * (P + T), p, work, ref_ring,
-            ref_done, scores_done, sqt, skt, row, task, T, P, NP, NW, width,
-            K, BM, BN, BK, CHUNK, SCALE, HEADROOM, SHIFT, REVERSE, MASKED, PRECISION,
+            (q, sqb, sqt, P + T if REVERSE else T, width, q_blocks),
+            (k, skb, skt, columns, width, k_blocks),
+            lse, mask + wide * (P + T), p, work, ref_ring, ref_done, scores_done,
+            b, row, task, T, P, NP, NW, width, BM, BN, BK, CHUNK, DESCRIBED,
+            SCALE, HEADROOM, SHIFT, REVERSE, MASKED, PRECISION,
         )  # fmt: skip
     elif task < chunks + inverses:
         inverse_task(
@@ -411,8 +458,11 @@ def solve_kernel(
         )  # fmt: skip
     else:
         part = task - chunks - inverses
+        # Rows of v: w is padded.
+        stored = NP if REVERSE else columns
         mix_task(
-            f + wide * sfb, v + wide * (NP if REVERSE else columns) * D, out + wide * (P + T) * D,
-            p, gain, inverse_done, solved + part, sft, row, part, T, P, NP,
-            D, BM, BD, BK, REVERSE, PRECISION,
+            f + wide * sfb, v + wide * stored * sv, out + wide * (P + T) * sv, p,
+            ring_blocks, (v, stored * sv, sv, stored, D, v_blocks), slot * (NP // BK * BM), gain,
+            inverse_done, solved + part, sft, sv, b, row, part, T, P, NP,
+            D, BM, BD, BK, REVERSE, DESCRIBED, PRECISION, FENCE,
         )  # fmt: skip

@@ -29,25 +29,39 @@ def relative(s, lse):
 
 
 @triton.jit
-def score_tile(
-    q, k, width, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    PRECISION: tl.constexpr,
+def load_block(
+    x, b, row, col, ROWS: tl.constexpr, COLS: tl.constexpr, DESCRIBED: tl.constexpr
 ):  # fmt: skip
-    """Products (BM, BN) in float32; q (BM, 1) and k (1, BN) point to the start of their rows.
+    """A block (ROWS, COLS) of sequence b from row and col on; what is outside is zero.
 
-    width is K, passed at run time so that the loop is not unrolled.
+    x is (pointer, strides of sequences and rows, rows, columns, descriptor), of which DESCRIBED
+    says that the descriptor is used: the tensor memory unit of GPUs from Hopper on reads it.
     """
-    inner = tl.arange(0, BK)
+    pointer, sb, st, count, width, described = x
+    if DESCRIBED:
+        block = described.load([b, row, col]).reshape(ROWS, COLS)
+    else:
+        rows, cols = row + tl.arange(0, ROWS), col + tl.arange(0, COLS)
+        inside = ((rows >= 0) & (rows < count))[:, None] & (cols < width)[None, :]
+        at = pointer + b.to(tl.int64) * sb + (rows.to(tl.int64) * st)[:, None] + cols[None, :]
+        block = tl.load(at, mask=inside, other=0.0)
+    return block
+
+
+@triton.jit
+def score_tile(
+    q, k, b, row, col, width, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Products (BM, BN) in float32 of the rows of q from row on with those of k from col on.
+
+    q and k are as in load_block. width is K, passed at run time so that the loop is not unrolled.
+    """
     acc = tl.zeros((BM, BN), tl.float32)
     for start in range(0, width, BK):
-        if K % BK == 0:
-            a = tl.load(q + (start + inner)[None, :])
-            b = tl.load(k + (start + inner)[:, None])
-        else:
-            inside = start + inner < K
-            a = tl.load(q + (start + inner)[None, :], mask=inside[None, :], other=0.0)
-            b = tl.load(k + (start + inner)[:, None], mask=inside[:, None], other=0.0)
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        a = load_block(q, b, row, start, BM, BK, DESCRIBED)
+        c = load_block(k, b, col, start, BN, BK, DESCRIBED)
+        acc = tl.dot(a, c.T, acc, input_precision=PRECISION)
     return acc
 
 
@@ -63,25 +77,23 @@ def cells(rows, cols, BM: tl.constexpr, BK: tl.constexpr):
 
 @triton.jit
 def product(
-    acc, p, v, stride, begin, end, first, D: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
-    BK: tl.constexpr, RAGGED: tl.constexpr, PRECISION: tl.constexpr,
+    acc, p, v, at, b, begin, end, first, columns,
+    BM: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr, REVERSE: tl.constexpr,
+    DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """acc + columns begin to end of a row tile times these rows of v, BD columns from first on.
 
-    Without RAGGED whole steps of BK rows are read, so also rows from end on.
+    p is (pointer, descriptor) of (cells / BK, BK), in which the tile starts at row at; v is as in
+    load_block. Whole steps of BK are read, so also columns from end on. With REVERSE columns and
+    rows are counted from the last.
     """
-    inner, d = tl.arange(0, BK), tl.arange(0, BD)
-    p_at = cells(tl.arange(0, BM), inner, BM, BK)
-    v_at = (inner * stride)[:, None] + d[None, :]
-    for start in range(begin, end, BK):
-        a = tl.load(p + start * BM + p_at)
-        b = v + ((tl.zeros((), tl.int64) + start) * stride + first) + v_at
-        if RAGGED:
-            b_ok = (start + inner < end)[:, None] & (first + d < D)[None, :]
-            b = tl.load(b, mask=b_ok, other=0.0)
-        else:
-            b = tl.load(b) if D % BD == 0 else tl.load(b, mask=(first + d < D)[None, :], other=0.0)
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    cells_at = tl.arange(0, BM)[:, None] * BK + tl.arange(0, BK)[None, :]
+    for step in range(begin, end, BK):
+        start = columns - BK - step if REVERSE else step
+        cell = at + start // BK * BM
+        a = p[1].load([cell, 0]) if DESCRIBED else tl.load(p[0] + cell.to(tl.int64) * BK + cells_at)
+        c = load_block(v, b, start, first, BK, BD, DESCRIBED)
+        acc = tl.dot(a, c, acc, input_precision=PRECISION)
     return acc
 
 
@@ -94,4 +106,6 @@ def row_sums(tile, BN: tl.constexpr):
     """
     if tile.dtype == tl.float32:
         return tl.sum(tile, 1)
-    return tl.max(tl.dot(tile, tl.full((BN, 16), 1.0, tile.dtype)), 1)
+    # A constant would be put into shared memory by every program, at once and by every thread.
+    ones = tl.where(tl.arange(0, BN)[:, None] + tl.arange(0, 16)[None, :] >= 0, 1.0, 0.0)
+    return tl.max(tl.dot(tile, ones.to(tile.dtype)), 1)
