@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sessa_torch.feedback.triton_launch import launch
+from sessa_torch.feedback.triton_launch import prepared
 
 # Rows of one head that a program rotates.
 ROWS = tl.constexpr(32)
@@ -69,9 +69,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> Tensor
     out = torch.empty_like(x)
     (B, H, T, d), cos, sin = x.shape, cos.contiguous(), sin.contiguous()
     each = T * d if cos.shape[0] > 1 else 0
-    launch(
-        rotate_kernel, (-(-T // ROWS.value), B * H), (x, cos, sin, out), (),
+    wide = max(2, 1 << (d - 1).bit_length())
+    prepared(rotate_kernel, d=d, WIDE=wide, BACK=back, num_warps=4).launch(
+        (-(-T // ROWS.value), B * H), (x, cos, sin, out), (),
         (*x.stride()[:3], *out.stride()[:3], H, T, each),
-        d=d, WIDE=max(2, 1 << (d - 1).bit_length()), BACK=back, num_warps=4,
     )  # fmt: skip
     return out

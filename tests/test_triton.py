@@ -100,7 +100,9 @@ def fake_kernel():
     compiled.__getitem__.side_effect = lambda grid: runs(("compiled", grid))
     names = ("x", "y", "y_blocks", "stride", "T", "K", "BLOCK")
     kernel = MagicMock(arg_names=names, params=[
-        SimpleNamespace(is_constexpr=name in ("K", "BLOCK"), do_not_specialize=name == "T")
+        SimpleNamespace(
+            name=name, is_constexpr=name in ("K", "BLOCK"), do_not_specialize=name == "T"
+        )
         for name in names
     ])  # fmt: skip
     kernel.__getitem__.side_effect = lambda grid: runs(("triton", grid))
@@ -113,16 +115,17 @@ def fake_tensor(pointer=256, dtype=torch.bfloat16):
 
 
 def test_a_launch_finds_what_triton_would_compile_the_same(monkeypatch):
-    from sessa_torch.feedback.triton_launch import blocks, launch
+    from sessa_torch.feedback.triton_launch import Prepared, blocks
 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     kernel, launches = fake_kernel()
     x, y = fake_tensor(), fake_tensor(512, torch.float32)
-    z = blocks(torch.zeros(2, 16), 1, 8)
+    z, kernels = blocks(torch.zeros(2, 16), 1, 8), {}
 
     def ways(tensors=(x, y), stride=64, T=5, K=24):
         launches.clear()
-        launch(kernel, (7,), tensors, (z,), (stride, T), BLOCK=16, K=K, num_warps=4)
+        kernels.setdefault(K, Prepared(kernel, {"BLOCK": 16, "K": K, "num_warps": 4}))
+        kernels[K].launch((7,), tensors, (z,), (stride, T))
         return launches[0]
 
     way, args = ways()
@@ -222,6 +225,8 @@ def compare(case, kernels, blocked):
     ds = torch.randn(args[0].shape, generator=torch.Generator().manual_seed(1)).to(args[0].dtype)
     kernels.CHUNK_TILES = case.get("chunk_tiles", 16)
     kernels.described = lambda device: case.get("described", True)
+    for known in (kernels._solve_plan, kernels._gradient_kernels):
+        known.cache_clear()
     s, lse = kernels.solve_forward(*args)
     grads = kernels.solve_backward(ds, *args[1:4], s, lse, *args[4:])
     exact = [x.double() if x is not None and x.is_floating_point() else x for x in args]

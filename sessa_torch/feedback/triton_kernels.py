@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 
 from sessa_torch.feedback.outputs import from_row
-from sessa_torch.feedback.triton_launch import aligned, aligned_empty, blocks, launch
+from sessa_torch.feedback.triton_launch import (
+    MOST_COMPILED,
+    Prepared,
+    aligned,
+    aligned_empty,
+    blocks,
+    prepared,
+)
 
 MIB = 2**20
 # What CUDA allows in the second and third dimension of a grid.
@@ -205,15 +212,14 @@ def _decode(
     common = {"K": K, "D": D, "BK": inner, "SCALE": K**-0.5 * math.log2(math.e)}
     common |= {"MASKED": mask is not None, "PRECISION": precision(q.dtype)}
     seen = q if seen is None else seen
-    launch(
-        past_kernel, (splits, B), (q, k, past_s, seen, sums, parts), (),
+    prepared(past_kernel, BN=block, BD=wide, num_warps=8, **common).launch(
+        (splits, B), (q, k, past_s, seen, sums, parts), (),
         (*q.stride()[:2], *k.stride()[:2], *past_s.stride()[:2], T, P, share),
-        BN=block, BD=wide, num_warps=8, **common,
     )  # fmt: skip
-    launch(
-        combine_kernel, (-(-D // 32), B), (f, q, k, gamma, seen, sums, parts, s, lse), (),
+    most = max(16, 1 << (splits - 1).bit_length())
+    prepared(combine_kernel, BD=32, SPLITS=most, num_warps=4, **common).launch(
+        (-(-D // 32), B), (f, q, k, gamma, seen, sums, parts, s, lse), (),
         (*f.stride()[:2], *q.stride()[:2], *k.stride()[:2], T, P, splits),
-        BD=32, SPLITS=max(16, 1 << (splits - 1).bit_length()), num_warps=4, **common,
     )  # fmt: skip
     return s, lse
 
@@ -233,10 +239,48 @@ def _solve(
 
     Forward the first rows of out are the past.
     """
+    (B, T, D), K, rows = f.shape, q.shape[2], out.shape[1]
+    plan = _solve_plan(B, T, rows, D, K, q.dtype, q.device, reverse, mask is not None)
+    t, values = plan.tiles, out
+    if reverse:
+        values = aligned_empty(B, plan.columns, D, dtype=q.dtype, device=q.device)
+    p = q.new_empty(plan.cells, t.inner)
+    work = q.new_empty(plan.work, dtype=torch.float32)
+    flags = torch.zeros(plan.flags, dtype=torch.int32, device=q.device)
+    plan.kernel.launch(
+        (plan.tasks,),
+        (f, q, k, gamma, q if mask is None else mask, lse, values, out, p, work, flags),
+        (blocks(q, 1, t.rows, t.inner), blocks(k, 1, t.columns, t.inner),
+         blocks(p, t.rows, t.inner), blocks(values, 1, t.inner, t.width)),
+        (*f.stride()[:2], *q.stride()[:2], *k.stride()[:2], out.stride(1), *plan.numbers),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class _SolvePlan:
+    """What a solve of some shape and type needs: padded columns, sizes of workspaces, the kernel.
+
+    cells counts rows of Tiles.inner.
+    """
+
+    tiles: Tiles
+    columns: int
+    cells: int
+    work: int
+    flags: int
+    tasks: int
+    numbers: tuple[int, ...]
+    kernel: Prepared
+
+
+@functools.lru_cache(MOST_COMPILED)
+def _solve_plan(
+    B: int, T: int, rows: int, D: int, K: int, dtype: torch.dtype, device: torch.device,
+    reverse: bool, masked: bool,
+) -> _SolvePlan:  # fmt: skip
     from sessa_torch.feedback.triton_solve import solve_kernel
 
-    (B, T, D), K, rows = f.shape, q.shape[2], out.shape[1]
-    t = solve_tiles(q.dtype, q.device, min(D, K))
+    t = solve_tiles(dtype, device, min(D, K))
     columns = T if reverse else rows
     tiles, parts = -(-rows // t.rows), -(-D // t.width)
     padded = -(-columns // t.rows) * t.rows
@@ -245,35 +289,31 @@ def _solve(
     lag = 0 if B >= SEQUENCES else min(LAG, LAG * LAG_COLUMNS // columns)
     lag = min(tiles, max(lag, SHORT_LAG))
     first = 0 if reverse else (rows - T) // t.rows
-    chunks = _score_chunks(first, tiles, padded // t.rows, t.columns * t.chunk // t.rows)
-    tasks = chunks + (tiles - first) * (1 + parts)
-    ring = min(tiles, lag + 2 + programs(q.device) // (B * parts))
-    values = aligned_empty(B, padded, D, dtype=q.dtype, device=q.device) if reverse else out
-    p = q.new_empty(B * ring * t.rows * padded)
-    work = q.new_empty(B * ring * t.rows * (2 * windows + 3), dtype=torch.float32)
-    flags = torch.zeros(1 + 3 * B * tiles + B * parts, dtype=torch.int32, device=q.device)
-    half = q.dtype == torch.float16
-    launch(
-        solve_kernel, (B * tasks,),
-        (f, q, k, gamma, q if mask is None else mask, lse, values, out, p, work, flags),
-        (blocks(q, 1, t.rows, t.inner), blocks(k, 1, t.columns, t.inner),
-         blocks(p.view(-1, t.inner), t.rows, t.inner), blocks(values, 1, t.inner, t.width)),
-        (*f.stride()[:2], *q.stride()[:2], *k.stride()[:2], out.stride(1), B, T, rows - T, ring,
-         (lag + 1) // 2, lag, K),
+    # Chunks of scores: see chunks_before in triton_solve.py.
+    per, most = t.columns * t.chunk // t.rows, padded // t.rows
+    chunks = sum(-(-min(row + 1, most) // per) for row in range(first, tiles))
+    ring = min(tiles, lag + 2 + programs(device) // (B * parts))
+    half = dtype == torch.float16
+    kernel = prepared(
+        solve_kernel,
         D=D, BM=t.rows, BN=t.columns, BK=t.inner, BD=t.width, CHUNK=t.chunk,
         DOUBLINGS=t.rows.bit_length() - 3,
         SCALE=K**-0.5 * math.log2(math.e), HEADROOM=14.0 if half else 60.0,
-        SHIFT=15.0 if half else 0.0, REVERSE=reverse, MASKED=mask is not None,
-        EXACT="tf32" if q.element_size() == 2 else precision(q.dtype), PRECISION=precision(q.dtype),
-        DESCRIBED=described(q.device), FENCE=described(q.device) and not interpreted(),
+        SHIFT=15.0 if half else 0.0, REVERSE=reverse, MASKED=masked,
+        EXACT="tf32" if dtype.itemsize == 2 else precision(dtype), PRECISION=precision(dtype),
+        DESCRIBED=described(device), FENCE=described(device) and not interpreted(),
         num_warps=t.warps, num_stages=t.stages,
     )  # fmt: skip
-
-
-@functools.lru_cache
-def _score_chunks(first: int, tiles: int, blocks: int, per: int) -> int:
-    """Chunks of scores of the row tiles from first on; see chunks_before in triton_solve.py."""
-    return sum(-(-min(row + 1, blocks) // per) for row in range(first, tiles))
+    return _SolvePlan(
+        tiles=t,
+        columns=padded,
+        cells=B * ring * t.rows * padded // t.inner,
+        work=B * ring * t.rows * (2 * windows + 3),
+        flags=1 + 3 * B * tiles + B * parts,
+        tasks=B * (chunks + (tiles - first) * (1 + parts)),
+        numbers=(B, T, rows - T, ring, (lag + 1) // 2, lag, K),
+        kernel=kernel,
+    )
 
 
 def solve_backward(
@@ -324,10 +364,11 @@ def _score_gradients(
     mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dgamma from u (B, T, D) and all states (B, P+T, D), by chunks of query rows."""
-    from sessa_torch.feedback import triton_gradient as kernels
-
     (B, T, D), (columns, K) = u.shape, k.shape[1:]
     t = gradient_tiles(q.dtype, q.device)
+    probabilities, read, score_gradients, products = _gradient_kernels(
+        t, D, K, q.dtype, q.device, mask is not None
+    )
     rows = min(max(CHUNK_ELEMENTS // (B * columns), -(-CHUNK_TILES // B) * t.rows), T)
     chunk = -(-rows // t.rows) * t.rows
     widest = max(t.rows, t.columns)
@@ -343,45 +384,63 @@ def _score_gradients(
         dk_sum.zero_()
     shift = 15.0 if q.dtype == torch.float16 else 0.0
     unit = _unit(u, states)
-    common: dict[str, Any] = {"BM": t.rows, "BK": t.inner, "PRECISION": precision(q.dtype)}
-    common["DESCRIBED"] = described(q.device)
-    common |= {"num_warps": t.warps, "num_stages": t.stages}
-    by_row = (*u.stride()[:2], *states.stride()[:2])
+    by_score = (*q.stride()[:2], *k.stride()[:2])
+    by_state = (*u.stride()[:2], *states.stride()[:2])
     p_blocks = blocks(p.view(-1, t.inner), t.rows, t.inner)
-    as_rows, as_columns = (1, t.rows, t.inner), (1, t.columns, t.inner)
-    as_values = (1, t.inner, t.width)
+    q_rows, k_columns, k_values = (
+        blocks(q, 1, t.rows, t.inner),
+        blocks(k, 1, t.columns, t.inner),
+        blocks(k, 1, t.inner, t.width),
+    )
+    u_rows, s_columns, s_values = (
+        blocks(u, 1, t.rows, t.inner),
+        blocks(states, 1, t.columns, t.inner),
+        blocks(states, 1, t.inner, t.width),
+    )
     for first in range(0, T, chunk):
         here = min(chunk, T - first)
         seen = columns - T + first + here
         tiles = -(-here // t.rows)
         grid = (-(-(-(-seen // t.rows) * t.rows) // t.columns), tiles, B)
         where = (first, chunk, T, columns - T, padded)
-        launch(
-            kernels.probabilities_kernel, grid, (q, k, lse, q if mask is None else mask, p),
-            (blocks(q, *as_rows), blocks(k, *as_columns)),
-            (*q.stride()[:2], *k.stride()[:2], *where, K, K**-0.5 * math.log2(math.e), shift),
-            BN=t.columns, MASKED=mask is not None, **common,
+        probabilities.launch(
+            grid, (q, k, lse, q if mask is None else mask, p), (q_rows, k_columns),
+            (*by_score, *where, K, K**-0.5 * math.log2(math.e), shift),
         )  # fmt: skip
-        launch(
-            kernels.read_kernel, (parts, tiles, B), (p, u, states, r),
-            (p_blocks, blocks(states, *as_values)), (*by_row, *where, shift),
-            D=D, BD=t.width, **common,
-        )  # fmt: skip
-        launch(
-            kernels.score_gradients_kernel, grid, (p, u, states, gamma, r, dgamma, unit),
-            (blocks(u, *as_rows), blocks(states, *as_columns)), (*by_row, *where, D, shift),
-            BN=t.columns, PARTS=parts, **common,
+        read.launch(
+            (parts, tiles, B), (p, u, states, r), (p_blocks, s_values), (*by_state, *where, shift)
+        )
+        score_gradients.launch(
+            grid, (p, u, states, gamma, r, dgamma, unit), (u_rows, s_columns),
+            (*by_state, *where, D, shift),
         )  # fmt: skip
         wide = -(-K // t.width)
         row_tasks = tiles * wide
-        launch(
-            kernels.products_kernel, (row_tasks + -(-seen // t.rows) * wide, B),
-            (p, q, k, dq, dk, dk_sum, unit),
-            (p_blocks, blocks(k, *as_values)),
-            (*q.stride()[:2], *k.stride()[:2], *where, K**-0.5, row_tasks, first + chunk >= T),
-            K=K, BD=t.width, **common,
+        products.launch(
+            (row_tasks + -(-seen // t.rows) * wide, B), (p, q, k, dq, dk, dk_sum, unit),
+            (p_blocks, k_values),
+            (*by_score, *where, K**-0.5, row_tasks, first + chunk >= T),
         )  # fmt: skip
     return dq, dk, dgamma
+
+
+@functools.lru_cache(MOST_COMPILED)
+def _gradient_kernels(
+    t: Tiles, D: int, K: int, dtype: torch.dtype, device: torch.device, masked: bool
+) -> tuple[Prepared, ...]:
+    """The kernels of _score_gradients in the order in which they run."""
+    from sessa_torch.feedback import triton_gradient as kernels
+
+    common: dict[str, Any] = {"BM": t.rows, "BK": t.inner, "PRECISION": precision(dtype)}
+    common["DESCRIBED"] = described(device)
+    common |= {"num_warps": t.warps, "num_stages": t.stages}
+    parts = -(-D // t.width)
+    return (
+        prepared(kernels.probabilities_kernel, BN=t.columns, MASKED=masked, **common),
+        prepared(kernels.read_kernel, D=D, BD=t.width, **common),
+        prepared(kernels.score_gradients_kernel, BN=t.columns, PARTS=parts, **common),
+        prepared(kernels.products_kernel, K=K, BD=t.width, **common),
+    )
 
 
 def _unit(u: Tensor, states: Tensor) -> Tensor:

@@ -1,8 +1,7 @@
 """Launching a Triton kernel without inspecting its arguments again.
 
 For a short solve Triton's own launch takes longer on the host than the kernel on the GPU, most of
-it to find the compiled kernel. Here that is one dictionary, keyed by all that Triton specialises
-for.
+it to find the compiled kernel.
 """
 
 from __future__ import annotations
@@ -14,13 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Lengths of sequences are among the keys: a program that has seen very many forgets them.
+# Of each kind: a program that has seen very many shapes forgets them.
 MOST_COMPILED = 4096
 
 # What tensor memory descriptors ask of addresses and strides.
 DESCRIPTOR_BYTES = 16
-
-_compiled: dict[tuple, Any] = {}
 
 
 @dataclass(slots=True)
@@ -60,65 +57,71 @@ def aligned(tensor: Tensor) -> Tensor:
     return aligned_empty(*tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
-def launch(
-    kernel: Any,
-    grid: tuple[int, ...],
-    tensors: tuple[Tensor, ...],
-    descriptors: tuple[Blocks, ...],
-    numbers: tuple[float, ...],
-    **constants: Any,
-) -> None:
-    """kernel[grid](*tensors, *descriptors, *numbers, **constants) on the first tensor's device.
+class Prepared:
+    """A kernel with its constants; a launch finds what is compiled with one look-up."""
 
-    constants are the kernel's constexpr arguments and the launch options; they say what blocks the
-    descriptors read.
-    """
-    device, pointers = tensors[0].device, 0
-    for tensor in tensors:
-        pointers |= tensor.data_ptr()
-    # Triton compiles anew for pointers that are not aligned to 16 bytes; they are rare.
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            launch(kernel, grid, tensors, descriptors, numbers, **constants)
-        return
-    if device.type != "cuda" or pointers % 16:
-        _launch_by_triton(kernel, grid, tensors, descriptors, numbers, constants)
-        return
-    given = len(tensors) + len(descriptors)
-    special = tuple([numbers[i] for i in _special(kernel, given)])
-    types = tuple([tensor.dtype for tensor in tensors])
-    key = (id(kernel), device.index, special, types, *constants.values())
-    found = _compiled.get(key)
-    if found is None:
-        if len(_compiled) >= MOST_COMPILED:
-            _compiled.clear()
-        compiled = _launch_by_triton(kernel, grid, tensors, descriptors, numbers, constants)
-        rest = [constants[name] for name in kernel.arg_names[given + len(numbers) :]]
-        _compiled[key] = compiled, rest
-    else:
-        compiled, rest = found
-        compiled[(*grid, 1, 1)[:3]](*tensors, *descriptors, *numbers, *rest)
+    def __init__(self, kernel: Any, constants: dict[str, Any]) -> None:
+        self.kernel, self.constants = kernel, constants
+        # By all that Triton specialises for: device, numbers and types.
+        self.compiled: dict[tuple, Any] = {}
+
+    @functools.cached_property
+    def special(self) -> list[int]:
+        """The arguments, constants apart, that Triton specialises for, counted from the last."""
+        arguments = [p for p in self.kernel.params if not p.is_constexpr]
+        return [i - len(arguments) for i, p in enumerate(arguments) if not p.do_not_specialize]
+
+    @functools.cached_property
+    def rest(self) -> list[Any]:
+        """The constants in the kernel's order, in which they come last."""
+        return [self.constants[p.name] for p in self.kernel.params if p.is_constexpr]
+
+    def launch(
+        self,
+        grid: tuple[int, ...],
+        tensors: tuple[Tensor, ...],
+        descriptors: tuple[Blocks, ...],
+        numbers: tuple[float, ...],
+    ) -> None:
+        """kernel[grid](*tensors, *descriptors, *numbers) on the device of the first tensor."""
+        device, pointers = tensors[0].device, 0
+        for tensor in tensors:
+            pointers |= tensor.data_ptr()
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                self.launch(grid, tensors, descriptors, numbers)
+            return
+        # Triton compiles anew for pointers that are not aligned to 16 bytes; they are rare.
+        if device.type != "cuda" or pointers % 16:
+            self._launch_by_triton(grid, tensors, descriptors, numbers)
+            return
+        special = [numbers[i] for i in self.special if i >= -len(numbers)]
+        key = (device.index, *special, *[tensor.dtype for tensor in tensors])
+        compiled = self.compiled.get(key)
+        if compiled is None:
+            if len(self.compiled) >= MOST_COMPILED:
+                self.compiled.clear()
+            self.compiled[key] = self._launch_by_triton(grid, tensors, descriptors, numbers)
+        else:
+            compiled[(*grid, 1, 1)[:3]](*tensors, *descriptors, *numbers, *self.rest)
+
+    def _launch_by_triton(
+        self,
+        grid: tuple[int, ...],
+        tensors: tuple[Tensor, ...],
+        descriptors: tuple[Blocks, ...],
+        numbers: tuple[float, ...],
+    ) -> Any:
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        described = [
+            TensorDescriptor(x.base, list(x.shape), list(x.strides), list(x.block_shape))
+            for x in descriptors
+        ]
+        return self.kernel[grid](*tensors, *described, *numbers, **self.constants)
 
 
-def _launch_by_triton(
-    kernel: Any,
-    grid: tuple[int, ...],
-    tensors: tuple[Tensor, ...],
-    descriptors: tuple[Blocks, ...],
-    numbers: tuple[float, ...],
-    constants: dict[str, Any],
-) -> Any:
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    described = [
-        TensorDescriptor(x.base, list(x.shape), list(x.strides), list(x.block_shape))
-        for x in descriptors
-    ]
-    return kernel[grid](*tensors, *described, *numbers, **constants)
-
-
-@functools.cache
-def _special(kernel: Any, given: int) -> list[int]:
-    """Which of a kernel's numbers, after the given arguments, it is specialised for."""
-    numbers = [p for p in kernel.params[given:] if not p.is_constexpr]
-    return [i for i, p in enumerate(numbers) if not p.do_not_specialize]
+@functools.lru_cache(MOST_COMPILED)
+def prepared(kernel: Any, **constants: Any) -> Prepared:
+    """The kernel with its constexpr arguments, among them the shapes of blocks, and options."""
+    return Prepared(kernel, constants)
