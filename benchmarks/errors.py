@@ -1,7 +1,9 @@
 """Errors of the feedback solve and its gradients, over those of the T x T way in the same dtype.
 
     python benchmarks/errors.py [--device cuda] [--dtype bfloat16] [--save NAME]
+                                [--shapes 2x777x0x96x80 ...]
 
+A shape is BxTxPxDxK.
 Both are compared with the blocked solve in float64 on the same inputs. A sixth of the gains is
 0, the others lie between -0.999 and 0.999; logits are the largest score; a mask hides 30 % of the
 keys.
@@ -30,6 +32,7 @@ SHAPES = [
     (1, 2048, 0, 1024, 1024),
     (1, 300, 0, 2048, 2048),
     (300, 129, 0, 32, 32),
+    (2, 333, 21, 50, 37),
 ]
 LOGITS = (2, 20, 80)
 NAMES = ("s", "df", "dq", "dk", "dgamma", "dpast_s")
@@ -85,15 +88,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--shapes", nargs="+", help="these instead of all")
     parser.add_argument("--save", help="name of the file under benchmarks/results")
     options = parser.parse_args()
     print(machine(), flush=True)
-    rows = [
-        case(shape, getattr(torch, options.dtype), logits, masked, options.device)
-        for shape in SHAPES
-        for logits in LOGITS
-        for masked in (False, True)
-    ]
+    shapes = SHAPES
+    if options.shapes:
+        shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes]
+    rows = []
+    for shape in shapes:
+        for logits in LOGITS:
+            for masked in (False, True):
+                rows.append(
+                    case(shape, getattr(torch, options.dtype), logits, masked, options.device)
+                )
+                print(rows[-1], flush=True)
     print(table(rows))
     if options.save:
         print(save(options.save, rows))

@@ -1,7 +1,8 @@
 """The feedback solve against the T x T way, fused causal attention and the product ceiling.
 
-    python benchmarks/feedback_solve.py [--quick]
+    python benchmarks/feedback_solve.py [--quick | --shapes 8x2048x512 ...] [--out FOLDER]
 
+A shape is BxTxD; what there is is saved after every case.
 Every case is first compared with float64, outputs and gradients; a case that fails is not timed.
 On CUDA the times are medians of several calls in a row between two events, in bfloat16; "graph"
 is the same call replayed from a CUDA graph, without the host's share. Attention has the same T,
@@ -211,26 +212,34 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def write(name: str, rows: list[dict[str, Any]], rate: float, folder: Path) -> None:
+    """The rows as JSON and as a table."""
+    save(name, rows, folder)
+    head = ", ".join(f"{key} {value}" for key, value in machine().items())
+    text = f"{head}, {rate / 1e12:.2f} TFLOP/s in a product, {DTYPE}\n\n{table(rows)}\n"
+    (folder / f"{name}.md").write_text(text)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="the three main cases only")
+    parser.add_argument("--shapes", nargs="+", help="these instead, as BxTxD")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     rate = ceiling()
     print(machine() | {"product TFLOP/s": round(rate / 1e12, 2), "dtype": str(DTYPE)}, flush=True)
-    cases = [(shape, way) for shape in (MUST if CUDA else CPU_CASES) for way in (False, True)]
-    if CUDA and not options.quick:
+    shapes = MUST if CUDA else CPU_CASES
+    if options.shapes:
+        shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes]
+    cases = [(shape, way) for shape in shapes for way in (False, True)]
+    if CUDA and not (options.quick or options.shapes):
         cases += [(shape, way) for shape in SWEEP for way in (False, True)]
         cases += [((1, 2**18, 1024), True), ((1, 1_000_000, 1024), False)]
-    rows = []
+    rows, name = [], f"feedback_solve_{DEVICE}_{machine()['date']}"
     for shape, backward in cases:
         rows.append(case(*shape, backward, rate))
         print(rows[-1], flush=True)
-    name = f"feedback_solve_{DEVICE}_{machine()['date']}"
-    save(name, rows, options.out)
-    head = ", ".join(f"{key} {value}" for key, value in machine().items())
-    text = f"{head}, {rate / 1e12:.2f} TFLOP/s in a product, {DTYPE}\n\n{table(rows)}\n"
-    (options.out / f"{name}.md").write_text(text)
+        write(name, rows, rate, options.out)
     plot(rows, options.out / f"{name}.png")
 
 
