@@ -16,6 +16,7 @@ from sessa_common.checkpoint import write_json
 from sessa_common.config import PRESETS, SessaConfig, check_matched, parameter_count, read_json
 from sessa_common.errors import SessaError
 from sessa_common.metrics import read_metrics, tokens_per_second
+from sessa_common.trainer import STATE, read_state_facts
 
 PLAN, RESULTS, TABLE = "plan.json", "results.json", "results.md"
 # A name of --mixers: the preset and the options that make the model of a scale.
@@ -346,6 +347,7 @@ def flops_per_token(config: SessaConfig, length: int) -> float:
 def collect(out: Path, comparison: Comparison) -> dict[str, Any]:
     """The results object: a row a model, aggregated over the seeds that are finished."""
     rows = [_row(out, comparison, model) for model in comparison.models()]
+    finished = [name for row in rows for name in row.pop("finished")]
     threshold = comparison.control_threshold if comparison.control_options else None
     return {
         "task": comparison.task,
@@ -355,6 +357,7 @@ def collect(out: Path, comparison: Comparison) -> dict[str, Any]:
         "control_threshold": threshold,
         "steps": comparison.steps,
         "batch_size": comparison.batch_size,
+        "other_data": other_data(out, finished),
         "models": rows,
     }
 
@@ -362,7 +365,8 @@ def collect(out: Path, comparison: Comparison) -> dict[str, Any]:
 def _row(out: Path, comparison: Comparison, model: Model) -> dict[str, Any]:
     rate = best_rate(out, comparison, model)
     row: dict[str, Any] = {"name": model.name, "scale": model.scale, "mixer": model.mixer,
-                           "learning_rate": rate, "seeds": {}, "unfinished": []}  # fmt: skip
+                           "learning_rate": rate, "seeds": {},
+                           "unfinished": [], "finished": []}  # fmt: skip
     row["sweep"] = {f"{r:g}": loss for r, loss in sweep_losses(out, comparison, model).items()}
     row["control"] = control_result(out, comparison, model)
     # The names of the folders do not depend on the rate.
@@ -372,6 +376,7 @@ def _row(out: Path, comparison: Comparison, model: Model) -> dict[str, Any]:
             row["unfinished"].append(job.name)
             continue
         row["seeds"][str(seed)] = result
+        row["finished"].append(job.name)
         config = SessaConfig.from_dict(read_json(out / job.name / "config.json"), job.name)
         length = _row_length(out / job.name, comparison.batch_size)
         row |= {"parameters": parameter_count(config), "length": length}
@@ -379,6 +384,23 @@ def _row(out: Path, comparison: Comparison, model: Model) -> dict[str, Any]:
     if row["seeds"]:
         row["mean"] = aggregate(list(row["seeds"].values()))
     return row
+
+
+def other_data(out: Path, finished: Sequence[str]) -> list[str]:
+    """The runs that saw other data than the first finished run of their vocabulary.
+
+    A file or a task's folder may have changed behind its name.
+    """
+    first: dict[int, str] = {}
+    different = []
+    for name in finished:
+        if not (out / name / STATE).exists():
+            continue
+        vocabulary = read_json(out / name / "config.json")["vocab_size"]
+        _, fingerprint = read_state_facts(out / name)
+        if first.setdefault(vocabulary, fingerprint) != fingerprint:
+            different.append(name)
+    return different
 
 
 def _row_length(folder: Path, rows: int) -> int:

@@ -35,6 +35,7 @@ def table(results: Mapping[str, Any]) -> str:
     parts.append(_main_table(results["models"], text=results["task"] is None))
     parts += [_by_lag(results["models"]), _errors(results["models"])]
     parts.append(_unfinished(results["models"]))
+    parts.append(_other_data(results["other_data"]))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -90,6 +91,13 @@ def _errors(rows: Sequence[Mapping[str, Any]]) -> str:
 def _unfinished(rows: Sequence[Mapping[str, Any]]) -> str:
     names = [name for row in rows for name in row["unfinished"]]
     return f"Not finished, so not in the numbers: {', '.join(names)}." if names else ""
+
+
+def _other_data(names: Sequence[str]) -> str:
+    if not names:
+        return ""
+    return (f"**Not comparable:** {', '.join(names)} saw other data than the first run; the data "
+            "changed behind its name. Delete these folders, or start anew in another.")  # fmt: skip
 
 
 def spread(value: Mapping[str, Any] | None, digits: int) -> str:

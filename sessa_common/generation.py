@@ -10,7 +10,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from sessa_common.config import SessaConfig, read_json
-from sessa_common.errors import SessaError
+from sessa_common.errors import SessaError, check_text
 from sessa_common.sampling import Sampler, SamplingConfig
 
 # Used when the caller names no number and the context has room for it.
@@ -182,7 +182,7 @@ def stop_tokens(folder: Path, config: SessaConfig) -> frozenset[int]:
 def encode_prompt(tokenizer: Tokenizer, text: str, config: SessaConfig) -> list[int]:
     """Token ids of a prompt; the empty prompt becomes the token that begins a text."""
     if text:
-        return tokenizer.encode(text, add_special_tokens=False).ids
+        return tokenizer.encode(check_text(text, "the prompt"), add_special_tokens=False).ids
     begin = config.bos_token_id if config.bos_token_id is not None else config.eos_token_id
     if begin is None:
         raise SessaError("the prompt is empty and the model has no bos_token_id; give some text")

@@ -236,12 +236,7 @@ def read_state(folder: Path, config: SessaConfig) -> tuple[dict[str, np.ndarray]
     """The arrays, step and data fingerprint of `write_state`, checked against the architecture."""
     path = folder / STATE
     state = read_safetensors(path)
-    try:
-        with safe_open(str(path), framework="np") as file:
-            about = json.loads((file.metadata() or {})["training"])
-        step, fingerprint = int(about["step"]), str(about["fingerprint"])
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise SessaError(f"{path}: not a training state ({error})") from None
+    step, fingerprint = read_state_facts(folder)
     expected = {
         f"{kind}.{name}": shape
         for kind in ("weights", *MOMENTS)
@@ -255,6 +250,17 @@ def read_state(folder: Path, config: SessaConfig) -> tuple[dict[str, np.ndarray]
                 f"config.json expects {expected.get(name, 'no such tensor')}"
             )
     return state, step, fingerprint
+
+
+def read_state_facts(folder: Path) -> tuple[int, str]:
+    """Step and data fingerprint of `write_state`, without the arrays."""
+    path = folder / STATE
+    try:
+        with safe_open(str(path), framework="np") as file:
+            about = json.loads((file.metadata() or {})["training"])
+        return int(about["step"]), str(about["fingerprint"])
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise SessaError(f"{path}: not a training state ({error})") from None
 
 
 @contextmanager

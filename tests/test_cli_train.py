@@ -239,6 +239,29 @@ def test_bad_input_is_one_line_and_leaves_nothing(case, message, tmp_path, capsy
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_run_interrupted_before_its_first_step_leaves_nothing(text, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sessa_cli.train.Trainer", interrupted)
+    assert sessa("train", "--data", text, *TINY, "--out", tmp_path / "run") == 130
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_interrupted_before_it_goes_on_stays(run_folder, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sessa_cli.train.Trainer", interrupted)
+    assert sessa("train", "--resume", run_folder, "--steps", 6) == 130
+    assert (run_folder / "training_state.safetensors").exists()
+
+
+def test_memory_that_does_not_suffice_is_one_line(tmp_path, capsys):
+    line = fails(capsys, "data", "diffuse-mqar", "--examples", 10**13, "--out", tmp_path / "data")
+    assert "not enough memory" in line and not (tmp_path / "data").exists()
+
+
 def test_a_folder_that_is_not_empty_needs_force(run_folder, text, tmp_path, capsys):
     again = ("train", "--data", text, *TINY, "--out", run_folder, "--steps", 2)
     before = (run_folder / "metrics.jsonl").read_bytes()

@@ -62,7 +62,11 @@ else:
     config = dataclasses.replace(PRESETS[a.preset], vocab_size=613, max_position_embeddings=300,
                                  feedback=not a.no_feedback)
     (start / "config.json").write_text(json.dumps(config.to_dict()))
-    (start / "training_state.safetensors").write_text("")
+    data = folder.parent.parent.parent / "data"
+    about = {"step": 1, "fingerprint": data.read_text() if data.exists() else "first"}
+    head = json.dumps({"__metadata__": {"training": json.dumps(about)}}).encode()
+    state = len(head).to_bytes(8, "little") + head
+    (start / "training_state.safetensors").write_bytes(state)
     start.rename(folder)
 slow = folder.parent.parent.parent / "slow"
 if slow.exists():
@@ -250,6 +254,17 @@ def test_report_only_needs_nothing_but_the_folder(trainer, tmp_path):
     assert sessa("compare", "--report-only", "--out", out) == 0
     assert json.loads((out / "results.json").read_text()) == before
     assert (out / "curves.png").exists() and (out / "lags.png").exists()
+
+
+def test_data_that_changed_behind_its_name_is_told(trainer, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert sessa("compare", *FEW, "--out", out) == 0
+    assert "Not comparable" not in (out / "results.md").read_text()
+    (tmp_path / "data").write_text("second")
+    assert sessa("compare", *FEW, "--seeds", 2, "--out", out) == 0
+    changed = ["runs/1m-sessa-seed1", "runs/1m-mamba2-seed1"]
+    assert json.loads((out / "results.json").read_text())["other_data"] == changed
+    assert f"**Not comparable:** {', '.join(changed)} saw other data" in capsys.readouterr().out
 
 
 def test_a_control_is_measured_by_what_its_exact_decoder_reaches(trainer, tmp_path):

@@ -110,6 +110,8 @@ def _bad_source(folder, case):
         path.write_text('{"text": "a"}\n{"body": "b"}\n')
     elif case == "not text":
         path.write_text('{"text": null}\n')
+    elif case == "half a pair":
+        path.write_text('{"text": "abc\\ud800"}\n')
     elif case == "not parquet":
         path = folder / "x.parquet"
         path.write_bytes(b"PAR1 no")
@@ -134,6 +136,7 @@ def _bad_source(folder, case):
         ("no object", "line 1: expected a JSON object, found list"),
         ("no field", "line 2: no field 'text'; it has body"),
         ("not text", "line 1: 'text' is NoneType, expected text"),
+        ("half a pair", "line 1, 'text': character 4 is half of a surrogate pair"),
         ("not parquet", r"x\.parquet: not a readable parquet"),
         ("no column", r"x\.parquet: no column 'text'; it has body"),
     ],

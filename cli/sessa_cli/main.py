@@ -54,6 +54,8 @@ def main(arguments: list[str] | None = None) -> None:
     # A disk that is full or a folder that may not be written is no fault of the program either.
     except OSError as error:
         _refuse(f"{error.filename or 'input or output'}: {error.strerror or error}")
+    except MemoryError as error:
+        _refuse(f"not enough memory: {error}")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,7 @@ from sessa_common.metrics import read_metrics
 from sessa_common.progress import TerminalReporter
 from sessa_common.run import RESULT, Run, choose_config, resume_run, start_run, write_result
 from sessa_common.sampling import SamplingConfig
-from sessa_common.trainer import Trainer
+from sessa_common.trainer import STATE, Trainer
 
 DEFAULT_OUT = Path("runs/pydoc")
 INTERRUPTED = 130
@@ -261,8 +262,14 @@ def _model_fields(params: dict[str, Any]) -> dict[str, Any]:
 
 
 def _train(run: Run, backend: str, device: str | None, console: Console) -> bool:
-    learner = framework(backend, "train").Learner(run.config, run.settings, run.weights, device)
-    trainer = Trainer(learner, run.source, run.config, run.settings, run.folder)
+    try:
+        learner = framework(backend, "train").Learner(run.config, run.settings, run.weights, device)
+        trainer = Trainer(learner, run.source, run.config, run.settings, run.folder)
+    except BaseException:
+        # Nothing is learned yet: the same command must not find a folder that is in its way.
+        if not (run.folder / STATE).exists():
+            shutil.rmtree(run.folder)
+        raise
     task = run.settings.task is not None
     steps = run.settings.steps
     # A run that was killed between its last step and the test has no result of these steps yet.

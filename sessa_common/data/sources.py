@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sessa_common.config import TrainConfig
-from sessa_common.errors import SessaError
+from sessa_common.errors import SessaError, check_text
 
 PLAIN = (".txt", ".md", ".py")
 SUFFIXES = (*PLAIN, ".jsonl", ".parquet")
@@ -151,7 +151,7 @@ def _field(row: Any, field: str, where: str) -> str:
         )
     if not isinstance(row[field], str):
         raise SessaError(f"{where}: {field!r} is {type(row[field]).__name__}, expected text")
-    return row[field]
+    return check_text(row[field], f"{where}, {field!r}")
 
 
 def _parquet_rows(path: Path, column: str) -> Iterator[str]:
