@@ -1,8 +1,12 @@
-"""The error that the command line shows as one line and exit code 2."""
+"""The errors that the command line shows as one line."""
 
 
 class SessaError(ValueError):
     """What the user gave cannot be used; the message says what was expected and what to do."""
+
+
+class DivergedError(SessaError):
+    """Training met a loss or a gradient that is not finite."""
 
 
 def check_text(text: str, where: str) -> str:

@@ -26,7 +26,7 @@ from sessa_common.checkpoint import (
 )
 from sessa_common.config import SessaConfig, TrainConfig, parameter_shapes
 from sessa_common.data.batches import Batch, BatchSource
-from sessa_common.errors import SessaError
+from sessa_common.errors import DivergedError, SessaError
 from sessa_common.metrics import MetricsLog, draw_losses
 
 TRAINING = "training.json"
@@ -160,7 +160,7 @@ class Trainer:
         rate = learning_rate(self.settings, self.step)
         loss, norm = self.learner.step(batches, rate)
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise SessaError(
+            raise DivergedError(
                 f"step {self.step + 1}: the loss is {loss} and the gradient norm {norm}; the last "
                 f"checkpoint in {self.folder} is good, try a smaller --lr"
             )

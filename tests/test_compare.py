@@ -77,7 +77,7 @@ if slow.exists():
 broken = folder.parent.parent.parent / "broken"
 if broken.exists() and broken.read_text() in folder.name:
     print("error: the loss is nan")
-    sys.exit(2)
+    sys.exit(3)
 best = 3e-3 if given["preset"].startswith("sessa") else 1e-3
 loss = 0.5 + 100 * abs(float(given["lr"]) - best)
 base = {"sessa-1m": 0.8, "transformer-1m": 0.6, "mamba2-1m": 0.3}[given["preset"]]
@@ -297,10 +297,22 @@ def test_a_failed_run_is_shown_and_the_others_go_on(trainer, tmp_path, capsys):
 def test_a_rate_that_diverges_loses_the_sweep(trainer, tmp_path):
     out = tmp_path / "out"
     (tmp_path / "broken").write_text("sessa-lr0.003")
-    assert sessa("compare", *MQAR, "--out", out) == 1
+    assert sessa("compare", *MQAR, "--out", out) == 0
     rows = {row["mixer"]: row for row in json.loads((out / "results.json").read_text())["models"]}
     assert rows["sessa"]["sweep"]["0.003"] is None and rows["sessa"]["learning_rate"] == 1e-3
     assert len(rows["sessa"]["seeds"]) == 3
+    # The same command has nothing left to do.
+    calls = (out / "calls").read_text()
+    assert sessa("compare", *MQAR, "--out", out) == 0 and (out / "calls").read_text() == calls
+
+
+def test_a_model_that_diverges_at_every_rate_has_failed(trainer, tmp_path, capsys):
+    out = tmp_path / "out"
+    (tmp_path / "broken").write_text("sessa-lr")
+    assert sessa("compare", *FEW, "--out", out) == 1
+    assert "1m-sessa FAILED: it learned at none of the rates" in capsys.readouterr().out
+    rows = {row["mixer"]: row for row in json.loads((out / "results.json").read_text())["models"]}
+    assert not rows["sessa"]["seeds"] and len(rows["mamba2"]["seeds"]) == 1
 
 
 def start_slow(trainer, out):

@@ -1,4 +1,4 @@
-"""What the commands share: the choice of a framework, the console, JSON for scripts."""
+"""What the commands share: a framework's choice, the console, JSON for scripts, exit codes."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from rich.console import Console
 from sessa_common.errors import SessaError
 
 BACKENDS = ("auto", "mlx", "torch")
+# Exit codes: runs of a comparison failed; bad input; a loss that is not finite; Ctrl-C.
+FAILED, BAD_INPUT, DIVERGED, INTERRUPTED = 1, 2, 3, 130
 
 
 def is_installed(name: str) -> bool:

@@ -19,7 +19,16 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from sessa_cli.common import choose_backend, framework, make_console, print_json, say
+from sessa_cli.common import (
+    DIVERGED,
+    FAILED,
+    INTERRUPTED,
+    choose_backend,
+    framework,
+    make_console,
+    print_json,
+    say,
+)
 from sessa_common.checkpoint import write_json
 from sessa_common.compare import (
     MIXERS,
@@ -42,7 +51,6 @@ from sessa_common.errors import SessaError
 from sessa_common.trainer import STATE, stop_signal
 
 TRAIN = (sys.executable, "-m", "sessa_cli.main", "train")
-INTERRUPTED, FAILED = 130, 1
 LOG_END = 12
 LOCK = "lock"
 
@@ -146,7 +154,7 @@ def compare(
     say(console, (out / TABLE).read_text(encoding="utf-8"))
     say(console, f"wrote {out / TABLE}, {RESULTS} and the pictures")
     if failed:
-        say(console, f"failed: {', '.join(failed)}; the same command tries them again")
+        say(console, f"failed: {', '.join(failed)}; the same command tries failed runs again")
         raise typer.Exit(FAILED)
 
 
@@ -241,6 +249,9 @@ class Runner:
             settled = all(self._is_done(job) or job.name in self.failed for job in sweep)
             rate = best_rate(self.out, self.comparison, model) if settled else None
             if rate is None:
+                if settled and model.name not in self.failed:
+                    self.failed.append(model.name)
+                    say(self.console, f"{model.name} FAILED: it learned at none of the rates")
                 continue
             control = self._control_job(model, rate)
             controls += [control] if control else []
@@ -275,7 +286,13 @@ class Runner:
         return min(self.devices, key=taken.count, default=None)
 
     def _is_done(self, job: Job) -> bool:
-        return read_result(self.out / job.name, job.steps) is not None and self._same(job)
+        if not self._same(job):
+            return False
+        return self._diverged(job) or read_result(self.out / job.name, job.steps) is not None
+
+    def _diverged(self, job: Job) -> bool:
+        """Whether a run of the sweep diverged, which settles its rate."""
+        return bool(read_json(self.out / f"{job.name}.json").get("diverged"))
 
     def _same(self, job: Job) -> bool:
         path = self.out / f"{job.name}.json"
@@ -310,6 +327,10 @@ class Runner:
             result = read_result(self.out / name, job.steps)
             if process.returncode == 0 and result is not None:
                 say(self.console, f"{name}: {_outcome(result)}; {self._left()}")
+            elif process.returncode == DIVERGED and name.startswith("sweep/"):
+                settled = {"arguments": job.arguments, "diverged": True}
+                write_json(self.out / f"{name}.json", settled)
+                say(self.console, f"{name}: diverged, so this rate is out; {self._left()}")
             elif not stopping:
                 self.failed.append(name)
                 end = _log_end(self.out / f"{name}.log")

@@ -9,6 +9,7 @@ import typer
 
 from sessa_cli.build_op import build_op
 from sessa_cli.check import check
+from sessa_cli.common import BAD_INPUT, DIVERGED, INTERRUPTED
 from sessa_cli.compare import compare
 from sessa_cli.convert import convert
 from sessa_cli.data import data
@@ -19,10 +20,7 @@ from sessa_cli.influence import influence
 from sessa_cli.info import info
 from sessa_cli.selftest import selftest
 from sessa_cli.train import train
-from sessa_common.errors import SessaError
-
-BAD_INPUT = 2
-INTERRUPTED = 130
+from sessa_common.errors import DivergedError, SessaError
 
 app = typer.Typer(
     name="sessa",
@@ -46,9 +44,14 @@ app.command()(selftest)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line; bad input is one line on stderr and exit code 2, Ctrl-C is 130."""
+    """Run the command line: bad input is one line on stderr and exit code 2, Ctrl-C is 130.
+
+    Training that met a loss which is not finite is one line and exit code 3.
+    """
     try:
         app(args=arguments, prog_name="sessa")
+    except DivergedError as error:
+        _refuse(str(error), DIVERGED)
     except SessaError as error:
         _refuse(str(error))
     # A disk that is full or a folder that may not be written is no fault of the program either.
@@ -61,9 +64,9 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(INTERRUPTED)
 
 
-def _refuse(message: str) -> NoReturn:
+def _refuse(message: str, code: int = BAD_INPUT) -> NoReturn:
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(BAD_INPUT)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

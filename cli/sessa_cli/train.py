@@ -12,7 +12,15 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from sessa_cli.common import choose_backend, framework, given_fields, make_console, print_json, say
+from sessa_cli.common import (
+    INTERRUPTED,
+    choose_backend,
+    framework,
+    given_fields,
+    make_console,
+    print_json,
+    say,
+)
 from sessa_common.config import MIXERS, PRESETS, SessaConfig, TrainConfig, read_json
 from sessa_common.data.tasks import known_tasks
 from sessa_common.errors import SessaError
@@ -24,7 +32,6 @@ from sessa_common.sampling import SamplingConfig
 from sessa_common.trainer import STATE, Trainer
 
 DEFAULT_OUT = Path("runs/pydoc")
-INTERRUPTED = 130
 # A small model's tail of unlikely tokens is noise; what is left reads better.
 PARAGRAPH = SamplingConfig(temperature=0.6, top_p=0.9)
 
