@@ -14,6 +14,8 @@ from typing import Any
 
 from sessa_common.checkpoint import write_json
 from sessa_common.config import PRESETS, SessaConfig, check_matched, parameter_count, read_json
+from sessa_common.data.sources import check_names
+from sessa_common.data.tasks import read_task
 from sessa_common.errors import SessaError
 from sessa_common.metrics import read_metrics, tokens_per_second
 from sessa_common.trainer import STATE, read_state_facts
@@ -115,6 +117,15 @@ class Comparison:
         for given in given_options:
             if "=" not in given:
                 raise SessaError(f"task option {given!r}, expected name=value")
+
+    def check_sources(self) -> None:
+        """Raise SessaError for a task, an option of it or a name of text that no run could use."""
+        if self.task is None:
+            check_names(self.data)
+            return
+        read_task(self.task, self.task_options)
+        if self.control_options:
+            read_task(self.task, (*self.task_options, *self.control_options))
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> Comparison:

@@ -47,6 +47,7 @@ from sessa_common.compare import (
     write_plan,
 )
 from sessa_common.config import read_json
+from sessa_common.data.sources import check_names
 from sessa_common.errors import SessaError
 from sessa_common.trainer import STATE, stop_signal
 
@@ -66,6 +67,10 @@ def compare(
     data: Annotated[
         list[str] | None, typer.Option(help="Text, instead of --task; as in `sessa train`.")
     ] = None,
+    validation_data: Annotated[
+        list[str] | None, typer.Option(help="Held-out text, as in `sessa train`.")
+    ] = None,
+    text_field: Annotated[str | None, typer.Option(help="As in `sessa train`.")] = None,
     mixers: Annotated[
         str, typer.Option(help=f"Of {', '.join(MIXERS)}, or names of --config; with commas.")
     ] = ",".join(Comparison.mixers),
@@ -127,7 +132,13 @@ def compare(
         results = report(out, read_plan(out))
         failed = []
     else:
-        options = {"context": context, "tokenizer": tokenizer, "warmup-steps": warmup_steps,
+        about_text = {"tokenizer": tokenizer, "text-field": text_field,
+                      "validation-data": validation_data}  # fmt: skip
+        for name, value in about_text.items():
+            if task is not None and value:
+                raise SessaError(f"--{name} is about text; it does not go with --task {task}")
+        check_names(validation_data or ())
+        options = {**about_text, "context": context, "warmup-steps": warmup_steps,
                    "weight-decay": weight_decay, "evaluate-every": evaluate_every,
                    "evaluate-batches": evaluate_batches, "checkpoint-every": checkpoint_every,
                    "precision": precision}  # fmt: skip
@@ -188,8 +199,12 @@ def _check_device(backend: str, device: str) -> None:
 
 
 def _given(options: dict[str, Any]) -> tuple[str, ...]:
-    given = {name: value for name, value in options.items() if value is not None}
-    return tuple(part for name, value in given.items() for part in (f"--{name}", str(value)))
+    """As they are typed; a list is an option that is repeated."""
+    parts: list[str] = []
+    for name, value in options.items():
+        values = value if isinstance(value, list) else [] if value is None else [value]
+        parts += [part for each in values for part in (f"--{name}", str(each))]
+    return tuple(parts)
 
 
 class Runner:
@@ -206,6 +221,7 @@ class Runner:
         self.failed: list[str] = []
         self.running: dict[str, tuple[Job, str | None, subprocess.Popen[bytes]]] = {}
         self.lock: tuple[int, ...] = ()
+        comparison.check_sources()
         check_plan(out, comparison)
         self.commands: dict[str, list[str]] = {}
         there = {path.name for path in out.iterdir()} if out.exists() else set()

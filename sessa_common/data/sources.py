@@ -60,6 +60,12 @@ def read_documents(names: Sequence[str], reading: Reading | None = None) -> Iter
     return islice((text for text in texts if text.strip()), reading.max_documents or None)
 
 
+def check_names(names: Sequence[str]) -> None:
+    """Raise SessaError for a name that `read_documents` could not resolve; nothing is read."""
+    for name in names:
+        _readers(name, Reading())
+
+
 def _readers(name: str, reading: Reading) -> list[Reader]:
     if name == "pydoc":
         return [_pydoc_topics]

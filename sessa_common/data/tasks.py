@@ -174,10 +174,10 @@ def make_data(task: Task, train_examples: int | None = None) -> TaskData:
     return TaskData(task, parts[0], parts[1], parts[2])
 
 
-def load_data(spec: str, options: Sequence[str] = ()) -> TaskData:
-    """The data of a task's name and options, or of a folder written by `write_data`."""
+def read_task(spec: str, options: Sequence[str] = ()) -> Task:
+    """The task of a name and options, or of a folder written by `write_data`."""
     if not (Path(spec) / TASK).is_file():
-        return make_data(new_task(spec, parse_options(spec, options)))
+        return new_task(spec, parse_options(spec, options))
     if options:
         raise SessaError(f"{spec} has its options in {TASK}; leave --task-option out")
     folder = Path(spec)
@@ -191,6 +191,14 @@ def load_data(spec: str, options: Sequence[str] = ()) -> TaskData:
     if list(task.vocabulary) != stored.get("vocabulary"):
         raise SessaError(f"{folder / TASK}: the vocabulary is not that of {task.name}; "
                          "make the data again with sessa data")  # fmt: skip
+    return task
+
+
+def load_data(spec: str, options: Sequence[str] = ()) -> TaskData:
+    """The data of a task's name and options, or of a folder written by `write_data`."""
+    task, folder = read_task(spec, options), Path(spec)
+    if not (folder / TASK).is_file():
+        return make_data(task)
     train, validation, test = (
         _read_examples(folder / f"{split}.safetensors", task) for split in SPLITS
     )
