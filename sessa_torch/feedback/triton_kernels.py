@@ -67,8 +67,8 @@ SINGLE_SHARED = 128 * 1024
 
 def unavailable(f: Tensor, q: Tensor) -> str | None:
     """Why the kernels cannot run for these inputs; None when they can."""
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed (pip install triton)"
+    if (missing := _missing_triton()) is not None:
+        return missing
     if torch.promote_types(f.dtype, q.dtype) == torch.float64:
         return "the kernels take float32, bfloat16 and float16, not float64"
     if f.shape[0] > MOST_SEQUENCES:
@@ -81,6 +81,15 @@ def unavailable(f: Tensor, q: Tensor) -> str | None:
         return "the GPU is older than compute capability 8.0"
     if torch.float32 in (f.dtype, q.dtype) and _shared_memory(f.device) < SINGLE_SHARED:
         return "the GPU gives a program less than the 128 KiB that float32 needs"
+    return None
+
+
+@functools.cache
+def _missing_triton() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    if importlib.util.find_spec("triton.tools.tensor_descriptor") is None:
+        return "Triton is older than 3.4 (PyTorch 2.8 brings it)"
     return None
 
 

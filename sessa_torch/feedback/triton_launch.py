@@ -123,5 +123,8 @@ class Prepared:
 
 @functools.lru_cache(MOST_COMPILED)
 def prepared(kernel: Any, **constants: Any) -> Prepared:
-    """The kernel with its constexpr arguments, among them the shapes of blocks, and options."""
-    return Prepared(kernel, constants)
+    """The kernel with its constexpr arguments, among them the shapes of blocks, and options.
+
+    Products and sums may be fused, which Triton will not do by default from 3.10 on.
+    """
+    return Prepared(kernel, constants | {"enable_fp_fusion": True})
