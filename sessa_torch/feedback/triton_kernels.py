@@ -23,6 +23,18 @@ from sessa_torch.feedback.triton_launch import (
     blocks,
     prepared,
 )
+from sessa_torch.feedback.triton_sizes import (
+    SINGLE_SHARED,
+    Tiles,
+    capability,
+    described,
+    gradient_tiles,
+    interpreted,
+    precision,
+    programs,
+    shared_memory,
+    solve_tiles,
+)
 
 MIB = 2**20
 # What CUDA allows in the second and third dimension of a grid.
@@ -34,35 +46,6 @@ CHUNK_ELEMENTS, CHUNK_TILES = 64 * MIB, 16
 # Row tiles by which the scores run ahead of the solve: LAG, but from LAG_COLUMNS columns on fewer,
 # since the ring would take memory for a gain of 1 %. SHORT_LAG at least, and for SEQUENCES or more.
 LAG, LAG_COLUMNS, SHORT_LAG, SEQUENCES = 40, 2**15, 5, 16
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tiles:
-    """Sizes of the kernels' tiles: rows, columns of scores, inner length, columns of s or k.
-
-    A chunk is the windows of scores that one task computes; at least two, since what the second
-    finds is told to the other chunks.
-    """
-
-    rows: int
-    columns: int
-    inner: int
-    width: int
-    chunk: int = 4
-    warps: int = 8
-    stages: int = 3
-
-
-# Triton's interpreter runs on the CPU; small tiles give it several of everything.
-INTERPRETED = Tiles(rows=32, columns=64, inner=32, width=64, chunk=2)
-# 16-bit operands: two programs of HALF share a multiprocessor, one of WIDE reads less a product.
-HALF = Tiles(rows=128, columns=128, inner=64, width=128, warps=4, chunk=2)
-WIDE = Tiles(rows=128, columns=256, inner=64, width=256, stages=4)
-WIDE_FROM, WIDE_SHARED = 1024, 200 * 1024
-# float32: the solve holds whole tiles as operands, so its tiles are smaller than the gradients'.
-SINGLE = Tiles(rows=64, columns=64, inner=32, width=128, warps=4)
-SINGLE_GRADIENT = Tiles(rows=128, columns=128, inner=32, width=128)
-SINGLE_SHARED = 128 * 1024
 
 
 def unavailable(f: Tensor, q: Tensor) -> str | None:
@@ -77,9 +60,9 @@ def unavailable(f: Tensor, q: Tensor) -> str | None:
         return None
     if f.device.type != "cuda":
         return f"f is on {f.device.type}, the kernels need CUDA"
-    if _capability(f.device) < (8, 0):
+    if capability(f.device) < (8, 0):
         return "the GPU is older than compute capability 8.0"
-    if torch.float32 in (f.dtype, q.dtype) and _shared_memory(f.device) < SINGLE_SHARED:
+    if torch.float32 in (f.dtype, q.dtype) and shared_memory(f.device) < SINGLE_SHARED:
         return "the GPU gives a program less than the 128 KiB that float32 needs"
     return None
 
@@ -91,63 +74,6 @@ def _missing_triton() -> str | None:
     if importlib.util.find_spec("triton.tools.tensor_descriptor") is None:
         return "Triton is older than 3.4 (PyTorch 2.8 brings it)"
     return None
-
-
-def interpreted() -> bool:
-    """Whether Triton interprets kernels on the CPU (TRITON_INTERPRET=1)."""
-    import triton
-
-    return triton.knobs.runtime.interpret
-
-
-@functools.cache
-def programs(device: torch.device) -> int:
-    """Multiprocessors of the device."""
-    if device.type != "cuda":
-        return 4
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-@functools.cache
-def _shared_memory(device: torch.device) -> int:
-    from triton.runtime import driver
-
-    return driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
-
-
-@functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
-
-
-def described(device: torch.device) -> bool:
-    """Whether kernels read by tensor memory descriptors, which GPUs from Hopper on have."""
-    return device.type != "cuda" or _capability(device) >= (9, 0)
-
-
-def solve_tiles(dtype: torch.dtype, device: torch.device, width: int) -> Tiles:
-    """The tile sizes of the solve for operands of this dtype; width is the smaller of K and D."""
-    if device.type != "cuda":
-        return INTERPRETED
-    if dtype == torch.float32:
-        return SINGLE
-    return WIDE if width >= WIDE_FROM and _shared_memory(device) >= WIDE_SHARED else HALF
-
-
-def gradient_tiles(dtype: torch.dtype, device: torch.device) -> Tiles:
-    """The tile sizes of the score gradients for operands of this dtype on this device."""
-    if device.type != "cuda":
-        return INTERPRETED
-    return SINGLE_GRADIENT if dtype == torch.float32 else HALF
-
-
-def precision(dtype: torch.dtype) -> str:
-    """Triton's name for how products of this dtype run.
-
-    float32 runs as three TF32 products, which keep float32's accuracy. A single one does not, not
-    even where PyTorch allows TF32: its operands are cut off, and the scores lose three digits.
-    """
-    return "tf32x3" if dtype == torch.float32 else "ieee"
 
 
 def rows_contiguous(tensor: Tensor) -> Tensor:

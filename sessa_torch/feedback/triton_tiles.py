@@ -1,4 +1,4 @@
-"""What the Triton kernels share: products of tiles, sums of their rows, how workspaces lie."""
+"""What the Triton kernels share: products of tiles, how workspaces lie, flags between programs."""
 
 from __future__ import annotations
 
@@ -109,3 +109,24 @@ def row_sums(tile, BN: tl.constexpr):
     # A constant would be put into shared memory by every program, at once and by every thread.
     ones = tl.where(tl.arange(0, BN)[:, None] + tl.arange(0, 16)[None, :] >= 0, 1.0, 0.0)
     return tl.max(tl.dot(tile, ones.to(tile.dtype)), 1)
+
+
+@triton.jit
+def place(tile, NP, BM: tl.constexpr, REVERSE: tl.constexpr):
+    """The first column, in memory, of a tile of columns."""
+    return NP - (tile + 1) * BM if REVERSE else tile * BM
+
+
+@triton.jit
+def wait(flag, count):
+    """Spin until the flag reaches count; what was written before it was raised is then visible."""
+    seen = tl.atomic_add(flag, 0, sem="acquire")
+    while seen < count:
+        seen = tl.atomic_add(flag, 0, sem="acquire")
+    return seen
+
+
+@triton.jit
+def signal(flag):
+    tl.debug_barrier()
+    tl.atomic_add(flag, 1, sem="release")
