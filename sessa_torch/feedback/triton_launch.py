@@ -64,12 +64,8 @@ class Prepared:
         self.kernel, self.constants = kernel, constants
         # By all that Triton specialises for: device, numbers and types.
         self.compiled: dict[tuple, Any] = {}
-
-    @functools.cached_property
-    def special(self) -> list[int]:
-        """The arguments, constants apart, that Triton specialises for, counted from the last."""
-        arguments = [p for p in self.kernel.params if not p.is_constexpr]
-        return [i - len(arguments) for i, p in enumerate(arguments) if not p.do_not_specialize]
+        # Which of the numbers are among these; known at the first launch.
+        self.special: list[int] | None = None
 
     @functools.cached_property
     def rest(self) -> list[Any]:
@@ -95,7 +91,10 @@ class Prepared:
         if device.type != "cuda" or pointers % 16:
             self._launch_by_triton(grid, tensors, descriptors, numbers)
             return
-        special = [numbers[i] for i in self.special if i >= -len(numbers)]
+        if self.special is None:
+            given = [p for p in self.kernel.params if not p.is_constexpr][-len(numbers) :]
+            self.special = [i for i, p in enumerate(given) if not p.do_not_specialize]
+        special = [numbers[i] for i in self.special]
         key = (device.index, *special, *[tensor.dtype for tensor in tensors])
         compiled = self.compiled.get(key)
         if compiled is None:

@@ -292,11 +292,12 @@ def solve_kernel(
         )  # fmt: skip
     else:
         part = task - chunks - inverses
-        # Rows of v: w is padded.
-        stored = NP if REVERSE else columns
+        # w is padded.
+        v_rows = NP if REVERSE else columns
+        each = v_rows.to(tl.int64) * sv
         mix_task(
-            f + wide * sfb, v + wide * stored * sv, out + wide * (P + T) * sv, p,
-            ring_blocks, (v, stored * sv, sv, stored, D, v_blocks), slot * (NP // BK * BM), gain,
+            f + wide * sfb, v + wide * each, out + wide * (P + T) * sv, p,
+            ring_blocks, (v, each, sv, v_rows, D, v_blocks), slot * (NP // BK * BM), gain,
             inverse_done, solved + part, sft, sv, b, row, part, T, P, NP,
             D, BM, BD, BK, REVERSE, DESCRIBED, PRECISION, FENCE,
         )  # fmt: skip
