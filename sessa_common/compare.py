@@ -358,7 +358,6 @@ def flops_per_token(config: SessaConfig, length: int) -> float:
 def collect(out: Path, comparison: Comparison) -> dict[str, Any]:
     """The results object: a row a model, aggregated over the seeds that are finished."""
     rows = [_row(out, comparison, model) for model in comparison.models()]
-    finished = [name for row in rows for name in row.pop("finished")]
     threshold = comparison.control_threshold if comparison.control_options else None
     return {
         "task": comparison.task,
@@ -368,7 +367,7 @@ def collect(out: Path, comparison: Comparison) -> dict[str, Any]:
         "control_threshold": threshold,
         "steps": comparison.steps,
         "batch_size": comparison.batch_size,
-        "other_data": other_data(out, finished),
+        "other_data": other_data(out, comparison),
         "models": rows,
     }
 
@@ -376,8 +375,7 @@ def collect(out: Path, comparison: Comparison) -> dict[str, Any]:
 def _row(out: Path, comparison: Comparison, model: Model) -> dict[str, Any]:
     rate = best_rate(out, comparison, model)
     row: dict[str, Any] = {"name": model.name, "scale": model.scale, "mixer": model.mixer,
-                           "learning_rate": rate, "seeds": {},
-                           "unfinished": [], "finished": []}  # fmt: skip
+                           "learning_rate": rate, "seeds": {}, "unfinished": []}  # fmt: skip
     row["sweep"] = {f"{r:g}": loss for r, loss in sweep_losses(out, comparison, model).items()}
     row["control"] = control_result(out, comparison, model)
     # The names of the folders do not depend on the rate.
@@ -387,7 +385,6 @@ def _row(out: Path, comparison: Comparison, model: Model) -> dict[str, Any]:
             row["unfinished"].append(job.name)
             continue
         row["seeds"][str(seed)] = result
-        row["finished"].append(job.name)
         config = SessaConfig.from_dict(read_json(out / job.name / "config.json"), job.name)
         length = _row_length(out / job.name, comparison.batch_size)
         row |= {"parameters": parameter_count(config), "length": length}
@@ -397,20 +394,19 @@ def _row(out: Path, comparison: Comparison, model: Model) -> dict[str, Any]:
     return row
 
 
-def other_data(out: Path, finished: Sequence[str]) -> list[str]:
-    """The runs that saw other data than the first finished run of their vocabulary.
-
-    A file or a task's folder may have changed behind its name.
-    """
-    first: dict[int, str] = {}
+def other_data(out: Path, comparison: Comparison) -> list[str]:
+    """Runs not on the data of the first of their vocabulary and context: it changed since."""
+    first: dict[tuple[int, int], str] = {}
     different = []
-    for name in finished:
-        if not (out / name / STATE).exists():
-            continue
-        vocabulary = read_json(out / name / "config.json")["vocab_size"]
-        _, fingerprint = read_state_facts(out / name)
-        if first.setdefault(vocabulary, fingerprint) != fingerprint:
-            different.append(name)
+    # The names of the folders do not depend on the rate.
+    jobs = (job for model in comparison.models() for job in comparison.seed_jobs(model, 1.0))
+    for folder in (out / job.name for job in jobs):
+        if (folder / STATE).exists():
+            config = read_json(folder / "config.json")
+            _, fingerprint = read_state_facts(folder)
+            key = config["vocab_size"], config["max_position_embeddings"]
+            if first.setdefault(key, fingerprint) != fingerprint:
+                different.append(folder.relative_to(out).as_posix())
     return different
 
 

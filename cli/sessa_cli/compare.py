@@ -238,6 +238,7 @@ class Runner:
                     while waiting and len(self.running) < self.parallel:
                         self._start(waiting.pop(0))
                     if not self.running:
+                        self._name_models_without_rate()
                         return True
                     time.sleep(0.1)
                     if self._reap():
@@ -250,6 +251,12 @@ class Runner:
             finally:
                 # A second Ctrl-C, or an error of ours: nothing may be left behind on the device.
                 self._signal(signal.SIGKILL)
+
+    def _name_models_without_rate(self) -> None:
+        for model in self.models:
+            if best_rate(self.out, self.comparison, model) is None:
+                self.failed.append(model.name)
+                say(self.console, f"{model.name} FAILED: it learned at none of the rates")
 
     def _waiting(self) -> list[Job]:
         """The jobs that could be started now, sweeps first: a model's others wait for its rate."""
@@ -265,9 +272,6 @@ class Runner:
             settled = all(self._is_done(job) or job.name in self.failed for job in sweep)
             rate = best_rate(self.out, self.comparison, model) if settled else None
             if rate is None:
-                if settled and model.name not in self.failed:
-                    self.failed.append(model.name)
-                    say(self.console, f"{model.name} FAILED: it learned at none of the rates")
                 continue
             control = self._control_job(model, rate)
             controls += [control] if control else []

@@ -107,17 +107,9 @@ def solve_forward(
     if past_s is not None:
         states[:, :P] = past_s
     lse = torch.empty(B, T, dtype=torch.float64, device=f.device)
-    q, k = aligned(q.to(dtype)), aligned(k.to(dtype))
-    _solve(
-        rows_contiguous(f.to(dtype)),
-        q,
-        k,
-        gamma.contiguous(),
-        mask_bytes(key_mask),
-        lse,
-        states,
-        reverse=False,
-    )
+    right, (q, k) = rows_contiguous(f.to(dtype)), (aligned(x.to(dtype)) for x in (q, k))
+    gain, mask = gamma.contiguous(), mask_bytes(key_mask)
+    _solve(right, q, k, gain, mask, lse, states, reverse=False)
     return from_row(states, P, f.dtype), lse
 
 
@@ -280,13 +272,8 @@ def solve_backward(
     dq, dk, dgamma = _score_gradients(new, qw, kw, gain, states, lse, mask)
     # df and dpast_s must not share memory, which slices of one sequence would.
     dpast_s = None if past_s is None else past.to(past_s.dtype, copy=True).contiguous()
-    return (
-        from_row(u, columns - T, s.dtype).contiguous(),
-        dq.to(q.dtype),
-        dk.to(k.dtype),
-        dgamma,
-        dpast_s,
-    )
+    df = from_row(u, columns - T, s.dtype)
+    return df, dq.to(q.dtype), dk.to(k.dtype), dgamma, dpast_s
 
 
 def _score_gradients(

@@ -1,4 +1,4 @@
-"""Launching a Triton kernel without inspecting its arguments again.
+"""Tensors that Triton kernels read in blocks, and launches that inspect no argument again.
 
 For a short solve Triton's own launch takes longer on the host than the kernel on the GPU, most of
 it to find the compiled kernel.
