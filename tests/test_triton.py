@@ -72,7 +72,7 @@ def test_same_inputs_give_the_same_bits(results):
     assert results["same bits"] == 0
 
 
-def test_rotation_equals_float64_and_is_undone_backwards(results):
+def test_rotation_and_its_gradient_equal_float64(results):
     for name, error in results["rope"].items():
         assert error <= 3e-7, name
 
@@ -255,18 +255,20 @@ def hidden_keys(kernels, value):
 
 
 def rope():
-    """Errors of the rotary kernel for widths and strides of several kinds, and of its inverse."""
+    """Errors of the rotary kernel and its gradient for widths and strides of several kinds."""
     from sessa_torch.attention import apply_rope, rope_tables
-    from sessa_torch.triton_rope import rotate
+    from sessa_torch.triton_rope import Rotation
 
     errors = {}
     for B, H, T, d, tables in ((2, 3, 37, 24, 2), (1, 2, 5, 2, 1), (2, 1, 65, 64, 1)):
-        x = torch.randn(B, T, H, d).transpose(1, 2)
+        x = torch.randn(B, T, H, d).transpose(1, 2).requires_grad_()
+        exact = x.detach().double().requires_grad_()
         cos, sin = rope_tables(torch.randint(0, 1000, (tables, T)), d, 1e4, torch.float32)
-        y = rotate(x, cos, sin)
-        exact = apply_rope(x.double(), (cos.double(), sin.double()))
-        errors[f"{B, H, T, d}"] = relative(y, exact)
-        errors[f"{B, H, T, d} back"] = relative(rotate(y, cos, sin, back=True), x.double())
+        y, wanted = Rotation.apply(x, cos, sin), apply_rope(exact, (cos.double(), sin.double()))
+        dy = torch.randn(B, H, T, d)
+        dx, wanted_dx = torch.autograd.grad(y, x, dy) + torch.autograd.grad(wanted, exact, dy)
+        errors[f"{B, H, T, d}"] = relative(y.detach(), wanted.detach())
+        errors[f"gradient of {B, H, T, d}"] = relative(dx, wanted_dx)
     return errors
 
 
