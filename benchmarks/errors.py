@@ -1,12 +1,13 @@
 """Errors of the feedback solve and its gradients, over those of the T x T way in the same dtype.
 
     python benchmarks/errors.py [--device cuda] [--dtype bfloat16] [--save NAME]
-                                [--shapes 2x777x0x96x80 ...]
+                                [--shapes 2x777x0x96x80 ...] [--seeds 1] [--gains]
 
 A shape is BxTxPxDxK.
 Both are compared with the blocked solve in float64 on the same inputs. A sixth of the gains is
-0, the others lie between -0.999 and 0.999; logits are the largest score; a mask hides 30 % of the
-keys.
+0, the others lie between -0.999 and 0.999; they are float32, with --gains of the type of the rest.
+Logits are the largest score; a mask hides 30 % of the keys. With several seeds the errors are root
+mean squares over them: one draw of a few rows says little.
 """
 
 from __future__ import annotations
@@ -49,11 +50,18 @@ def results(way: Callable[..., Tensor], inputs: list[Any], mask: Any, ds: Tensor
     return [s.detach(), *torch.autograd.grad(s, given, ds.to(s.dtype))]
 
 
-def case(
-    shape: tuple[int, ...], dtype: torch.dtype, logits: float, masked: bool, device: str
-) -> dict[str, Any]:
+def draw_errors(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    gains: torch.dtype,
+    logits: float,
+    masked: bool,
+    device: str,
+    seed: int,
+) -> Tensor:
+    """Relative errors (2, outputs) of ours and of the T x T way for the inputs of one seed."""
     B, T, P, D, K = shape
-    generator = torch.Generator(device).manual_seed(0)
+    generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*size: int) -> Tensor:
         return torch.randn(*size, generator=generator, device=device)
@@ -67,18 +75,28 @@ def case(
     if masked:
         mask = torch.rand(B, P + T, generator=generator, device=device) > 0.3
     inputs = [x if x is None else x.to(dtype) for x in (f, q, k, gamma, past)]
-    inputs[3], ds = gamma, ds.to(dtype)
+    inputs[3], ds = gamma.to(gains), ds.to(dtype)
     exact = [x if x is None else x.double() for x in inputs]
     wanted = results(solved("blocked"), exact, mask, ds)
-    errors = [
+    return torch.tensor([
         [((x.double() - y).norm() / y.norm().clamp_min(1e-30)).item() for x, y in pairs]
         for pairs in (
             list(zip(results(way, inputs, mask, ds), wanted, strict=True))
             for way in (solved("auto"), naive)
         )
+    ])  # fmt: skip
+
+
+def case(options: argparse.Namespace, shape: tuple[int, ...], logits: float, masked: bool) -> Any:
+    dtype = getattr(torch, options.dtype)
+    gains = dtype if options.gains else torch.float32
+    drawn = [
+        draw_errors(shape, dtype, gains, logits, masked, options.device, seed)
+        for seed in range(options.seeds)
     ]
+    errors = torch.stack(drawn).square().mean(0).sqrt().tolist()
     row: dict[str, Any] = dict(zip("BTPDK", shape, strict=True))
-    row |= {"dtype": str(dtype)[6:], "logits": logits, "masked": masked}
+    row |= {"dtype": options.dtype, "logits": logits, "masked": masked}
     for name, ours, theirs in zip(NAMES, *errors, strict=False):
         row[name] = f"{ours:.1e} ({ours / max(theirs, 1e-12):.2f} x)"
     return row
@@ -89,6 +107,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--shapes", nargs="+", help="these instead of all")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--gains", action="store_true", help="gains in --dtype, not in float32")
     parser.add_argument("--save", help="name of the file under benchmarks/results")
     options = parser.parse_args()
     print(machine(), flush=True)
@@ -99,9 +119,7 @@ def main() -> None:
     for shape in shapes:
         for logits in LOGITS:
             for masked in (False, True):
-                rows.append(
-                    case(shape, getattr(torch, options.dtype), logits, masked, options.device)
-                )
+                rows.append(case(options, shape, logits, masked))
                 print(rows[-1], flush=True)
     print(table(rows))
     if options.save:

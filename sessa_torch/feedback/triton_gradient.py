@@ -1,7 +1,8 @@
 """Triton kernels for the gradients of q, k and gamma, given u, the gradient of f.
 
 A chunk of query rows at a time, in a workspace of chunk x columns: the probabilities alpha; from
-them r = <u, alpha s>; over them the score gradients gamma alpha (u s^T - r); from those dq and dk.
+them r = rowsum(alpha <u, s>); over them the score gradients gamma alpha (u s^T - r); from those dq
+and dk.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sessa_torch.feedback.triton_tiles import cells, product, relative, score_tile
+from sessa_torch.feedback.triton_tiles import cells, load_block, product, relative, score_tile
 
 # Sizes for which no kernel of its own is compiled.
 COUNTS = ["first", "chunk", "T", "past"]
@@ -55,7 +56,7 @@ def probabilities_kernel(
             tl.program_id(2), first_row, first_col, width, BM, BN, BK, DESCRIBED, PRECISION,
         )  # fmt: skip
         sums = tl.load(lse + b * T + rows, mask=rows_ok, other=float("inf"))
-        e = tl.exp2(relative(s * scale2, sums[:, None]) + shift)
+        e = tl.exp2(relative(s, scale2, sums[:, None]) + shift)
         seen = (cols[None, :] < past + rows[:, None]) & cols_ok[None, :]
         if MASKED:
             shown = tl.load(mask + b * (past + T) + cols, mask=cols_ok, other=0) != 0
@@ -66,33 +67,33 @@ def probabilities_kernel(
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def read_kernel(
-    p, u, states, r, p_blocks, s_blocks, sub, sut, ssb, sst, first, chunk, T, past, NP, shift,
-    D: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr,
+def means_kernel(
+    p, u, states, r, u_blocks, s_blocks, sub, sut, ssb, sst,
+    first, chunk, T, past, NP, width, shift,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """r = <u, alpha s> of one row tile over BD columns of the states, into r (parts, B, T)."""
-    part = tl.program_id(0)
+    """rowsum(alpha <u, s>) of one row tile over its share of the windows, into r (parts, B, T).
+
+    <u, s> is what score_gradients_kernel finds, bit for bit: in a row that sees hardly more than
+    one key the score gradient is a small difference of the two.
+    """
     tile = tl.num_programs(1) - 1 - tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
-    rows = first + tile * BM + tl.arange(0, BM)
-    d = part * BD + tl.arange(0, BD)
-    d_ok = (d < D)[None, :]
-    stop = tl.minimum(past + first + (tile + 1) * BM, past + T)
-    acc = tl.zeros((BM, BD), tl.float32)
-    acc = product(
-        acc, (p, p_blocks), (states, ssb, sst, past + T, D, s_blocks),
-        first_block(tl.program_id(2), tile, chunk, NP, BM, BK), tl.program_id(2), 0, stop,
-        part * BD, NP, BM, BD, BK, False, DESCRIBED, PRECISION,
-    )  # fmt: skip
-    rows_ok = rows < T
-    at = u + b * sub + (rows.to(tl.int64) * sut)[:, None] + d[None, :]
-    acc *= tl.load(at, mask=rows_ok[:, None] & d_ok, other=0.0).to(tl.float32)
-    tl.store(
-        r + (part * tl.num_programs(2) + b) * T + rows,
-        tl.sum(acc, 1) * tl.exp2(-shift),
-        mask=rows_ok,
-    )
+    first_row = first + tile * BM
+    rows = first_row + tl.arange(0, BM)
+    stop = tl.minimum(past + first_row + BM, past + T)
+    total = tl.zeros((BM,), tl.float32)
+    for first_col in range(tl.program_id(0) * BN, stop, tl.num_programs(0) * BN):
+        # Before the product, so that it is there when the product is.
+        alpha = tl.load(tile_cells(p, b * chunk + tile * BM, NP, first_col // BN, BM, BN, BK))
+        dP = score_tile(
+            (u, sub, sut, T, width, u_blocks), (states, ssb, sst, past + T, width, s_blocks),
+            tl.program_id(2), first_row, first_col, width, BM, BN, BK, DESCRIBED, PRECISION,
+        )  # fmt: skip
+        total += tl.sum(alpha.to(tl.float32) * dP, 1)
+    at = r + (tl.program_id(0) * tl.num_programs(2) + b) * T + rows
+    tl.store(at, total * tl.exp2(-shift), mask=rows < T)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -126,7 +127,7 @@ def score_gradients_kernel(
 
 @triton.jit(do_not_specialize=[*COUNTS, "row_tasks", "last"])
 def products_kernel(
-    p, q, k, dq, dk, dk_sum, unit, p_blocks, k_blocks, sqb, sqt, skb, skt,
+    p, q, k, dq, dk, dk_sum, unit, p_blocks, q_blocks, k_blocks, sqb, sqt, skb, skt,
     first, chunk, T, past, NP, scale, row_tasks, last,
     K: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr,
     DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
@@ -156,14 +157,14 @@ def products_kernel(
     else:
         tile = (task - row_tasks) // PARTS
         cols = tile * BM + tl.arange(0, BM)
-        inner = tl.arange(0, BK)
-        a_at = tile * (BM * BM) + cells(inner, tl.arange(0, BM), BM, BK)
+        a_at = tile * (BM * BM) + cells(tl.arange(0, BK), tl.arange(0, BM), BM, BK)
         begin = tl.maximum(tile * BM - past - first, 0) // BM * BM
         for start in range(begin, tl.minimum(chunk, T - first), BK):
             a = tl.load(p + (b * chunk + start // BM * BM) * NP + (start % BM * BK) + a_at)
-            query = tl.minimum(first + start + inner, T - 1).to(tl.int64)
-            at = q + b * sqb + (query * sqt)[:, None] + d[None, :]
-            c = tl.load(at) if K % BD == 0 else tl.load(at, mask=d_ok, other=0.0)
+            c = load_block(
+                (q, sqb, sqt, T, K, q_blocks), tl.program_id(1), first + start, task % PARTS * BD,
+                BK, BD, DESCRIBED,
+            )  # fmt: skip
             acc = tl.dot(tl.trans(a), c, acc, input_precision=PRECISION)
         dk_at = (b * (past + T) + cols[:, None]) * K + d[None, :]
         dk_ok = (cols < past + T)[:, None] & d_ok

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sessa_torch.feedback import blocked
 from sessa_torch.feedback.outputs import from_row
 from sessa_torch.feedback.triton_launch import (
     MOST_COMPILED,
@@ -101,7 +102,7 @@ def solve_forward(
     B, T, D = f.shape
     P = k.shape[1] - T
     dtype = torch.promote_types(f.dtype, q.dtype)
-    if past_s is not None and T <= DECODE_ROWS and P > 0 and D <= DECODE_WIDTH:
+    if past_s is not None and _is_few(T, P, D):
         return _decode(f, q.to(dtype), k.to(dtype), gamma, past_s, key_mask)
     states = aligned_empty(B, P + T, D, dtype=dtype, device=f.device)
     if past_s is not None:
@@ -111,6 +112,11 @@ def solve_forward(
     gain, mask = gamma.contiguous(), mask_bytes(key_mask)
     _solve(right, q, k, gain, mask, lse, states, reverse=False)
     return from_row(states, P, f.dtype), lse
+
+
+def _is_few(T: int, P: int, D: int) -> bool:
+    """Whether rows are so few, behind a past, that the kernels of _decode solve them."""
+    return T <= DECODE_ROWS and P > 0 and D <= DECODE_WIDTH
 
 
 def _decode(
@@ -133,7 +139,6 @@ def _decode(
     s = torch.empty(B, T, D, dtype=f.dtype, device=f.device)
     lse = torch.empty(B, T, dtype=torch.float64, device=f.device)
     # One wide piece of K would be buffered whole for every stage, beyond the shared memory.
-    # In float32 pieces as long as the backward pass takes, so that its scores are the same.
     inner = gradient_tiles(q.dtype, q.device).inner
     inner = min(inner, 1 << max(K - 1, 15).bit_length())
     common = {"K": K, "D": D, "BK": inner, "SCALE": K**-0.5 * math.log2(math.e)}
@@ -261,6 +266,9 @@ def solve_backward(
     dtype = torch.promote_types(s.dtype, q.dtype)
     B, T, D = s.shape
     columns = k.shape[1]
+    if past_s is not None and _is_few(T, columns - T, D):
+        # In sums of few terms the errors of the kernels' products show.
+        return blocked.solve_backward(ds, q, k, gamma, s, lse, past_s, key_mask)
     ds = rows_contiguous(ds.to(dtype))
     qw, kw, states = (aligned(x.to(dtype)) for x in (q, k, s))
     gain, mask = gamma.contiguous(), mask_bytes(key_mask)
@@ -288,14 +296,14 @@ def _score_gradients(
     """dq, dk and dgamma from u (B, T, D) and all states (B, P+T, D), by chunks of query rows."""
     (B, T, D), (columns, K) = u.shape, k.shape[1:]
     t = gradient_tiles(q.dtype, q.device)
-    probabilities, read, score_gradients, products = _gradient_kernels(
+    probabilities, means, score_gradients, products = _gradient_kernels(
         t, D, K, q.dtype, q.device, mask is not None
     )
     rows = min(max(CHUNK_ELEMENTS // (B * columns), -(-CHUNK_TILES // B) * t.rows), T)
     chunk = -(-rows // t.rows) * t.rows
     widest = max(t.rows, t.columns)
     padded = -(-columns // widest) * widest
-    parts = -(-D // t.width)
+    parts = _shares(t, D)
     p = torch.empty(B, chunk, padded, dtype=q.dtype, device=q.device)
     r = torch.empty(parts, B, T, dtype=torch.float32, device=q.device)
     dq = torch.empty(B, T, K, dtype=q.dtype, device=q.device)
@@ -309,16 +317,9 @@ def _score_gradients(
     by_score = (*q.stride()[:2], *k.stride()[:2])
     by_state = (*u.stride()[:2], *states.stride()[:2])
     p_blocks = blocks(p.view(-1, t.inner), t.rows, t.inner)
-    q_rows, k_columns, k_values = (
-        blocks(q, 1, t.rows, t.inner),
-        blocks(k, 1, t.columns, t.inner),
-        blocks(k, 1, t.inner, t.width),
-    )
-    u_rows, s_columns, s_values = (
-        blocks(u, 1, t.rows, t.inner),
-        blocks(states, 1, t.columns, t.inner),
-        blocks(states, 1, t.inner, t.width),
-    )
+    q_rows, k_columns = blocks(q, 1, t.rows, t.inner), blocks(k, 1, t.columns, t.inner)
+    q_values, k_values = (blocks(x, 1, t.inner, t.width) for x in (q, k))
+    u_rows, s_columns = blocks(u, 1, t.rows, t.inner), blocks(states, 1, t.columns, t.inner)
     for first in range(0, T, chunk):
         here = min(chunk, T - first)
         seen = columns - T + first + here
@@ -329,9 +330,10 @@ def _score_gradients(
             grid, (q, k, lse, q if mask is None else mask, p), (q_rows, k_columns),
             (*by_score, *where, K, K**-0.5 * math.log2(math.e), shift),
         )  # fmt: skip
-        read.launch(
-            (parts, tiles, B), (p, u, states, r), (p_blocks, s_values), (*by_state, *where, shift)
-        )
+        means.launch(
+            (parts, tiles, B), (p, u, states, r), (u_rows, s_columns),
+            (*by_state, *where, D, shift),
+        )  # fmt: skip
         score_gradients.launch(
             grid, (p, u, states, gamma, r, dgamma, unit), (u_rows, s_columns),
             (*by_state, *where, D, shift),
@@ -340,7 +342,7 @@ def _score_gradients(
         row_tasks = tiles * wide
         products.launch(
             (row_tasks + -(-seen // t.rows) * wide, B), (p, q, k, dq, dk, dk_sum, unit),
-            (p_blocks, k_values),
+            (p_blocks, q_values, k_values),
             (*by_score, *where, K**-0.5, row_tasks, first + chunk >= T),
         )  # fmt: skip
     return dq, dk, dgamma
@@ -356,13 +358,17 @@ def _gradient_kernels(
     common: dict[str, Any] = {"BM": t.rows, "BK": t.inner, "PRECISION": precision(dtype)}
     common["DESCRIBED"] = described(device)
     common |= {"num_warps": t.warps, "num_stages": t.stages}
-    parts = -(-D // t.width)
     return (
         prepared(kernels.probabilities_kernel, BN=t.columns, MASKED=masked, **common),
-        prepared(kernels.read_kernel, D=D, BD=t.width, **common),
-        prepared(kernels.score_gradients_kernel, BN=t.columns, PARTS=parts, **common),
+        prepared(kernels.means_kernel, BN=t.columns, **common),
+        prepared(kernels.score_gradients_kernel, BN=t.columns, PARTS=_shares(t, D), **common),
         prepared(kernels.products_kernel, K=K, BD=t.width, **common),
     )
+
+
+def _shares(t: Tiles, D: int) -> int:
+    """Programs that share the sums r of a row tile: the wider the states, the longer one takes."""
+    return 2 * -(-D // t.width)
 
 
 def _unit(u: Tensor, states: Tensor) -> Tensor:

@@ -67,7 +67,6 @@ def scores_task(
         rows_ok = rows < P + T
         if MASKED:
             rows_ok = rows_ok & (tl.load(mask + tl.maximum(P + T - 1 - rows, 0)) != 0)
-        ref = tl.full((BM,), -SHIFT, tl.float32)
     for turn in range(chunk * CHUNK, tl.minimum((chunk + 1) * CHUNK, windows)):
         window = tl.where(turn < tl.minimum(windows, 2) - 1, 1, tl.where(turn == 1, 0, turn))
         first = end - (window + 1) * BN
@@ -83,22 +82,23 @@ def scores_task(
         else:
             s = score_tile(q, k, b, first_row, first_col, width, BM, BN, BK, DESCRIBED, PRECISION)
         if REVERSE:
-            s = relative(s * SCALE, tl.load(lse + near_cols)[None, :])
+            s = relative(s, SCALE, tl.load(lse + near_cols)[None, :])
             s = tl.where(rows_ok[:, None], s, float("-inf"))
         elif MASKED:
             s = tl.where((tl.load(mask + near_cols) != 0)[None, :], s, float("-inf"))
         if (first < 0) | (first + BN > tl.minimum(row * BM, columns)):
             seen = (cols >= 0) & (cols < columns)
             s = tl.where((cols[None, :] < rows[:, None]) & seen[None, :], s, float("-inf"))
-        m = ref
-        if not REVERSE:
+        if REVERSE:
+            s += SHIFT
+        else:
             if (chunk > 0) & (turn == chunk * CHUNK):
                 wait(ref_done, 1)
                 ref = tl.load(ref_ring + local)
             top = tl.max(s, 1) * SCALE
             m = tl.where(top > ref + HEADROOM, top, ref)
-            s *= SCALE
-        rounded = tl.exp2(s - m[:, None]).to(p.dtype.element_ty)
+            s = tl.fma(s, SCALE, -m[:, None])
+        rounded = tl.exp2(s).to(p.dtype.element_ty)
         at = p + (NP - BN - first if REVERSE else first) * BM
         # cols >= 0, in a form in which the compiler sees that neighbours agree.
         kept = inner < first + BN if REVERSE else first + inner >= 0

@@ -18,14 +18,16 @@ def log_sum(top, total):
 
 
 @triton.jit
-def relative(s, lse):
-    """s - lse for s in float32 and in units of log 2, lse in float64.
+def relative(s, scale, lse):
+    """s scale - lse / log 2 in float32, with lse in float64.
 
-    In float32 an lse of 80 is off by 4e-6, and so would be all the weights of its row.
+    In float32 an lse of 80 is off by 4e-6, and so would be all the weights of its row. The same for
+    a rounded product, which is why it must be fused with the difference.
     """
     exact = lse * LOG2_E
     near = exact.to(tl.float32)
-    return s - near - tl.where(exact == float("inf"), 0.0, exact - near).to(tl.float32)
+    rest = tl.where(exact == float("inf"), 0.0, exact - near).to(tl.float32)
+    return tl.fma(s, scale, -near) - rest
 
 
 @triton.jit

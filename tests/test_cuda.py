@@ -1,0 +1,142 @@
+"""The Triton kernels compiled for a CUDA device, against float64; skipped where there is none.
+
+The first run compiles for minutes. Timings and errors of more sizes are in benchmarks/.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sessa_torch.attention import apply_rope, rope_tables
+from sessa_torch.feedback import blocked, feedback_solve
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="PyTorch finds no CUDA device here"
+)
+
+# Relative errors; the first tile sizes are those of narrow states, the second of wide ones.
+LIMITS = {torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+NARROW, WIDE = (72, 40), (1024, 1024)
+
+
+def draw(dtype, T, widths=NARROW, B=2, P=0, hidden=0.0, gamma=None, logits=4.0):
+    """f, q, k, gamma, past_s (None without a past), the key mask (None for no hidden keys), ds."""
+    generator = torch.Generator("cuda").manual_seed(T + P)
+    D, K = widths
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator, device="cuda")
+
+    f, q, k, past, ds = normal(B, T, D), normal(B, T, K), normal(B, P + T, K), None, normal(B, T, D)
+    q *= logits / (q @ k.mT * K**-0.5).abs().max()
+    if P:
+        past = normal(B, P, D).to(dtype)
+    gains = torch.rand(B, T, generator=generator, device="cuda") * 1.998 - 0.999
+    if gamma is not None:
+        gains.fill_(gamma)
+    mask = torch.rand(B, P + T, generator=generator, device="cuda") >= hidden if hidden else None
+    return *(x.to(dtype) for x in (f, q, k)), gains, past, mask, ds.to(dtype)
+
+
+def solve_and_gradients(f, q, k, gamma, past, mask, ds):
+    leaves = [x.detach().requires_grad_() for x in (f, q, k, gamma, past) if x is not None]
+    past = leaves[4] if past is not None else None
+    s = feedback_solve(*leaves[:4], past_s=past, key_mask=mask, backend="kernel")
+    return [s.detach(), *torch.autograd.grad(s, leaves, ds)]
+
+
+def assert_right(inputs, dtype):
+    f, q, k, gamma, past, mask, ds = (
+        x if x is None or x.dtype == torch.bool else x.double() for x in inputs
+    )
+    s, lse = blocked.solve_forward(f, q, k, gamma, past, mask)
+    wanted = [s, *blocked.solve_backward(ds, q, k, gamma, s, lse, past, mask)]
+    # What is freed is what the workspaces are made of.
+    junk = torch.full((2**28,), torch.nan, device="cuda")
+    del junk
+    names = ("s", "df", "dq", "dk", "dgamma", "dpast_s")
+    for name, got, want in zip(names, solve_and_gradients(*inputs), wanted, strict=False):
+        error = (got.double() - want).norm() / want.norm().clamp_min(1e-30)
+        assert error <= LIMITS[dtype], (name, error.item())
+
+
+@pytest.mark.parametrize("T", [1, 8, 63, 64, 65, 127, 128, 129, 257, 700])
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+def test_lengths_around_the_tiles(dtype, T):
+    assert_right(draw(dtype, T), dtype)
+    assert_right(draw(dtype, T, P=150, hidden=0.3), dtype)
+
+
+@pytest.mark.parametrize("T", [255, 256, 513])
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+def test_wide_states(dtype, T):
+    assert_right(draw(dtype, T, WIDE, B=1), dtype)
+    assert_right(draw(dtype, T, WIDE, B=1, P=129), dtype)
+
+
+@pytest.mark.parametrize("change", [
+    {"gamma": 0.0}, {"gamma": 0.999}, {"gamma": -0.999}, {"logits": 80.0}, {"hidden": 1.0},
+    {"B": 150},
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+def test_what_inputs_may_be(dtype, change):
+    assert_right(draw(dtype, 300, **change), dtype)
+
+
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+def test_inputs_that_lie_in_other_ways(dtype):
+    f, q, k, gamma, past, mask, ds = draw(dtype, 200, P=33, hidden=0.3)
+    inputs = (
+        f.transpose(0, 1).contiguous().transpose(0, 1),
+        torch.cat([f, q], -1)[..., f.shape[-1] :],
+        k.repeat_interleave(2, -1)[..., ::2],
+        gamma[:1, :1].expand_as(gamma),
+        past.mT.contiguous().mT,
+        mask.mT.contiguous().mT,
+        ds[:, :, :1].expand_as(ds),
+    )
+    assert_right(inputs, dtype)
+    odd = [torch.nn.functional.pad(x, (1, 0))[..., 1:] for x in inputs[:3]]
+    assert_right((*odd, *inputs[3:]), dtype)
+
+
+@pytest.mark.parametrize("widths", [NARROW, WIDE])
+def test_the_same_inputs_give_the_same_bits(widths):
+    inputs = draw(torch.bfloat16, 1500, widths, P=40)
+    first = solve_and_gradients(*inputs)
+    for _ in range(3):
+        for got, want in zip(solve_and_gradients(*inputs), first, strict=True):
+            assert torch.equal(got, want)
+
+
+def test_opcheck_and_a_whole_graph():
+    f, q, k, gamma, past, mask, ds = draw(torch.bfloat16, 130, P=33, hidden=0.3)
+    leaves = [x.requires_grad_() for x in (f, q, k, gamma, past)]
+    torch.library.opcheck(
+        torch.ops.sessa.feedback_solve.default, (*leaves, mask, "kernel"),
+        atol=0, rtol=0,
+    )  # fmt: skip
+    compiled = torch.compile(
+        lambda f, q, k, gamma, past: feedback_solve(f, q, k, gamma, past_s=past, key_mask=mask),
+        fullgraph=True,
+    )
+    got = torch.autograd.grad(compiled(*leaves), leaves, ds)
+    for x, y in zip(got, solve_and_gradients(*leaves, mask, ds)[1:], strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+@pytest.mark.parametrize("d", [64, 80])
+def test_rotation_equals_the_framework_operations(dtype, d):
+    positions = torch.randint(0, 10**5, (2, 77), device="cuda")
+    rope = rope_tables(positions, d, 1e4, dtype)
+    x = torch.randn(2, 77, 3, d, device="cuda").to(dtype).transpose(1, 2).requires_grad_()
+    dy = torch.randn(2, 3, 77, d, device="cuda").to(dtype)
+    exact = x.detach().cpu().double().requires_grad_()
+    wanted = apply_rope(exact, tuple(table.cpu().double() for table in rope))
+    (dx,) = torch.autograd.grad(wanted, exact, dy.cpu().double())
+    got = apply_rope(x, rope)
+    limit = torch.finfo(dtype).eps
+    for value, want in ((got, wanted), (torch.autograd.grad(got, x, dy)[0], dx)):
+        assert (value.detach().cpu().double() - want).norm() <= limit * want.norm()
