@@ -11,9 +11,8 @@ import torch
 from sessa_torch.attention import apply_rope, rope_tables
 from sessa_torch.feedback import blocked, feedback_solve
 
-pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="PyTorch finds no CUDA device here"
-)
+if not torch.cuda.is_available():
+    pytest.skip("PyTorch finds no CUDA device here", allow_module_level=True)
 
 # Relative errors; the first tile sizes are those of narrow states, the second of wide ones.
 LIMITS = {torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
