@@ -1,13 +1,14 @@
 """Errors of the feedback solve and its gradients, over those of the T x T way in the same dtype.
 
     python benchmarks/errors.py [--device cuda] [--dtype bfloat16] [--save NAME]
-                                [--shapes 2x777x0x96x80 ...] [--seeds 1] [--gains]
+                                [--shapes 2x777x0x96x80 ...] [--seeds 1] [--gains] [--sharp]
 
 A shape is BxTxPxDxK.
 Both are compared with the blocked solve in float64 on the same inputs. A sixth of the gains is
 0, the others lie between -0.999 and 0.999; they are float32, with --gains of the type of the rest.
-Logits are the largest score; a mask hides 30 % of the keys. With several seeds the errors are root
-mean squares over them: one draw of a few rows says little.
+Logits are the largest score, with --sharp that of every row, which then sees hardly more than one
+key; a mask hides 30 % of the keys. With several seeds the errors are root mean squares over them:
+one draw of a few rows says little.
 """
 
 from __future__ import annotations
@@ -51,16 +52,11 @@ def results(way: Callable[..., Tensor], inputs: list[Any], mask: Any, ds: Tensor
 
 
 def draw_errors(
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    gains: torch.dtype,
-    logits: float,
-    masked: bool,
-    device: str,
-    seed: int,
+    options: argparse.Namespace, shape: tuple[int, ...], logits: float, masked: bool, seed: int
 ) -> Tensor:
     """Relative errors (2, outputs) of ours and of the T x T way for the inputs of one seed."""
-    B, T, P, D, K = shape
+    (B, T, P, D, K), device = shape, options.device
+    dtype = getattr(torch, options.dtype)
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*size: int) -> Tensor:
@@ -69,13 +65,15 @@ def draw_errors(
     f, q, k, ds = normal(B, T, D), normal(B, T, K), normal(B, P + T, K), normal(B, T, D)
     gamma = torch.rand(B, T, generator=generator, device=device) * 1.998 - 0.999
     gamma[:, ::6] = 0
-    q *= logits / (q @ k.mT * K**-0.5).abs().max()
+    scores = (q @ k.mT * K**-0.5).tril(P - 1).abs()
+    top = scores.amax(-1, keepdim=True) if options.sharp else scores.max()
+    q *= logits / top.clamp_min(1e-6)
     past = normal(B, P, D) if P else None
     mask = None
     if masked:
         mask = torch.rand(B, P + T, generator=generator, device=device) > 0.3
     inputs = [x if x is None else x.to(dtype) for x in (f, q, k, gamma, past)]
-    inputs[3], ds = gamma.to(gains), ds.to(dtype)
+    inputs[3], ds = gamma.to(dtype) if options.gains else gamma, ds.to(dtype)
     exact = [x if x is None else x.double() for x in inputs]
     wanted = results(solved("blocked"), exact, mask, ds)
     return torch.tensor([
@@ -88,12 +86,7 @@ def draw_errors(
 
 
 def case(options: argparse.Namespace, shape: tuple[int, ...], logits: float, masked: bool) -> Any:
-    dtype = getattr(torch, options.dtype)
-    gains = dtype if options.gains else torch.float32
-    drawn = [
-        draw_errors(shape, dtype, gains, logits, masked, options.device, seed)
-        for seed in range(options.seeds)
-    ]
+    drawn = [draw_errors(options, shape, logits, masked, seed) for seed in range(options.seeds)]
     errors = torch.stack(drawn).square().mean(0).sqrt().tolist()
     row: dict[str, Any] = dict(zip("BTPDK", shape, strict=True))
     row |= {"dtype": options.dtype, "logits": logits, "masked": masked}
@@ -109,6 +102,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", help="these instead of all")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--gains", action="store_true", help="gains in --dtype, not in float32")
+    parser.add_argument("--sharp", action="store_true", help="rows that see hardly more than a key")
     parser.add_argument("--save", help="name of the file under benchmarks/results")
     options = parser.parse_args()
     print(machine(), flush=True)

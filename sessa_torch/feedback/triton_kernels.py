@@ -367,7 +367,7 @@ def _gradient_kernels(
 
 
 def _shares(t: Tiles, D: int) -> int:
-    """Programs that share the sums r of a row tile: the wider the states, the longer one takes."""
+    """Programs that share the windows of a row tile in r: the wider the states, the longer each."""
     return 2 * -(-D // t.width)
 
 
