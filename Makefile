@@ -39,13 +39,13 @@ bench: setup
 	$(BIN)/python benchmarks/exported_model.py
 
 ort-op-fuzz: setup
-	$(BIN)/python tests/ort_op_fuzz.py --count 2000
+	$(BIN)/python tests/support/ort_op_fuzz.py --count 2000
 
 ort-op-sanitize: setup
-	$(BIN)/python tests/ort_op_fuzz.py --count 2000 --sanitize
+	$(BIN)/python tests/support/ort_op_fuzz.py --count 2000 --sanitize
 
 metal-races: setup
-	$(BIN)/python tests/metal_emulator/races.py
+	$(BIN)/python tools/metal_emulator/races.py
 
 clean:
 	rm -rf .venv demo

@@ -23,16 +23,16 @@ import numpy as np
 import torch
 from measure import machine, save, table
 
-from sessa_common.checkpoint import save_weights
+from sessa_common.checkpoint.folder import save_weights
+from sessa_common.checkpoint.initialization import initial_weights
 from sessa_common.config import PRESETS
-from sessa_common.generation import Stepper
-from sessa_common.initial import initial_weights
+from sessa_common.inference.generation import Decoder
+from sessa_common.reference.parity import TOLERANCE
 from sessa_export import native
-from sessa_export.check import TOLERANCE
-from sessa_export.folder import Options, export_checkpoint
-from sessa_export.precision import DTYPES
-from sessa_export.runtime import load_stepper
-from sessa_torch.generate import load_stepper as load_torch
+from sessa_export.exporter import Options, export_checkpoint
+from sessa_export.quantization import DTYPES
+from sessa_export.runtime import load_decoder
+from sessa_torch.decoding import load_decoder as load_torch
 
 STEPS = 16
 LOADS = 5
@@ -48,7 +48,7 @@ class Runtime(NamedTuple):
     dtype: str
     layout: str
     folder: Path
-    load: Callable[[], Stepper]
+    load: Callable[[], Decoder]
 
 
 def make_runtimes(root: Path, preset: str, context: int, threads: int) -> list[Runtime]:
@@ -66,19 +66,19 @@ def make_runtimes(root: Path, preset: str, context: int, threads: int) -> list[R
         print(f"{layout} {dtype}: logits to {worst:.1e} of the largest", flush=True)
         for operator in (False, True) if dtype == "fp32" else (True,):
             name = "ONNX Runtime, native operator" if operator else "ONNX Runtime"
-            load = partial(load_stepper, folder, threads=threads, native=operator)
+            load = partial(load_decoder, folder, threads=threads, native=operator)
             runtimes.append(Runtime(name, dtype, layout, folder, load))
     return runtimes
 
 
-def require_agreement(steppers: dict[Runtime, Stepper], tokens: np.ndarray) -> None:
+def require_agreement(decoders: dict[Runtime, Decoder], tokens: np.ndarray) -> None:
     """Compare the float32 runtimes on the tokens that will be timed."""
     found = {}
-    for runtime, stepper in steppers.items():
+    for runtime, decoder in decoders.items():
         if runtime.dtype == "fp32":
-            stepper.reset()
+            decoder.reset()
             single = (tokens[:, i : i + 1] for i in range(STEPS))
-            found[runtime] = np.stack([stepper.step(piece) for piece in (tokens, *single)])
+            found[runtime] = np.stack([decoder.step(piece) for piece in (tokens, *single)])
     want = next(logits for runtime, logits in found.items() if runtime.name == BASE)
     for runtime, got in found.items():
         error = np.abs(got - want).max() / np.abs(want).max()
@@ -92,24 +92,24 @@ def clock(run: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
-def time_once(stepper: Stepper, tokens: np.ndarray) -> tuple[float, list[float]]:
+def time_once(decoder: Decoder, tokens: np.ndarray) -> tuple[float, list[float]]:
     """Seconds of the prefill, and of every decoded token after it."""
     time.sleep(REST_SECONDS)
-    stepper.reset()
-    whole = clock(lambda: stepper.step(tokens))
-    return whole, [clock(lambda: stepper.step(tokens[:, :1])) for _ in range(STEPS)]
+    decoder.reset()
+    whole = clock(lambda: decoder.step(tokens))
+    return whole, [clock(lambda: decoder.step(tokens[:, :1])) for _ in range(STEPS)]
 
 
 def measure(runtimes: list[Runtime], length: int, rounds: int) -> list[dict[str, Any]]:
-    steppers = {runtime: runtime.load() for runtime in runtimes}
-    vocab_size = next(iter(steppers.values())).config.vocab_size
+    decoders = {runtime: runtime.load() for runtime in runtimes}
+    vocab_size = next(iter(decoders.values())).config.vocab_size
     tokens = np.random.default_rng(0).integers(0, vocab_size, (1, length))
-    require_agreement(steppers, tokens)
+    require_agreement(decoders, tokens)
     times: dict[Runtime, list] = {runtime: [] for runtime in runtimes}
     # The first round warms up.
     for turn in range(rounds + 1):
-        for runtime, stepper in steppers.items():
-            found = time_once(stepper, tokens)
+        for runtime, decoder in decoders.items():
+            found = time_once(decoder, tokens)
             times[runtime] += [found] if turn else []
     seconds = {
         runtime: (float(np.median([a for a, _ in rows])), float(np.median([b for _, b in rows])))

@@ -33,21 +33,21 @@ import torch
 from measure import MIB, machine, save, table
 
 import sessa_mlx
-from sessa_common.checkpoint import save_weights
+from sessa_common.checkpoint.folder import save_weights
+from sessa_common.checkpoint.initialization import initial_weights
 from sessa_common.config import SessaConfig, TrainConfig
 from sessa_common.data.batches import next_token_batch
-from sessa_common.generation import generate
-from sessa_common.initial import initial_weights
-from sessa_common.reference_ops import feedback_solve, feedback_solve_backward
-from sessa_common.sampling import SamplingConfig
+from sessa_common.inference.generation import generate
+from sessa_common.inference.sampling import SamplingConfig
+from sessa_common.reference.ops import feedback_solve, feedback_solve_backward
 from sessa_mlx import checkpoint as mlx_checkpoint
+from sessa_mlx import decoding as mlx_generate
 from sessa_mlx import feedback as mlx_feedback
-from sessa_mlx import generate as mlx_generate
-from sessa_mlx import train as mlx_train
+from sessa_mlx import training as mlx_train
 from sessa_torch import checkpoint as torch_checkpoint
+from sessa_torch import decoding as torch_generate
 from sessa_torch import feedback as torch_feedback
-from sessa_torch import generate as torch_generate
-from sessa_torch import train as torch_train
+from sessa_torch import training as torch_train
 
 CONFIG = SessaConfig(vocab_size=512, hidden_size=256, num_hidden_layers=4, num_attention_heads=4)
 # B, T, D; the keys are as wide as the states.
@@ -130,11 +130,11 @@ def tokens(B: int, T: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, CONFIG.vocab_size, (B, T))
 
 
-def learners(precision: str = "float32") -> tuple[mlx_train.Learner, torch_train.Learner]:
+def learners(precision: str = "float32") -> tuple[mlx_train.TrainBackend, torch_train.TrainBackend]:
     """The same initial weights in both frameworks, on the same GPU."""
     settings, weights = TrainConfig(precision=precision), initial_weights(CONFIG, 0)
-    on_mlx = mlx_train.Learner(CONFIG, settings, weights, "gpu")
-    return on_mlx, torch_train.Learner(CONFIG, settings, weights, "cuda")
+    on_mlx = mlx_train.TrainBackend(CONFIG, settings, weights, "gpu")
+    return on_mlx, torch_train.TrainBackend(CONFIG, settings, weights, "cuda")
 
 
 def check_model() -> None:
@@ -171,16 +171,16 @@ def check_decoding(folder: Path) -> None:
     full = mlx_train.logits_function(model)(ids)
     read = torch_train.logits_function(on_torch)(ids)
     expect("checkpoint written by MLX, read by PyTorch: logits", relative_error(full, read), 1e-4)
-    stepper = mlx_generate.Stepper(model)
-    pieces = [stepper.logits(ids[:, :270])]
-    pieces += [stepper.logits(ids[:, t : t + 1]) for t in range(270, 300)]
+    decoder = mlx_generate.Decoder(model)
+    pieces = [decoder.logits(ids[:, :270])]
+    pieces += [decoder.logits(ids[:, t : t + 1]) for t in range(270, 300)]
     expect("cached decoding against the full pass",
            relative_error(np.concatenate(pieces, 1), full), 1e-4)  # fmt: skip
     prompts = [list(map(int, row)) for row in (ids[0, :40], ids[1, :25])]
     greedy = SamplingConfig(temperature=0)
     texts = [
         list(generate(each, prompts, greedy, max_tokens=40))
-        for each in (stepper, torch_generate.Stepper(on_torch))
+        for each in (decoder, torch_generate.Decoder(on_torch))
     ]
     different = sum(a != b for a, b in zip(*texts, strict=True))
     expect("generated tokens that differ from PyTorch's, of 40", different, 0)

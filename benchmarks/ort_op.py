@@ -23,10 +23,10 @@ import torch
 from measure import machine, median_ms, peak_mib, save, table
 from onnx import TensorProto, helper
 
-from sessa_common import reference
+from sessa_common.reference import model as reference
 from sessa_export import native
-from sessa_export.function import BLOCK as BODY_BLOCK
-from sessa_export.function import INPUTS, add_function, feedback_function
+from sessa_export.operator_body import BLOCK as BODY_BLOCK
+from sessa_export.operator_body import INPUTS, add_function, feedback_function
 from sessa_torch.feedback import feedback_solve
 
 LIMIT = 1e-5

@@ -19,21 +19,21 @@ import torch
 from measure import machine, save, table
 from torch.profiler import ProfilerActivity, profile
 
+from sessa_common.checkpoint.initialization import initial_weights
 from sessa_common.config import PRESETS, TrainConfig
 from sessa_common.data.batches import Batch, next_token_batch
-from sessa_common.initial import initial_weights
-from sessa_torch.train import Learner
+from sessa_torch.training import TrainBackend
 
 VOCABULARY, LEARNING_RATE = 613, 1e-3
 AGREE_STEPS, AGREE = 3, 2e-2
 
 
-def learner(name: str, tokens: int, device: str, compile: bool) -> Learner:
+def learner(name: str, tokens: int, device: str, compile: bool) -> TrainBackend:
     config = dataclasses.replace(
         PRESETS[name], vocab_size=VOCABULARY, max_position_embeddings=tokens
     )
     settings = TrainConfig(compile=compile)
-    return Learner(config, settings, initial_weights(config, 0), device)
+    return TrainBackend(config, settings, initial_weights(config, 0), device)
 
 
 def median_ms(step: Callable[[], Any], repeats: int) -> float:
@@ -61,7 +61,7 @@ def case(name: str, batch: Batch, device: str, repeats: int) -> dict[str, Any]:
     for kind, compile in (("eager", False), ("compiled", True)):
         model = learner(name, tokens, device, compile)
 
-        def step(model: Learner = model) -> float:
+        def step(model: TrainBackend = model) -> float:
             return model.step([batch], LEARNING_RATE)[0]
 
         losses[kind] = [step() for _ in range(AGREE_STEPS)]

@@ -190,7 +190,7 @@ class SessaConfig:
             keys = {name: value for name, value in keys.items() if not name.startswith("mamba_")}
         if "attention" not in self.mixers:
             del keys["attention_block"], keys["intermediate_size"]
-        return {"architectures": ["SessaModel"], **keys, "torch_dtype": self.dtype}
+        return {"architectures": ["SessaForCausalLM"], **keys, "torch_dtype": self.dtype}
 
 
 def _sizes(name: str, D: int, H: int, sessa: int, layers: int, deep: tuple[int, int],
@@ -223,14 +223,23 @@ PRESETS: dict[str, SessaConfig] = {
 }
 
 
+# Names that fields of TrainConfig had before version 0.2, for training.json files of that time.
+RENAMED_FIELDS = {
+    "accumulation": "gradient_accumulation_steps",
+    "clip_norm": "max_grad_norm",
+    "window": "sequence_length",
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Everything that decides a training run besides the model and the device.
 
     The defaults are the demonstration run of `sessa train`. Raises SessaError for values that
     cannot train. `tokenizer` is None (a byte-level BPE of the model's vocab_size), a size, "bytes"
-    or a path; `window` is the number of tokens in a training row, 0 for the model's
-    max_position_embeddings; a step uses batch_size * accumulation rows; the learning rate rises
+    or a path; `sequence_length` is the number of tokens in a training row, 0 for the model's
+    max_position_embeddings; a step uses batch_size *
+    gradient_accumulation_steps rows; the learning rate rises
     linearly over warmup_steps and falls along a cosine to min_lr_ratio of itself; an interval of 0
     means "only at the end". `task` is "symbolsoup", "diffuse-mqar" or a folder of `sessa data`, to
     train on instead of text; `task_options` are "name=value" texts for its fields. `compile` lets
@@ -247,10 +256,10 @@ class TrainConfig:
     subset: str | None = None
     max_documents: int = 0
     tokenizer: str | None = None
-    window: int = 0
+    sequence_length: int = 0
     steps: int = 800
     batch_size: int = 4
-    accumulation: int = 1
+    gradient_accumulation_steps: int = 1
     learning_rate: float = 3e-3
     min_lr_ratio: float = 0.1
     warmup_steps: int = 80
@@ -258,7 +267,7 @@ class TrainConfig:
     beta1: float = 0.9
     beta2: float = 0.95
     adam_eps: float = 1e-8
-    clip_norm: float = 1.0
+    max_grad_norm: float = 1.0
     precision: str = "auto"
     compile: bool = False
     seed: int = 0
@@ -267,14 +276,14 @@ class TrainConfig:
     checkpoint_every: int = 200
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulation", "evaluate_batches"):
+        for name in ("steps", "batch_size", "gradient_accumulation_steps", "evaluate_batches"):
             value = getattr(self, name)
             _require(_is_count(value), f"{name} is {value!r}, expected a positive integer")
-        for name in ("window", "max_documents", "warmup_steps", "seed", "evaluate_every",
+        for name in ("sequence_length", "max_documents", "warmup_steps", "seed", "evaluate_every",
                      "checkpoint_every"):  # fmt: skip
             value = getattr(self, name)
             _require(value == 0 or _is_count(value), f"{name} is {value!r}, expected 0 or more")
-        for name in ("learning_rate", "adam_eps", "clip_norm"):
+        for name in ("learning_rate", "adam_eps", "max_grad_norm"):
             value = getattr(self, name)
             _require(0 < value < float("inf"), f"{name} is {value!r}, expected above 0")
         for name in ("min_lr_ratio", "weight_decay"):
@@ -300,6 +309,7 @@ class TrainConfig:
     @classmethod
     def from_dict(cls, given: Mapping[str, Any], where: str = "training config") -> TrainConfig:
         """Read the keys of a training.json; an unknown key is an error that names it."""
+        given = {RENAMED_FIELDS.get(name, name): value for name, value in given.items()}
         known = _known_fields(cls, given, where)
         for name in ("data", "validation_data", "task_options"):
             if name in known:

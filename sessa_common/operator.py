@@ -63,15 +63,15 @@ def _say_once(message: str) -> None:
     log.info(message)
 
 
-def choose_backend(backend: str, unavailable: Callable[[], str | None]) -> str:
+def choose_backend(backend: str, unavailable_reason: Callable[[], str | None]) -> str:
     """Resolve "auto" to "kernel" or "blocked" and say once in the log which one and why.
 
-    `unavailable` gives the reason why the kernel cannot run here, or None. Asking for the kernel
-    where it cannot run raises ValueError with that reason.
+    `unavailable_reason` returns the reason why the kernel cannot run here, or None. Raises
+    ValueError with that reason when the kernel is asked for where it cannot run.
     """
     if backend not in ("auto", "kernel"):
         return backend
-    reason = unavailable()
+    reason = unavailable_reason()
     if backend == "kernel" and reason:
         raise ValueError(f"backend 'kernel' cannot run here: {reason}")
     if backend == "auto":

@@ -9,7 +9,7 @@ import mlx.core as mx
 from mlx import nn
 
 from sessa_common.config import SessaConfig
-from sessa_mlx.cache import LayerCache
+from sessa_mlx.cache import SessaLayerCache
 
 Rope = tuple[mx.array, mx.array]
 
@@ -77,7 +77,7 @@ class AttentionMixer(nn.Module):
         a: mx.array,  # (B, T, D)
         *,
         rope: Rope | None = None,
-        cache: LayerCache | None = None,
+        cache: SessaLayerCache | None = None,
         key_mask: mx.array | None = None,  # (B, P+T)
     ) -> mx.array:
         """Mix a (B, T, D) over time; with a cache, a continues what the cache holds."""

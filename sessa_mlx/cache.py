@@ -9,7 +9,7 @@ from sessa_common.config import SessaConfig
 CHUNK = 256
 
 
-class GrowingRows:
+class GrowingBuffer:
     """An array that grows along one axis; room is taken in chunks, so appending rarely copies."""
 
     def __init__(self, axis: int) -> None:
@@ -41,7 +41,7 @@ class GrowingRows:
         return (slice(None),) * self.axis + (slice(start, stop),)
 
 
-class LayerCache:
+class SessaLayerCache:
     """One layer's rows: k, v (B, Hkv, P, d) after RoPE, k_fb (B, P, D) and s (B, P, D) float32.
 
     The states stay in float32 in any model dtype: in bfloat16 they would tell apart only the first
@@ -49,8 +49,8 @@ class LayerCache:
     """
 
     def __init__(self) -> None:
-        self.k, self.v = GrowingRows(2), GrowingRows(2)
-        self.k_fb, self.s = GrowingRows(1), GrowingRows(1)
+        self.k, self.v = GrowingBuffer(2), GrowingBuffer(2)
+        self.k_fb, self.s = GrowingBuffer(1), GrowingBuffer(1)
 
     def trim(self, length: int) -> None:
         """Keep the first `length` positions."""
@@ -58,7 +58,7 @@ class LayerCache:
             rows.length = min(rows.length, length)
 
 
-class MambaCache:
+class Mamba2LayerCache:
     """One Mamba-2 layer's past: conv (B, width-1, channels), and state (B, heads, P, N) float32.
 
     Both are None before the first token.
@@ -79,7 +79,8 @@ class SessaCache:
 
     def __init__(self, config: SessaConfig) -> None:
         self.layers = [
-            MambaCache() if mixer == "mamba2" else LayerCache() for mixer in config.mixers
+            Mamba2LayerCache() if mixer == "mamba2" else SessaLayerCache()
+            for mixer in config.mixers
         ]
         self.mask: mx.array | None = None  # (B, P), True where a token is not padding
         self.length = 0
@@ -117,7 +118,7 @@ class SessaCache:
         """
         if not 0 <= count <= self.length:
             raise ValueError(f"cannot drop {count} of {self.length} cached positions")
-        recurrent = any(isinstance(layer, MambaCache) for layer in self.layers)
+        recurrent = any(isinstance(layer, Mamba2LayerCache) for layer in self.layers)
         if recurrent and 0 < count < self.length:
             raise ValueError(
                 f"cannot drop {count} of {self.length} positions: the state of a Mamba-2 layer "

@@ -10,11 +10,11 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from sessa_common.checkpoint import check_weights, load_weights
+from sessa_common.checkpoint.folder import check_weights, load_weights
+from sessa_common.checkpoint.initialization import initial_weights
 from sessa_common.config import SessaConfig
 from sessa_common.errors import SessaError
-from sessa_common.initial import initial_weights
-from sessa_mlx.model import SessaModel
+from sessa_mlx.model import SessaForCausalLM
 
 
 def choose_device(name: str | None) -> str:
@@ -31,7 +31,7 @@ def choose_device(name: str | None) -> str:
 
 def load_model(
     folder: Path | str, *, dtype: str | None = None, device: str | None = None
-) -> SessaModel:
+) -> SessaForCausalLM:
     """The model of a checkpoint folder, in the dtype of its config unless another is asked for.
 
     device is "cpu" or "gpu"; see `choose_device`. Raises SessaError for a folder that is not one
@@ -43,7 +43,7 @@ def load_model(
 
 def new_model(
     config: SessaConfig, seed: int = 0, *, dtype: str | None = None, device: str | None = None
-) -> SessaModel:
+) -> SessaForCausalLM:
     """A model with the initial weights that both frameworks draw from `seed`."""
     return build_model(config, initial_weights(config, seed), dtype=dtype, device=device)
 
@@ -54,19 +54,19 @@ def build_model(
     *,
     dtype: str | None = None,
     device: str | None = None,
-) -> SessaModel:
+) -> SessaForCausalLM:
     """A model with the given weights, cast to `dtype` (the config's by default).
 
     MLX has one default device a process: the one that is chosen becomes it.
     """
     mx.set_default_device(mx.Device(getattr(mx, choose_device(device))))
-    model = SessaModel(config)
+    model = SessaForCausalLM(config)
     model.set_dtype(getattr(mx, dtype or config.dtype))
     set_weights(model, weights)
     return model
 
 
-def set_weights(model: SessaModel, weights: Mapping[str, np.ndarray]) -> None:
+def set_weights(model: SessaForCausalLM, weights: Mapping[str, np.ndarray]) -> None:
     """Copy arrays into the parameters of the same name, casting to the parameters' dtype."""
     check_weights(model.config, weights, "weights")
     parameters = dict(tree_flatten(model.parameters()))
@@ -76,7 +76,7 @@ def set_weights(model: SessaModel, weights: Mapping[str, np.ndarray]) -> None:
     mx.eval(model.parameters())
 
 
-def model_weights(model: SessaModel) -> dict[str, np.ndarray]:
+def model_weights(model: SessaForCausalLM) -> dict[str, np.ndarray]:
     """Every parameter as a NumPy array (bfloat16 through ml_dtypes) under its checkpoint name."""
     parameters = dict(tree_flatten(model.parameters()))
     return {name: to_numpy(value) for name, value in parameters.items()}

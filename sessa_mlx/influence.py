@@ -1,4 +1,4 @@
-"""The MLX side of `sessa_common.influence`: derivatives and routing of one model on a text."""
+"""Derivatives and routing of one model on one text, for `sessa influence`, in MLX."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from mlx import nn
 from sessa_mlx.attention import Rope
 from sessa_mlx.checkpoint import to_numpy
 from sessa_mlx.feedback import feedback_solve
-from sessa_mlx.model import SessaModel
+from sessa_mlx.model import SessaForCausalLM
 
 
-class Tracer:
-    """`sessa_common.influence.Tracer` on an MLX model and token ids (T,)."""
+class InfluenceProbe:
+    """`sessa_common.experiments.influence.InfluenceProbe` on an MLX model and token ids (T,)."""
 
-    def __init__(self, model: SessaModel, tokens: np.ndarray) -> None:
+    def __init__(self, model: SessaForCausalLM, tokens: np.ndarray) -> None:
         self.model, self.backbone = model.eval(), model.model
         self.config, self.length = model.config, len(tokens)
         self.ids = mx.array(tokens)[None]

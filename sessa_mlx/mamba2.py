@@ -10,7 +10,7 @@ import mlx.core as mx
 from mlx import nn
 
 from sessa_common.config import SessaConfig
-from sessa_mlx.cache import MambaCache
+from sessa_mlx.cache import Mamba2LayerCache
 
 CHUNK = 64
 
@@ -127,7 +127,7 @@ class Mamba2Mixer(nn.Module):
         self,
         a: mx.array,  # (B, T, D)
         *,
-        cache: MambaCache | None = None,
+        cache: Mamba2LayerCache | None = None,
         key_mask: mx.array | None = None,  # (B, P+T)
     ) -> mx.array:
         """Mix a (B, T, D) over time; with a cache, a continues what the cache holds.
@@ -149,7 +149,7 @@ class Mamba2Mixer(nn.Module):
         gated = y.flatten(2) * nn.silu(z)
         return self.out_proj(self.norm(gated.astype(self.norm.weight.dtype)))
 
-    def _with_past(self, xbc: mx.array, cache: MambaCache | None) -> mx.array:
+    def _with_past(self, xbc: mx.array, cache: Mamba2LayerCache | None) -> mx.array:
         past = self.conv1d.weight.shape[-1] - 1
         if cache is None or cache.conv is None:
             rows = mx.pad(xbc, [(0, 0), (past, 0), (0, 0)])
@@ -160,7 +160,7 @@ class Mamba2Mixer(nn.Module):
         return rows
 
     def _scan(
-        self, x: mx.array, dt: mx.array, b: mx.array, c: mx.array, cache: MambaCache | None
+        self, x: mx.array, dt: mx.array, b: mx.array, c: mx.array, cache: Mamba2LayerCache | None
     ) -> mx.array:
         A = -mx.exp(self.A_log.astype(dt.dtype))
         if cache is None:

@@ -10,7 +10,7 @@ from mlx import nn
 
 from sessa_common.config import SessaConfig
 from sessa_mlx.attention import AttentionMixer, Rope
-from sessa_mlx.cache import LayerCache
+from sessa_mlx.cache import SessaLayerCache
 from sessa_mlx.feedback import feedback_solve
 
 
@@ -34,7 +34,7 @@ class SessaMixer(AttentionMixer):
         a: mx.array,  # (B, T, D)
         *,
         rope: Rope | None = None,
-        cache: LayerCache | None = None,
+        cache: SessaLayerCache | None = None,
         key_mask: mx.array | None = None,  # (B, P+T)
     ) -> mx.array:
         """Mix a (B, T, D) over time; with a cache, a continues what the cache holds."""
@@ -46,7 +46,7 @@ class SessaMixer(AttentionMixer):
         if cache is None:
             return feedback_solve(f, q, k, gamma, key_mask=key_mask)
         past_s = cache.s.rows
-        # Cached states stay in float32: see LayerCache.
+        # Cached states stay in float32: see SessaLayerCache.
         wide = f if f.dtype == mx.float64 else f.astype(mx.float32)
         s = feedback_solve(wide, q, cache.k_fb.append(k), gamma, past_s=past_s, key_mask=key_mask)
         cache.s.append(s)

@@ -7,7 +7,7 @@ from mlx import nn
 
 from sessa_common.config import SessaConfig
 from sessa_mlx.attention import AttentionMixer, Rope, rope_tables
-from sessa_mlx.cache import LayerCache, MambaCache, SessaCache
+from sessa_mlx.cache import Mamba2LayerCache, SessaCache, SessaLayerCache
 from sessa_mlx.mamba2 import Mamba2Mixer
 from sessa_mlx.mixer import SessaMixer
 
@@ -31,7 +31,7 @@ class SessaLayer(nn.Module):
         x: mx.array,  # (B, T, D)
         *,
         rope: Rope | None = None,
-        cache: LayerCache | None = None,
+        cache: SessaLayerCache | None = None,
         key_mask: mx.array | None = None,  # (B, P+T)
     ) -> mx.array:
         """Apply the block to x (B, T, D); rope comes from `rope_tables`, None switches it off."""
@@ -68,7 +68,7 @@ class TransformerLayer(nn.Module):
         x: mx.array,  # (B, T, D)
         *,
         rope: Rope | None = None,
-        cache: LayerCache | None = None,
+        cache: SessaLayerCache | None = None,
         key_mask: mx.array | None = None,  # (B, P+T)
     ) -> mx.array:
         """Apply the block to x (B, T, D); rope comes from `rope_tables`, None switches it off."""
@@ -89,7 +89,7 @@ class Mamba2Layer(nn.Module):
         x: mx.array,  # (B, T, D)
         *,
         rope: Rope | None = None,
-        cache: MambaCache | None = None,
+        cache: Mamba2LayerCache | None = None,
         key_mask: mx.array | None = None,  # (B, P+T)
     ) -> mx.array:
         """Apply the block to x (B, T, D)."""
@@ -105,7 +105,7 @@ def new_layer(config: SessaConfig, mixer: str) -> nn.Module:
     return SessaLayer(config, mixer)
 
 
-class SessaBackbone(nn.Module):
+class SessaModel(nn.Module):
     """Token embedding, the blocks and the final norm."""
 
     def __init__(self, config: SessaConfig) -> None:
@@ -145,13 +145,13 @@ class SessaBackbone(nn.Module):
         return rope_tables(positions, self.config.head_dim, self.config.rope_theta, dtype)
 
 
-class SessaModel(nn.Module):
+class SessaForCausalLM(nn.Module):
     """A model of Sessa, attention or Mamba-2 layers; parameter names are the checkpoint's keys."""
 
     def __init__(self, config: SessaConfig) -> None:
         super().__init__()
         self.config = config
-        self.model = SessaBackbone(config)
+        self.model = SessaModel(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 

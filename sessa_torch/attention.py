@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sessa_common.config import SessaConfig
-from sessa_torch.cache import LayerCache
-from sessa_torch.feedback.triton_kernels import MOST_SEQUENCES, unavailable
+from sessa_torch.cache import SessaLayerCache
+from sessa_torch.feedback.cuda import MOST_SEQUENCES, unavailable_reason
 
 Rope = tuple[Tensor, Tensor]
 
@@ -36,7 +36,7 @@ def apply_rope(x: Tensor, rope: Rope) -> Tensor:
     """
     cos, sin = rope
     if x.is_cuda and not torch.compiler.is_compiling() and _has_kernel(x, cos):
-        from sessa_torch.triton_rope import Rotation
+        from sessa_torch.cuda.rope import Rotation
 
         return Rotation.apply(x, cos, sin)
     swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
@@ -45,7 +45,7 @@ def apply_rope(x: Tensor, rope: Rope) -> Tensor:
 
 def _has_kernel(x: Tensor, cos: Tensor) -> bool:
     few = x.shape[0] * x.shape[1] <= MOST_SEQUENCES
-    return few and cos.dtype == torch.float32 and unavailable(x, x) is None
+    return few and cos.dtype == torch.float32 and unavailable_reason(x, x) is None
 
 
 def causal_attention(
@@ -94,7 +94,7 @@ class AttentionMixer(nn.Module):
         a: Tensor,  # (B, T, D)
         *,
         rope: Rope | None = None,
-        cache: LayerCache | None = None,
+        cache: SessaLayerCache | None = None,
         key_mask: Tensor | None = None,  # (B, P+T)
     ) -> Tensor:
         """Mix a (B, T, D) over time; with a cache, a continues what the cache holds."""

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sessa_common.checkpoint import check_weights, load_weights
+from sessa_common.checkpoint.folder import check_weights, load_weights
+from sessa_common.checkpoint.initialization import initial_weights
 from sessa_common.config import SessaConfig
 from sessa_common.errors import SessaError
-from sessa_common.initial import initial_weights
-from sessa_torch.model import SessaModel
+from sessa_torch.model import SessaForCausalLM
 
 
 def choose_device(name: str | None) -> str:
@@ -35,7 +35,7 @@ def choose_device(name: str | None) -> str:
 
 def load_model(
     folder: Path | str, *, dtype: str | None = None, device: str | None = None
-) -> SessaModel:
+) -> SessaForCausalLM:
     """The model of a checkpoint folder, in the dtype of its config unless another is asked for.
 
     device is a name such as "cpu", "cuda" or "mps"; see `choose_device`. Raises SessaError for a
@@ -47,7 +47,7 @@ def load_model(
 
 def new_model(
     config: SessaConfig, seed: int = 0, *, dtype: str | None = None, device: str | None = None
-) -> SessaModel:
+) -> SessaForCausalLM:
     """A model with the initial weights that both frameworks draw from `seed`."""
     return build_model(config, initial_weights(config, seed), dtype=dtype, device=device)
 
@@ -58,17 +58,17 @@ def build_model(
     *,
     dtype: str | None = None,
     device: str | None = None,
-) -> SessaModel:
+) -> SessaForCausalLM:
     """A model with the given weights, cast to `dtype` (the config's by default) on `device`."""
     device = choose_device(device)
     with torch.device("meta"):
-        model = SessaModel(config)
+        model = SessaForCausalLM(config)
     model.to_empty(device=device).to(getattr(torch, dtype or config.dtype))
     set_weights(model, weights)
     return model
 
 
-def set_weights(model: SessaModel, weights: Mapping[str, np.ndarray]) -> None:
+def set_weights(model: SessaForCausalLM, weights: Mapping[str, np.ndarray]) -> None:
     """Copy arrays into the parameters of the same name, casting to the parameters' dtype."""
     check_weights(model.config, weights, "weights")
     with torch.no_grad():
@@ -76,7 +76,7 @@ def set_weights(model: SessaModel, weights: Mapping[str, np.ndarray]) -> None:
             parameter.copy_(to_tensor(weights[name]))
 
 
-def model_weights(model: SessaModel) -> dict[str, np.ndarray]:
+def model_weights(model: SessaForCausalLM) -> dict[str, np.ndarray]:
     """Every parameter as a NumPy array (bfloat16 through ml_dtypes) under its checkpoint name."""
     return {name: to_numpy(value) for name, value in model.named_parameters()}
 

@@ -1,4 +1,4 @@
-"""The PyTorch side of `sessa_common.influence`: derivatives and routing of one model on a text."""
+"""Derivatives and routing of one model on one text, for `sessa influence`, in PyTorch."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch import Tensor
 from sessa_torch.attention import Rope
 from sessa_torch.checkpoint import to_numpy
 from sessa_torch.feedback import feedback_solve
-from sessa_torch.model import SessaModel
+from sessa_torch.model import SessaForCausalLM
 
 
-class Tracer:
-    """`sessa_common.influence.Tracer` on a PyTorch model and token ids (T,)."""
+class InfluenceProbe:
+    """`sessa_common.experiments.influence.InfluenceProbe` on a PyTorch model and token ids (T,)."""
 
-    def __init__(self, model: SessaModel, tokens: np.ndarray) -> None:
+    def __init__(self, model: SessaForCausalLM, tokens: np.ndarray) -> None:
         self.model, self.backbone = model.eval(), model.model
         self.config, self.length = model.config, len(tokens)
         device = next(model.parameters()).device

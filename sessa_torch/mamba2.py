@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sessa_common.config import SessaConfig
-from sessa_torch.cache import MambaCache
+from sessa_torch.cache import Mamba2LayerCache
 
 CHUNK = 64
 
@@ -126,7 +126,7 @@ class Mamba2Mixer(nn.Module):
         self,
         a: Tensor,  # (B, T, D)
         *,
-        cache: MambaCache | None = None,
+        cache: Mamba2LayerCache | None = None,
         key_mask: Tensor | None = None,  # (B, P+T)
     ) -> Tensor:
         """Mix a (B, T, D) over time; with a cache, a continues what the cache holds.
@@ -149,7 +149,7 @@ class Mamba2Mixer(nn.Module):
         gated = y.flatten(2) * F.silu(z)
         return self.out_proj(self.norm(gated.to(self.norm.weight.dtype)))
 
-    def _with_past(self, xbc: Tensor, cache: MambaCache | None) -> Tensor:
+    def _with_past(self, xbc: Tensor, cache: Mamba2LayerCache | None) -> Tensor:
         past = self.conv1d.weight.shape[-1] - 1
         if cache is None or cache.conv is None:
             rows = F.pad(xbc, (0, 0, past, 0))
@@ -160,7 +160,7 @@ class Mamba2Mixer(nn.Module):
         return rows
 
     def _scan(
-        self, x: Tensor, dt: Tensor, b: Tensor, c: Tensor, cache: MambaCache | None
+        self, x: Tensor, dt: Tensor, b: Tensor, c: Tensor, cache: Mamba2LayerCache | None
     ) -> Tensor:
         A = -self.A_log.to(dt.dtype).exp()
         if cache is None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sessa_common.config import SessaConfig
 from sessa_torch.attention import AttentionMixer, Rope
-from sessa_torch.cache import LayerCache
+from sessa_torch.cache import SessaLayerCache
 from sessa_torch.feedback import feedback_solve
 
 
@@ -34,7 +34,7 @@ class SessaMixer(AttentionMixer):
         a: Tensor,  # (B, T, D)
         *,
         rope: Rope | None = None,
-        cache: LayerCache | None = None,
+        cache: SessaLayerCache | None = None,
         key_mask: Tensor | None = None,  # (B, P+T)
     ) -> Tensor:
         """Mix a (B, T, D) over time; with a cache, a continues what the cache holds."""
@@ -46,7 +46,7 @@ class SessaMixer(AttentionMixer):
         if cache is None:
             return feedback_solve(f, q, k, gamma, key_mask=key_mask)
         past_s = cache.s.rows
-        # Cached states stay in float32: see LayerCache.
+        # Cached states stay in float32: see SessaLayerCache.
         wide = f.to(torch.promote_types(f.dtype, torch.float32))
         s = feedback_solve(wide, q, cache.k_fb.append(k), gamma, past_s=past_s, key_mask=key_mask)
         cache.s.append(s)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from golden_cases import NAMES, GoldenCase, golden_case
+from support.golden_cases import NAMES, GoldenCase, golden_case
 
 
 @pytest.fixture(params=NAMES)

@@ -12,9 +12,9 @@ import typer
 from rich.table import Table
 
 from sessa_cli.common import framework, is_installed, make_console, print_json
-from sessa_common.checkpoint import load_weights
+from sessa_common.checkpoint.folder import load_weights
 from sessa_common.config import SessaConfig
-from sessa_export.check import TOLERANCE, Case, Result, compare, make_cases, tolerance_of
+from sessa_common.reference.parity import TOLERANCE, Case, Result, compare, make_cases, tolerance_of
 
 Weights = Mapping[str, np.ndarray]
 # What a runtime made of the cases, or why it was not asked.
@@ -65,26 +65,26 @@ def _twin(backend: str, checkpoint: Path, cases: list[Case]) -> Outcome:
     if not is_installed(backend):
         return ABSENT
     # float32 whatever the checkpoint's dtype: the question is what is computed, not its rounding.
-    stepper = framework(backend, "generate").load_stepper(checkpoint, dtype="float32")
-    return compare(stepper, cases)
+    decoder = framework(backend, "decoding").load_decoder(checkpoint, dtype="float32")
+    return compare(decoder, cases)
 
 
 def _onnx(
     exported: Path | None, config: SessaConfig, weights: Weights, cases: list[Case]
 ) -> Outcome:
-    from sessa_export.folder import Options, write_model
-    from sessa_export.runtime import MODEL_FILE, load_stepper
+    from sessa_export.exporter import Options, write_model
+    from sessa_export.runtime import MODEL_FILE, load_decoder
 
     if exported is not None:
-        stepper = load_stepper(exported)
-        return compare(stepper, cases, tolerance_of(stepper))
+        decoder = load_decoder(exported)
+        return compare(decoder, cases, tolerance_of(decoder))
     if not (is_installed("onnx") and is_installed("onnxruntime")):
         return ABSENT
     if "mamba2" in config.mixers:
         return "not supported (mamba2)"
     with tempfile.TemporaryDirectory(prefix="sessa-check-") as scratch:
         write_model(Path(scratch) / MODEL_FILE, config, weights, Options())
-        return compare(load_stepper(scratch), cases)
+        return compare(load_decoder(scratch), cases)
 
 
 def _as_json(found: dict[str, Outcome]) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def choose_backend(name: str | None) -> str:
 
 
 def framework(backend: str, module: str) -> ModuleType:
-    """Import a module of one of the twins: ("torch", "train") gives sessa_torch.train."""
+    """Import a module of one of the twins: ("torch", "train") gives sessa_torch.training."""
     return importlib.import_module(f"sessa_{backend}.{module}")
 
 

@@ -29,8 +29,11 @@ from sessa_cli.common import (
     print_json,
     say,
 )
-from sessa_common.checkpoint import write_json
-from sessa_common.compare import (
+from sessa_common.checkpoint.folder import write_json
+from sessa_common.config import read_json
+from sessa_common.data.sources import check_names
+from sessa_common.errors import SessaError
+from sessa_common.experiments.comparison import (
     MIXERS,
     PLAN,
     RESULTS,
@@ -46,10 +49,7 @@ from sessa_common.compare import (
     report,
     write_plan,
 )
-from sessa_common.config import read_json
-from sessa_common.data.sources import check_names
-from sessa_common.errors import SessaError
-from sessa_common.trainer import STATE, stop_signal
+from sessa_common.training.trainer import STATE, stop_signal
 
 TRAIN = (sys.executable, "-m", "sessa_cli.main", "train")
 LOG_END = 12
@@ -195,7 +195,7 @@ def _devices(backend: str, given: str | None) -> tuple[str, ...]:
 
 
 def _check_device(backend: str, device: str) -> None:
-    framework(backend, "train").choose_device(device)
+    framework(backend, "training").choose_device(device)
 
 
 def _given(options: dict[str, Any]) -> tuple[str, ...]:

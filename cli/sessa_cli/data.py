@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from sessa_cli.common import make_console, say
-from sessa_common.checkpoint import new_folder
+from sessa_common.checkpoint.folder import new_folder
 from sessa_common.data.sources import Reading, read_documents
 from sessa_common.data.tasks import known_tasks, make_data, new_task, parse_options, write_data
 from sessa_common.errors import SessaError

@@ -11,13 +11,13 @@ import typer
 from tokenizers import Tokenizer
 
 from sessa_cli.common import choose_backend, framework, make_console, print_json, say
-from sessa_common.checkpoint import load_config
+from sessa_common.checkpoint.folder import load_config
 from sessa_common.config import DTYPES, SessaConfig
 from sessa_common.data.corpus import check_ids
 from sessa_common.data.sources import Reading, read_documents
+from sessa_common.data.tokenizer import check_fits, encode_texts, end_token_id, read_tokenizer
 from sessa_common.errors import SessaError
-from sessa_common.evaluation import Score, score_documents
-from sessa_common.tokenizer import check_fits, encode_texts, end_token_id, read_tokenizer
+from sessa_common.inference.evaluation import Score, score_documents
 
 
 # Named eval on the command line; the function's name leaves Python's eval alone.
@@ -37,7 +37,7 @@ def evaluate(
     stride: Annotated[
         int | None, typer.Option(help="Tokens that the window moves by. Default: half the window.")
     ] = None,
-    window: Annotated[
+    sequence_length: Annotated[
         int | None, typer.Option(help="Tokens in a window. Default: the model's whole context.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Windows in one forward pass.")] = 8,
@@ -63,13 +63,16 @@ def evaluate(
     tokenizer = read_tokenizer(checkpoint)
     check_fits(tokenizer, config, str(checkpoint))
     context = config.max_position_embeddings
-    if window is not None and not 0 < window <= context:
-        raise SessaError(f"window is {window}, expected from 1 to the model's context of {context}")
+    if sequence_length is not None and not 0 < sequence_length <= context:
+        raise SessaError(
+            f"sequence_length is {sequence_length}, expected from 1 to the model's context "
+            f"of {context}"
+        )
     reading = Reading(
         text_field=text_field, split=split, subset=subset, max_documents=max_documents
     )
     texts = read_documents(data, reading)
-    training = framework(backend, "train")
+    training = framework(backend, "training")
     model = framework(backend, "checkpoint").load_model(
         checkpoint, dtype=dtype, device=training.choose_device(device)
     )
@@ -77,7 +80,7 @@ def evaluate(
         training.logits_function(model),
         _documents(tokenizer, config, texts),
         start_id=_start_id(checkpoint, config),
-        context=window or context,
+        context=sequence_length or context,
         stride=stride,
         batch_size=batch_size,
     )

@@ -12,7 +12,7 @@ import typer
 from sessa_cli.common import given_fields, make_console, print_json, say
 
 if TYPE_CHECKING:
-    from sessa_export.folder import Report
+    from sessa_export.exporter import Report
 
 
 def export(
@@ -47,7 +47,7 @@ def export(
 
     Example: sessa export runs/first exported --dtype int4 --for genai,web
     """
-    from sessa_export.folder import Options, export_checkpoint
+    from sessa_export.exporter import Options, export_checkpoint
 
     given = given_fields(context.params, Options)
     if clients is not None:

@@ -12,11 +12,11 @@ import typer
 from tokenizers import Tokenizer
 
 from sessa_cli.common import choose_backend, framework, given_fields, print_json
-from sessa_common import generation
 from sessa_common.config import SessaConfig
 from sessa_common.errors import SessaError
-from sessa_common.generation import Stepper, TextStream, encode_prompt, stop_tokens
-from sessa_common.sampling import SamplingConfig
+from sessa_common.inference import generation
+from sessa_common.inference.generation import Decoder, TextStream, encode_prompt, stop_tokens
+from sessa_common.inference.sampling import SamplingConfig
 
 
 def generate(
@@ -63,11 +63,11 @@ def generate(
     """
     sampling = SamplingConfig(**given_fields(context.params, SamplingConfig))
     prompts = _prompts(prompt, prompt_file)
-    stepper, tokenizer = _load(checkpoint, backend, device, native)
-    ids = [encode_prompt(tokenizer, text, stepper.config) for text in prompts]
-    stop = stop_tokens(checkpoint, stepper.config)
+    decoder, tokenizer = _load(checkpoint, backend, device, native)
+    ids = [encode_prompt(tokenizer, text, decoder.config) for text in prompts]
+    stop = stop_tokens(checkpoint, decoder.config)
     started = time.perf_counter()
-    steps = generation.generate(stepper, ids, sampling, max_tokens=max_tokens, stop=stop)
+    steps = generation.generate(decoder, ids, sampling, max_tokens=max_tokens, stop=stop)
     live = not json_output and len(prompts) == 1
     if live:
         _write(prompts[0])
@@ -100,27 +100,27 @@ def _prompts(prompt: list[str] | None, prompt_file: Path | None) -> list[str]:
 
 def _load(
     checkpoint: Path, backend: str | None, device: str | None, native: bool
-) -> tuple[Stepper, Tokenizer]:
-    from sessa_common.tokenizer import check_fits, read_tokenizer
-    from sessa_export.runtime import find_model, load_stepper
+) -> tuple[Decoder, Tokenizer]:
+    from sessa_common.data.tokenizer import check_fits, read_tokenizer
+    from sessa_export.runtime import find_model, load_decoder
 
     if not checkpoint.is_dir():
         raise SessaError(f"{checkpoint}: no such checkpoint folder")
     tokenizer = read_tokenizer(checkpoint)
     exported = find_model(checkpoint) is not None
-    stepper: Stepper
+    decoder: Decoder
     if backend == "onnx" or (backend in (None, "auto") and exported):
         if device not in (None, "cpu"):
             raise SessaError(f"device is {device!r}; ONNX Runtime runs on the cpu here")
-        stepper = load_stepper(checkpoint, native=native)
+        decoder = load_decoder(checkpoint, native=native)
     elif native:
         raise SessaError("--native is for a folder that `sessa export` wrote")
     else:
-        twin = framework(choose_backend(backend), "generate")
-        stepper = twin.load_stepper(checkpoint, device=device)
-    config: SessaConfig = stepper.config
+        twin = framework(choose_backend(backend), "decoding")
+        decoder = twin.load_decoder(checkpoint, device=device)
+    config: SessaConfig = decoder.config
     check_fits(tokenizer, config, str(checkpoint))
-    return stepper, tokenizer
+    return decoder, tokenizer
 
 
 def _collect(

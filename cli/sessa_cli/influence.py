@@ -12,11 +12,12 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from sessa_cli.common import choose_backend, framework, make_console, print_json, say
-from sessa_common.checkpoint import load_config, write_json
+from sessa_common.checkpoint.folder import load_config, write_json
 from sessa_common.config import SessaConfig, read_json
 from sessa_common.data.corpus import check_ids
+from sessa_common.data.tokenizer import check_fits, encode_texts, read_tokenizer
 from sessa_common.errors import SessaError
-from sessa_common.influence import (
+from sessa_common.experiments.influence import (
     FIRST_LAG,
     MOST_POSITIONS,
     Drawn,
@@ -27,7 +28,6 @@ from sessa_common.influence import (
     influence_curves,
     memory_report,
 )
-from sessa_common.tokenizer import check_fits, encode_texts, read_tokenizer
 
 SHORTEST = 16
 RANDOM_TOKENS = 512
@@ -218,11 +218,15 @@ def _measure(
     job: Job, backend: str, device: str, probes: int, seed: int
 ) -> tuple[dict[str, Any], Drawn]:
     model = framework(backend, "checkpoint").load_model(job.folder, dtype="float32", device=device)
-    tracers = [framework(backend, "influence").Tracer(model, ids) for ids in job.texts]
+    influence_probes = [
+        framework(backend, "influence").InfluenceProbe(model, ids) for ids in job.texts
+    ]
     depth, mixers = job.config.num_hidden_layers, job.config.mixers
 
     def measured(first: int, last: int) -> Any:
-        return influence_curves(tracers, job.sources, first, last, probes=probes, seed=seed)
+        return influence_curves(
+            influence_probes, job.sources, first, last, probes=probes, seed=seed
+        )
 
     curves = measured(0, depth)
     if not np.isfinite(curves.values).all():
@@ -234,9 +238,9 @@ def _measure(
         fits[i] = fit_laws(alone, seed=seed)
         entry = {"layer": i, "mixer": mixers[i], **curves_report(alone, fits[i])}
         if mixers[i] == "sessa" and job.config.feedback:
-            entry["feedback"] = feedback_report(tracers, i, job.sources, alone.lags)
+            entry["feedback"] = feedback_report(influence_probes, i, job.sources, alone.lags)
         if mixers[i] == "mamba2":
-            entry["memory"] = memory_report(tracers, i, job.sources[0])
+            entry["memory"] = memory_report(influence_probes, i, job.sources[0])
         layers.append(entry)
     mixer = "+".join(dict.fromkeys(mixers))
     report = {"name": job.name, "mixer": mixer, "tokens": [len(ids) for ids in job.texts],

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from sessa_cli.common import make_console, print_json, say
 from sessa_cli.torch_file import read_torch_file
-from sessa_common.describe import Description, describe
+from sessa_common.checkpoint.inspection import Description, describe
 
 
 def info(

@@ -18,6 +18,7 @@ from sessa_cli.export import export
 from sessa_cli.generate import generate
 from sessa_cli.influence import influence
 from sessa_cli.info import info
+from sessa_cli.old_options import rename_options
 from sessa_cli.selftest import selftest
 from sessa_cli.train import train
 from sessa_common.errors import DivergedError, SessaError
@@ -49,7 +50,8 @@ def main(arguments: list[str] | None = None) -> None:
     Training that met a loss which is not finite is one line and exit code 3.
     """
     try:
-        app(args=arguments, prog_name="sessa")
+        given = sys.argv[1:] if arguments is None else arguments
+        app(args=rename_options(given), prog_name="sessa")
     except DivergedError as error:
         _refuse(str(error), DIVERGED)
     except SessaError as error:

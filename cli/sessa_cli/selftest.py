@@ -17,7 +17,7 @@ import typer
 
 from sessa_cli.common import BACKENDS, framework, is_installed, make_console, print_json, say
 from sessa_common.errors import SessaError
-from sessa_common.reference_ops import feedback_solve, feedback_solve_backward
+from sessa_common.reference.ops import feedback_solve, feedback_solve_backward
 
 # Relative error, norm over norm, that no correct path comes near.
 LIMITS = {"float32": 5e-6, "float16": 2e-3, "bfloat16": 1.5e-2}

@@ -21,15 +21,22 @@ from sessa_cli.common import (
     print_json,
     say,
 )
+from sessa_cli.progress import TerminalReporter
 from sessa_common.config import MIXERS, PRESETS, SessaConfig, TrainConfig, read_json
 from sessa_common.data.tasks import known_tasks
 from sessa_common.errors import SessaError
-from sessa_common.generation import encode_prompt, generate, stop_tokens
-from sessa_common.metrics import read_metrics
-from sessa_common.progress import TerminalReporter
-from sessa_common.run import RESULT, Run, choose_config, resume_run, start_run, write_result
-from sessa_common.sampling import SamplingConfig
-from sessa_common.trainer import STATE, Trainer
+from sessa_common.inference.generation import encode_prompt, generate, stop_tokens
+from sessa_common.inference.sampling import SamplingConfig
+from sessa_common.training.metrics import read_metrics
+from sessa_common.training.run_folder import (
+    RESULT,
+    Run,
+    choose_config,
+    resume_run,
+    start_run,
+    write_result,
+)
+from sessa_common.training.trainer import STATE, Trainer
 
 DEFAULT_OUT = Path("runs/pydoc")
 # A small model's tail of unlikely tokens is noise; what is left reads better.
@@ -142,11 +149,12 @@ def train(
     batch_size: Annotated[
         int | None, of_learning("--batch-size", "Rows in one forward pass.")
     ] = None,
-    accumulation: Annotated[
-        int | None, of_learning("--accumulation", "Forward passes in one step.")
+    gradient_accumulation_steps: Annotated[
+        int | None, of_learning("--gradient-accumulation-steps", "Forward passes in one step.")
     ] = None,
-    window: Annotated[
-        int | None, of_learning("--window", "Tokens in a training row; 0 for the whole context.")
+    sequence_length: Annotated[
+        int | None,
+        of_learning("--sequence-length", "Tokens in a training row; 0 for the whole context."),
     ] = None,
     learning_rate: Annotated[float | None, of_learning("--lr", "Highest learning rate.")] = None,
     min_lr_ratio: Annotated[
@@ -160,8 +168,8 @@ def train(
     ] = None,
     beta1: Annotated[float | None, of_learning("--beta1", "Adam's first decay.")] = None,
     beta2: Annotated[float | None, of_learning("--beta2", "Adam's second decay.")] = None,
-    clip_norm: Annotated[
-        float | None, of_learning("--clip-norm", "Largest global gradient norm.")
+    max_grad_norm: Annotated[
+        float | None, of_learning("--max-grad-norm", "Largest global gradient norm.")
     ] = None,
     precision: Annotated[
         str | None, of_learning("--precision", "auto, float32 or bfloat16.")
@@ -203,7 +211,7 @@ def train(
     began = time.perf_counter()
     backend = choose_backend(backend)
     console = make_console(json_output)
-    device = framework(backend, "train").choose_device(device)
+    device = framework(backend, "training").choose_device(device)
     run = _resume(ctx, resume) if resume is not None else _start(ctx)
     finished = _train(run, backend, device, console)
     summary = _summary(run, backend, finished)
@@ -270,7 +278,9 @@ def _model_fields(params: dict[str, Any]) -> dict[str, Any]:
 
 def _train(run: Run, backend: str, device: str | None, console: Console) -> bool:
     try:
-        learner = framework(backend, "train").Learner(run.config, run.settings, run.weights, device)
+        learner = framework(backend, "training").TrainBackend(
+            run.config, run.settings, run.weights, device
+        )
         trainer = Trainer(learner, run.source, run.config, run.settings, run.folder)
     except BaseException:
         # Nothing is learned yet: the same command must not find a folder that is in its way.
@@ -330,8 +340,8 @@ def _parameter_count(run: Run) -> int:
 
 
 def _paragraph(run: Run, backend: str, device: str | None, prompt: str) -> str:
-    stepper = framework(backend, "generate").load_stepper(run.folder, device=device)
+    decoder = framework(backend, "decoding").load_decoder(run.folder, device=device)
     ids = encode_prompt(run.tokenizer, prompt, run.config)
     ids = ids[: run.config.max_position_embeddings - 1]
-    turns = generate(stepper, [ids], PARAGRAPH, stop=stop_tokens(run.folder, run.config))
+    turns = generate(decoder, [ids], PARAGRAPH, stop=stop_tokens(run.folder, run.config))
     return run.tokenizer.decode(ids + [token for (token,) in turns if token is not None])

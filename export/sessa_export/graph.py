@@ -1,7 +1,7 @@
 """One ONNX graph of a language model of Sessa and attention layers, from configuration and weights.
 
 Letters: B batch, T new tokens, P past tokens, S = P + T, D width, H query heads, G key/value heads,
-d = D/H, V vocabulary. The layers are those of `sessa_common.reference`.
+d = D/H, V vocabulary. The layers are those of `sessa_common.reference.model`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,14 @@ from onnx import TensorProto, helper, numpy_helper
 
 from sessa_common.config import SessaConfig
 from sessa_common.errors import SessaError
-from sessa_export.function import DOMAIN, OP_TYPE, VERSION, add_function
-from sessa_export.pairs import LAYOUTS, feeds_back, kv_layers, pair_numbers, require_supported
+from sessa_export.cache_layout import (
+    LAYOUTS,
+    feeds_back,
+    kv_layers,
+    pair_numbers,
+    require_supported,
+)
+from sessa_export.operator_body import DOMAIN, OP_TYPE, VERSION, add_function
 from sessa_export.runtime import CONFIG_KEY
 
 OPSETS = (21, 22, 23)

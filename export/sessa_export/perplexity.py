@@ -10,10 +10,10 @@ import numpy as np
 
 from sessa_common.config import SessaConfig
 from sessa_common.data.sources import read_documents
+from sessa_common.data.tokenizer import check_fits, encode_texts, read_tokenizer
 from sessa_common.errors import SessaError
-from sessa_common.evaluation import Score, score_documents
-from sessa_common.generation import Stepper
-from sessa_common.tokenizer import check_fits, encode_texts, read_tokenizer
+from sessa_common.inference.evaluation import Score, score_documents
+from sessa_common.inference.generation import Decoder
 
 # Enough for two digits of a ratio, few enough for a check at every export.
 MOST_TOKENS = 8192
@@ -60,19 +60,19 @@ def read_text(source: Path, config: SessaConfig, data: Sequence[str]) -> list[Do
 
 
 def measure_cost(
-    before: Stepper, after: Stepper, documents: Sequence[Document], data: Sequence[str]
+    before: Decoder, after: Decoder, documents: Sequence[Document], data: Sequence[str]
 ) -> Cost:
     """Score the documents with both models."""
-    scores = [_score(stepper, documents) for stepper in (before, after)]
+    scores = [_score(decoder, documents) for decoder in (before, after)]
     return Cost(tuple(data), scores[0].tokens, scores[0].perplexity, scores[1].perplexity)
 
 
-def _score(stepper: Stepper, documents: Sequence[Document]) -> Score:
-    config = stepper.config
+def _score(decoder: Decoder, documents: Sequence[Document]) -> Score:
+    config = decoder.config
 
     def logits(tokens: np.ndarray) -> np.ndarray:
-        stepper.reset()
-        return stepper.logits(tokens)
+        decoder.reset()
+        return decoder.logits(tokens)
 
     # Any token may stand before the first one here: both models read the same.
     start = config.eos_token_id or 0

@@ -26,8 +26,8 @@ def require_onnx() -> None:
         raise SessaError(f"{error.name} is not installed; {INSTALL}") from None
 
 
-class Stepper:
-    """`sessa_common.generation.Stepper` on an ONNX Runtime session of an exported model.
+class Decoder:
+    """`sessa_common.inference.generation.Decoder` on an ONNX Runtime session of an exported model.
 
     Caches are bound as they are, never copied by the runner. Not for use by two threads at once;
     several may share one `session`.
@@ -94,7 +94,7 @@ def open_session(path: Path, *, threads: int = 0, native: bool = False):
         raise SessaError(f"{path}: ONNX Runtime cannot load it ({error})") from None
 
 
-def load_stepper(folder: Path | str, *, threads: int = 0, native: bool = False) -> Stepper:
+def load_decoder(folder: Path | str, *, threads: int = 0, native: bool = False) -> Decoder:
     """Open a folder that `sessa export` wrote; SessaError when it has no model that loads."""
     path = find_model(folder)
     if path is None:
@@ -106,4 +106,4 @@ def load_stepper(folder: Path | str, *, threads: int = 0, native: bool = False) 
     given = session.get_modelmeta().custom_metadata_map.get(CONFIG_KEY)
     if given is None:
         raise SessaError(f"{path}: was not written by `sessa export`; export the checkpoint again")
-    return Stepper(session, SessaConfig.from_dict(json.loads(given), str(path)))
+    return Decoder(session, SessaConfig.from_dict(json.loads(given), str(path)))

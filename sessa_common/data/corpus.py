@@ -77,11 +77,12 @@ class TextBatches:
 
 def training_window(config: SessaConfig, settings: TrainConfig) -> int:
     """Tokens in a training row; SessaError when that is more than the model has positions for."""
-    window = settings.window or config.max_position_embeddings
+    window = settings.sequence_length or config.max_position_embeddings
     if window > config.max_position_embeddings:
         raise SessaError(
-            f"window is {window}, but the model has max_position_embeddings "
-            f"{config.max_position_embeddings}; choose a smaller --window or a larger --context"
+            f"sequence_length is {window}, but the model has max_position_embeddings "
+            f"{config.max_position_embeddings}; choose a smaller sequence_length or a larger "
+            "max_position_embeddings"
         )
     return window
 
@@ -101,7 +102,7 @@ def _check_stream(tokens: np.ndarray, row: int, config: SessaConfig, what: str) 
     if len(tokens) < row:
         raise SessaError(
             f"{what} has {len(tokens)} tokens, expected at least {row} for one window; "
-            "give more text or a smaller --window"
+            "give more text or a smaller sequence_length"
         )
     check_ids(tokens, config, what)
 

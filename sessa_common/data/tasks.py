@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
-from sessa_common.checkpoint import (
+from sessa_common.checkpoint.folder import (
     new_folder,
     read_safetensors,
     write_json,

@@ -63,7 +63,7 @@ def _check_types(
 
 def _implementation(backend: str, f: mx.array, q: mx.array) -> Any:
     """The module whose solve_forward and solve_backward run on the default device."""
-    chosen = choose_backend(backend, lambda: metal.unavailable(f, q))
+    chosen = choose_backend(backend, lambda: metal.unavailable_reason(f, q))
     return metal if chosen == "kernel" else blocked
 
 

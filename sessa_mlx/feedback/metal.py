@@ -57,7 +57,7 @@ _MERGE = f"""
 """
 
 
-def unavailable(f: mx.array, q: mx.array) -> str | None:
+def unavailable_reason(f: mx.array, q: mx.array) -> str | None:
     """Why the kernels cannot run here for arrays like f and q; None if they can."""
     if not mx.metal.is_available():
         return "MLX has no Metal device here"

@@ -83,16 +83,16 @@ def _implementation(backend: str, f: Tensor, q: Tensor) -> Any:
     """The module whose solve_forward and solve_backward run on f's device."""
     kernels: ModuleType | None = None
     if f.device.type == "cuda":
-        from sessa_torch.feedback import triton_kernels as kernels
+        from sessa_torch.feedback import cuda as kernels
     elif f.device.type == "mps":
         from sessa_torch.feedback import metal as kernels
 
-    def unavailable() -> str | None:
+    def unavailable_reason() -> str | None:
         if kernels is None:
             return f"no kernel for device {f.device.type}"
-        return kernels.unavailable(f, q)
+        return kernels.unavailable_reason(f, q)
 
-    return kernels if choose_backend(backend, unavailable) == "kernel" else blocked
+    return kernels if choose_backend(backend, unavailable_reason) == "kernel" else blocked
 
 
 def _solve(

@@ -25,7 +25,7 @@ CHUNK = 32
 STORAGE = {torch.float32: "float", torch.float16: "half", torch.bfloat16: "bfloat"}
 
 
-def unavailable(f: Tensor, q: Tensor) -> str | None:
+def unavailable_reason(f: Tensor, q: Tensor) -> str | None:
     """Why the kernels cannot run for tensors like f and q; None if they can."""
     if not torch.backends.mps.is_available():
         return "PyTorch has no Metal device (MPS) here"

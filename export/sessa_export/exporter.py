@@ -1,0 +1,152 @@
+"""The exported folder: model, tokenizer and clients' files, checked before it appears."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from sessa_common.checkpoint.folder import load_config, load_weights, new_folder
+from sessa_common.config import SessaConfig
+from sessa_common.errors import SessaError
+from sessa_common.reference.parity import Result, compare, make_cases, require_ok, tolerance_of
+from sessa_export.cache_layout import require_supported
+from sessa_export.perplexity import Cost, Document, measure_cost, read_text, require_cost
+from sessa_export.runtime import MODEL_FILE, load_decoder, require_onnx
+
+COPIED = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json",
+          "chat_template*", "vocab.json", "merges.txt")  # fmt: skip
+
+Weights = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What to export. external_data_bytes: larger weights go to a file of their own, 2e9 if None.
+
+    data are the texts, named as for `sessa train`, on which the cost of fewer bits is measured.
+    """
+
+    dtype: str = "fp32"
+    layout: str = "natural"
+    clients: Sequence[str] = ("ort",)
+    native: bool = False
+    opset: int = 23
+    data: Sequence[str] = ("pydoc",)
+    external_data_bytes: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """How well the exported model agrees with its checkpoint, and what its dtype costs."""
+
+    results: dict[str, list[Result]]  # one list for each way to run the operator
+    cost: Cost | None = None  # None with float32 weights, and without a tokenizer
+
+
+def write_model(
+    path: Path,
+    config: SessaConfig,
+    weights: Weights,
+    options: Options,
+    *,
+    dtype: str | None = None,
+) -> None:
+    """Write the model file of a checkpoint, in `dtype` where it is not the one of the options."""
+    from sessa_export.graph import EXTERNAL_DATA_BYTES, build_model, save_model
+    from sessa_export.quantization import prepare, shrink
+
+    dtype = dtype or options.dtype
+    limit = options.external_data_bytes
+    model = build_model(
+        *prepare(config, weights, dtype), opset=options.opset, layout=options.layout
+    )
+    path.parent.mkdir(exist_ok=True)
+    save_model(
+        shrink(model, dtype),
+        path,
+        external_data_bytes=EXTERNAL_DATA_BYTES if limit is None else limit,
+    )
+
+
+def export_checkpoint(
+    source: Path | str, target: Path | str, options: Options | None = None, *, force: bool = False
+) -> Report:
+    """Export a checkpoint folder to a new folder and return how well ONNX Runtime agrees with it.
+
+    Raises SessaError, and leaves nothing behind, when the checkpoint or the target cannot be used,
+    when a layer is Mamba-2, when onnx or onnxruntime is missing, when an option is unknown, or when
+    the exported logits are not the checkpoint's (`reference.parity.TOLERANCES`).
+    """
+    require_onnx()
+    options = options or Options()
+    source, target = Path(source), Path(target)
+    if target.resolve() == source.resolve():
+        raise SessaError(f"{target}: is the checkpoint itself; choose another folder")
+    require_supported(load_config(source))
+    with new_folder(target, force=force) as scratch:
+        config, weights = load_weights(source)
+        text = [] if options.dtype == "fp32" else read_text(source, config, options.data)
+        _write_folder(source, scratch, config, weights, options)
+        return _judge(scratch, config, weights, options, text, str(target))
+
+
+def _write_folder(
+    source: Path, folder: Path, config: SessaConfig, weights: Weights, options: Options
+) -> None:
+    from sessa_export import native
+    from sessa_export import runtime_configs as clients
+
+    asked = clients.choose_clients(options.clients, options.layout)
+    stop = clients.require_tokenizer(source, config, asked)
+    library = native.build() if options.native else None
+    path = clients.model_path(asked, options.dtype)
+    write_model(folder / path, config, weights, options)
+    for pattern in COPIED:
+        for file in source.glob(pattern):
+            shutil.copyfile(file, folder / file.name)
+    if library:
+        shutil.copyfile(library, folder / library.name)
+    exported = clients.Exported(
+        config=config,
+        model=path,
+        dtype=options.dtype,
+        layout=options.layout,
+        stop=stop,
+        library=library.name if library else None,
+    )
+    clients.write_client_files(folder, asked, exported)
+
+
+def _judge(
+    folder: Path,
+    config: SessaConfig,
+    weights: Weights,
+    options: Options,
+    text: Sequence[Document],
+    where: str,
+) -> Report:
+    """Compare the written folder with the reference and, where bits were dropped, with itself."""
+    cases = make_cases(config, weights)
+    found = {"standard operators": load_decoder(folder)}
+    if options.native:
+        found["native operator"] = load_decoder(folder, native=True)
+    results = {}
+    for name, decoder in found.items():
+        results[name] = compare(decoder, cases, tolerance_of(decoder))
+        require_ok(results[name], f"{where}, {name}")
+    if options.dtype == "fp32":
+        return Report(results=results)
+    with tempfile.TemporaryDirectory(prefix="sessa-export-") as plain:
+        write_model(Path(plain) / MODEL_FILE, config, weights, options, dtype="fp32")
+        before = load_decoder(plain)
+        require_ok(compare(before, cases), f"{where}, before {options.dtype}")
+        if not text:
+            return Report(results=results)
+        cost = measure_cost(before, load_decoder(folder), text, options.data)
+    require_cost(cost, options.dtype, where)
+    return Report(results=results, cost=cost)

@@ -1,0 +1,1 @@
+"""Checkpoint folders: reading, writing, converting, quantising and inspecting weights."""

@@ -1,0 +1,278 @@
+"""Checkpoints from one form to another: read, cast or quantise, write, read back and compare."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sessa_common.checkpoint.folder import (
+    INDEX,
+    NUMPY_DTYPES,
+    SHARD_SIZE,
+    channels_first,
+    channels_last,
+    check_weights,
+    load_weights,
+    new_folder,
+    read_tensors,
+    save_weights,
+)
+from sessa_common.checkpoint.import_weights import (
+    Tensors,
+    complete,
+    find_config,
+    map_names,
+    read_arrays,
+)
+from sessa_common.checkpoint.mamba2_names import mamba2_config, mamba2_names
+from sessa_common.checkpoint.quantization import dequantize_weights, is_quantized, quantize_weights
+from sessa_common.config import FOREIGN_KEYS, SessaConfig, parameter_shapes, read_json
+from sessa_common.errors import SessaError
+from sessa_common.training.trainer import STATE
+
+FRAMEWORKS = {"torch": "pt", "mlx": "mlx"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A model read from any form: its weights by our names and what was said on the way."""
+
+    config: SessaConfig
+    weights: Tensors
+    kind: str
+    notes: list[str] = field(default_factory=list)
+    folder: Path | None = None  # whose other files belong to the checkpoint
+    settings: dict[str, Any] = field(default_factory=dict)  # its config.json
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What a conversion wrote and what reading it back proved."""
+
+    source: str
+    tensors: int
+    parameters: int
+    bytes: int
+    dtype: str
+    files: list[str]
+    notes: list[str]
+    exact: bool
+    largest_difference: float
+    relative_difference: float  # to the largest magnitude of the tensor where it occurs
+    where: str
+
+    def proof(self) -> str:
+        """One line that says what was compared and how it came out."""
+        if self.exact:
+            return f"bit-exact: all {self.parameters:,} parameters read back equal to the source"
+        return (
+            f"stored exactly; largest rounding difference from the source "
+            f"{self.largest_difference:.3g} in {self.where} "
+            f"({100 * self.relative_difference:.2g}% of its largest magnitude)"
+        )
+
+
+def read_source(
+    path: Path,
+    tensors: Mapping[str, np.ndarray] | None = None,
+    given: Mapping[str, Any] | None = None,
+    seed: int = 0,
+) -> Source:
+    """Read a checkpoint folder or a weight file in any form that this project knows.
+
+    tensors are the file's arrays when the caller has read it (a PyTorch pickle needs PyTorch);
+    given are keys of config.json that the weights cannot tell; seed draws a missing embedding.
+    Raises SessaError that names the file and what is wrong or missing.
+    """
+    given = given or {}
+    if path.is_dir():
+        return _read_folder(path, given)
+    if not path.is_file():
+        raise SessaError(f"{path}: no such file or folder")
+    settings = _settings_beside(path)
+    found = map_names(read_arrays(path) if tensors is None else tensors, settings, str(path))
+    known = {key: value for key, value in settings.items() if key not in FOREIGN_KEYS}
+    config = find_config(found, {**known, **given}, str(path))
+    complete(found, config, seed)
+    check_weights(config, found.weights, str(path))
+    kind = f"{path.suffix} file of {config.num_hidden_layers} layers"
+    return Source(config=config, weights=found.weights, kind=kind, notes=found.notes)
+
+
+def _read_folder(folder: Path, given: Mapping[str, Any]) -> Source:
+    settings = read_json(folder / "config.json")
+    if settings.get("model_type") == "mamba2":
+        return _read_mamba2(folder, settings, given)
+    for key, value in given.items():
+        if key not in FOREIGN_KEYS and settings.get(key, value) != value:
+            raise SessaError(f"{folder}: its config.json has {key} {settings[key]}, given {value}")
+    config = SessaConfig.from_dict(settings, str(folder / "config.json"))
+    arrays = [path for path in sorted(folder.glob("*.npz")) if "weight" in path.stem]
+    if arrays and not any(folder.glob("model*.safetensors")):
+        tensors, kind = read_arrays(arrays[0]), "MLX .npz folder"
+    else:
+        tensors, kind = read_tensors(folder), "checkpoint folder"
+    if not tensors.keys() & parameter_shapes(config).keys():
+        tensors = map_names(tensors, settings, str(folder)).weights
+    if is_quantized(tensors):
+        kind = "MLX-quantised folder"
+        quantization = settings.get("quantization")
+        tensors = dequantize_weights(tensors, quantization, config.hidden_size, str(folder))
+    tensors = channels_first(tensors)
+    check_weights(config, tensors, str(folder))
+    return Source(config=config, weights=tensors, kind=kind, folder=folder, settings=settings)
+
+
+def _read_mamba2(folder: Path, settings: Mapping[str, Any], given: Mapping[str, Any]) -> Source:
+    """A folder of transformers' Mamba2ForCausalLM."""
+    keys, notes = mamba2_config(settings, given, str(folder / "config.json"))
+    config = SessaConfig.from_dict(keys, str(folder / "config.json"))
+    weights = map_names(mamba2_names(read_tensors(folder)), {}, str(folder)).weights
+    if config.tie_word_embeddings:
+        weights.pop("lm_head.weight", None)
+    check_weights(config, weights, str(folder))
+    return Source(config=config, weights=weights, kind="transformers mamba2 folder",
+                  notes=notes, folder=folder)  # fmt: skip
+
+
+def _settings_beside(path: Path) -> dict[str, Any]:
+    beside = path.with_name("config.json")
+    settings = read_json(beside) if beside.is_file() else {}
+    return settings if settings.get("model_type") == "sessa" else {}
+
+
+def cast(weights: Mapping[str, np.ndarray], dtype: str) -> Tensors:
+    """Round every tensor to `dtype`; SessaError when a finite number becomes infinite.
+
+    There are no exceptions: gains, A_log, dt_bias and D too are stored in `dtype`. The layers
+    compute with them in float32.
+    """
+    out = {}
+    for name, value in weights.items():
+        with np.errstate(over="ignore"):
+            out[name] = value.astype(NUMPY_DTYPES[dtype])
+        finite = np.isfinite(value.astype(np.float64))
+        if not np.isfinite(out[name].astype(np.float64))[finite].all():
+            raise SessaError(f"{name} has numbers beyond {dtype}; choose float32 or bfloat16")
+    return out
+
+
+def convert(
+    source: Source,
+    target: Path,
+    *,
+    framework: str = "torch",
+    dtype: str | None = None,
+    bits: int | None = None,
+    group_size: int = 64,
+    shard_size: int = SHARD_SIZE,
+    force: bool = False,
+) -> Report:
+    """Write `source` as a checkpoint folder, read it back and compare it with the source.
+
+    framework is "torch" or "mlx", which decides the layout of convolutions; dtype None keeps each
+    tensor's; bits quantises in MLX's affine format; shard_size is in bytes. Raises SessaError
+    before the folder appears.
+    """
+    _refuse_overlap(source.folder, target)
+    weights = cast(source.weights, dtype) if dtype else dict(source.weights)
+    if framework == "mlx" and any(value.dtype == np.float64 for value in weights.values()):
+        raise SessaError("MLX cannot read float64 from safetensors; add --dtype float32")
+    extra = {k: v for k, v in source.settings.items() if k in FOREIGN_KEYS and k not in _REWRITTEN}
+    stored, changed = weights, dtype is not None
+    if bits:
+        if framework != "mlx":
+            raise SessaError("quantised weights are MLX's format; add --to mlx")
+        stored, changed = quantize_weights(weights, bits, group_size), True
+        settings = {"group_size": group_size, "bits": bits, "mode": "affine"}
+        extra |= {"quantization": settings, "quantization_config": settings}
+    if framework == "mlx":
+        stored = channels_last(stored)
+    config = dataclasses.replace(source.config, dtype=dtype or source.config.dtype)
+    with new_folder(target, force=force) as scratch:
+        carried = _carry_files(source.folder, scratch, with_state=not changed)
+        save_weights(scratch, config, stored, shard_size=shard_size,
+                     framework=FRAMEWORKS[framework], extra_config=extra)  # fmt: skip
+        _compare_stored(read_tensors(scratch), stored, target)
+        _, back = load_weights(scratch)
+        files = sorted(path.name for path in scratch.iterdir() if path.name not in carried)
+    return _report(source, back, stored, files, carried)
+
+
+_REWRITTEN = {"architectures", "torch_dtype", "quantization", "quantization_config"}
+
+
+def _refuse_overlap(folder: Path | None, target: Path) -> None:
+    if folder is None:
+        return
+    one, other = folder.resolve(), target.resolve()
+    if one != other and (one in other.parents or other in one.parents):
+        raise SessaError(f"{target}: lies inside {folder} or the reverse; choose another folder")
+
+
+def _carry_files(folder: Path | None, scratch: Path, *, with_state: bool) -> list[str]:
+    """Copy what is neither weights nor config; a training state only beside unchanged weights."""
+    if folder is None:
+        return []
+    carried = []
+    for path in sorted(folder.iterdir()):
+        weights = path.match("model*.safetensors") or path.match("*weight*.npz")
+        if weights or path.name in {INDEX, "config.json"} or path.name.startswith("."):
+            continue
+        if path.name == STATE and not with_state:
+            continue
+        if path.is_dir():
+            shutil.copytree(path, scratch / path.name)
+        else:
+            shutil.copy2(path, scratch / path.name)
+        carried.append(path.name)
+    return carried
+
+
+def _compare_stored(back: Tensors, stored: Tensors, target: Path) -> None:
+    wrong = [name for name in stored if not _same(back.get(name), stored[name])]
+    if wrong or back.keys() != stored.keys():
+        raise SessaError(f"{target}: {wrong or 'extra tensors'} read back differently; not written")
+
+
+def _same(one: np.ndarray | None, other: np.ndarray) -> bool:
+    return (
+        one is not None
+        and (one.shape, one.dtype) == (other.shape, other.dtype)
+        and one.tobytes() == other.tobytes()
+    )
+
+
+def _report(
+    source: Source, back: Tensors, stored: Tensors, files: list[str], carried: list[str]
+) -> Report:
+    worst, scale, where = 0.0, 1.0, ""
+    exact = all(_same(back[name], value) for name, value in source.weights.items())
+    for name, value in source.weights.items():
+        before = value.astype(np.float64)
+        difference = float(np.abs(back[name].astype(np.float64) - before).max(initial=0.0))
+        if difference > worst:
+            worst, scale, where = difference, float(np.abs(before).max()), name
+    dtypes = sorted({str(value.dtype) for value in stored.values()})
+    notes = list(source.notes)
+    if carried:
+        notes.append(f"carried along: {', '.join(carried)}")
+    return Report(
+        source=source.kind,
+        tensors=len(stored),
+        parameters=sum(value.size for value in source.weights.values()),
+        bytes=sum(value.nbytes for value in stored.values()),
+        dtype=", ".join(dtypes),
+        files=files,
+        notes=notes,
+        exact=exact,
+        largest_difference=worst,
+        relative_difference=worst / scale,
+        where=where,
+    )

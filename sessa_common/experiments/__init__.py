@@ -1,0 +1,1 @@
+"""Experiments: comparisons of models and measurements of influence."""

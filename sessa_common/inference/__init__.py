@@ -1,0 +1,1 @@
+"""Inference: generation, sampling and evaluation, the same for every runtime."""

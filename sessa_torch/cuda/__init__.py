@@ -1,0 +1,1 @@
+"""Shared by the CUDA kernels: launching, device properties, tile operations, rotary positions."""

@@ -1,0 +1,129 @@
+"""Tensors that Triton kernels read in blocks, and launches that inspect no argument again.
+
+For a short solve Triton's own launch takes longer on the host than the kernel on the GPU, most of
+it to find the compiled kernel.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Of each kind: a program that has seen very many shapes forgets them.
+MOST_COMPILED = 4096
+
+# What tensor memory descriptors ask of addresses and strides.
+DESCRIPTOR_BYTES = 16
+
+
+@dataclass(slots=True)
+class Blocks:
+    """A tensor that a kernel reads in blocks, by a tensor memory descriptor.
+
+    It has what a launch reads of Triton's TensorDescriptor, which takes longer to make.
+    """
+
+    base: Tensor
+    block_shape: tuple[int, ...]
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    padding: str = "zero"
+
+
+def blocks(tensor: Tensor, *block_shape: int) -> Blocks:
+    """A tensor for a kernel that reads it in blocks of this shape; see aligned."""
+    return Blocks(tensor, block_shape, tensor.shape, tensor.stride())
+
+
+def aligned_empty(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An empty tensor for `blocks`: contiguous but for the space that may lie behind each row."""
+    unit = DESCRIPTOR_BYTES // dtype.itemsize
+    width = -(-shape[-1] // unit) * unit
+    tensor = torch.empty(*shape[:-1], width, dtype=dtype, device=device)
+    return tensor if width == shape[-1] else tensor[..., : shape[-1]]
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """The tensor as `blocks` takes it, copied only where its address or strides do not allow it."""
+    unit = DESCRIPTOR_BYTES // tensor.element_size()
+    *outer, last = tensor.stride()
+    fits = last == 1 and all(stride > 0 and stride % unit == 0 for stride in outer)
+    if fits and tensor.data_ptr() % DESCRIPTOR_BYTES == 0:
+        return tensor
+    return aligned_empty(*tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
+class Prepared:
+    """A kernel with its constants; a launch finds what is compiled with one look-up."""
+
+    def __init__(self, kernel: Any, constants: dict[str, Any]) -> None:
+        self.kernel, self.constants = kernel, constants
+        # By all that Triton specialises for: device, numbers and types.
+        self.compiled: dict[tuple, Any] = {}
+        # Which of the numbers are among these; known at the first launch.
+        self.special: list[int] | None = None
+
+    @functools.cached_property
+    def rest(self) -> list[Any]:
+        """The constants in the kernel's order, in which they come last."""
+        return [self.constants[p.name] for p in self.kernel.params if p.is_constexpr]
+
+    def launch(
+        self,
+        grid: tuple[int, ...],
+        tensors: tuple[Tensor, ...],
+        descriptors: tuple[Blocks, ...],
+        numbers: tuple[float, ...],
+    ) -> None:
+        """kernel[grid](*tensors, *descriptors, *numbers) on the device of the first tensor."""
+        device, pointers = tensors[0].device, 0
+        for tensor in tensors:
+            pointers |= tensor.data_ptr()
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                self.launch(grid, tensors, descriptors, numbers)
+            return
+        # Triton compiles anew for pointers that are not aligned to 16 bytes; they are rare.
+        if device.type != "cuda" or pointers % 16:
+            self._launch_by_triton(grid, tensors, descriptors, numbers)
+            return
+        if self.special is None:
+            given = [p for p in self.kernel.params if not p.is_constexpr][-len(numbers) :]
+            self.special = [i for i, p in enumerate(given) if not p.do_not_specialize]
+        special = [numbers[i] for i in self.special]
+        key = (device.index, *special, *[tensor.dtype for tensor in tensors])
+        compiled = self.compiled.get(key)
+        if compiled is None:
+            if len(self.compiled) >= MOST_COMPILED:
+                self.compiled.clear()
+            self.compiled[key] = self._launch_by_triton(grid, tensors, descriptors, numbers)
+        else:
+            compiled[(*grid, 1, 1)[:3]](*tensors, *descriptors, *numbers, *self.rest)
+
+    def _launch_by_triton(
+        self,
+        grid: tuple[int, ...],
+        tensors: tuple[Tensor, ...],
+        descriptors: tuple[Blocks, ...],
+        numbers: tuple[float, ...],
+    ) -> Any:
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        tensor_descriptors = [
+            TensorDescriptor(x.base, list(x.shape), list(x.strides), list(x.block_shape))
+            for x in descriptors
+        ]
+        return self.kernel[grid](*tensors, *tensor_descriptors, *numbers, **self.constants)
+
+
+@functools.lru_cache(MOST_COMPILED)
+def prepared(kernel: Any, **constants: Any) -> Prepared:
+    """The kernel with its constexpr arguments, among them the shapes of blocks, and options.
+
+    Products and sums may be fused, which Triton will not do by default from 3.10 on.
+    """
+    return Prepared(kernel, constants | {"enable_fp_fusion": True})

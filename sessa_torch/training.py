@@ -1,0 +1,278 @@
+"""The PyTorch side of `sessa_common.training.trainer`: forward pass, loss, gradients, AdamW."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sessa_common.config import SessaConfig, TrainConfig
+from sessa_common.data.batches import Batch
+from sessa_common.training.trainer import MOMENTS, decays
+from sessa_torch.checkpoint import (
+    build_model,
+    choose_device,
+    model_weights,
+    to_numpy,
+    to_tensor,
+)
+from sessa_torch.model import SessaForCausalLM
+
+MOMENT_KEYS = dict(zip(MOMENTS, ("exp_avg", "exp_avg_sq"), strict=True))
+# Of a batch: inputs, targets, weights.
+BATCH_TYPES = (torch.int32, torch.int32, torch.float32)
+# What runs only the first times (compiling, tuning, loading kernels) cannot be captured.
+WARM_UP = 3
+
+
+def choose_precision(precision: str, device: str) -> str:
+    """Resolve "auto": bfloat16 on a CUDA device that computes in it, float32 elsewhere."""
+    if precision != "auto":
+        return precision
+    fast = device.startswith("cuda") and torch.cuda.is_bf16_supported()
+    return "bfloat16" if fast else "float32"
+
+
+def logits_function(model: SessaForCausalLM) -> Callable[[np.ndarray], np.ndarray]:
+    """A function from token ids (B, T) to logits (B, T, V) float32, both NumPy."""
+    device = next(model.parameters()).device
+
+    @torch.inference_mode()
+    def logits(ids: np.ndarray) -> np.ndarray:
+        return to_numpy(model(torch.as_tensor(ids, dtype=torch.long, device=device)).float())
+
+    return logits
+
+
+class TrainBackend:
+    """A `sessa_common.training.trainer.TrainBackend` in PyTorch.
+
+    Master weights, gradients and AdamW are float32. With bfloat16 the forward pass runs under
+    autocast: matrix products in bfloat16; norms, softmax, the feedback solve's sums and the loss in
+    float32. With settings.compile a step is a `_CompiledStep`. Raises SessaError for a device that
+    is not there.
+    """
+
+    def __init__(
+        self,
+        config: SessaConfig,
+        settings: TrainConfig,
+        weights: Mapping[str, np.ndarray],
+        device: str | None = None,
+    ) -> None:
+        self.settings = settings
+        self.device = choose_device(device)
+        self.precision = choose_precision(settings.precision, self.device)
+        self.model = build_model(config, weights, dtype="float32", device=self.device)
+        self.parameters = dict(self.model.named_parameters())
+        groups: list[dict[str, Any]] = [
+            {
+                "params": [p for p in self.parameters.values() if decays(p.shape) == matrices],
+                "weight_decay": settings.weight_decay * matrices,
+            }
+            for matrices in (True, False)
+        ]
+        self.optimizer = torch.optim.AdamW(
+            groups, betas=(settings.beta1, settings.beta2), eps=settings.adam_eps, fused=True
+        )
+        self.compiled: _CompiledStep | None = None
+        if settings.compile:
+            parameters = list(self.parameters.values())
+            loss_sum = torch.compile(self._loss_sum, fullgraph=True, dynamic=False)
+            self.compiled = _CompiledStep(
+                loss_sum, parameters, self.optimizer, settings.max_grad_norm
+            )
+
+    def step(self, batches: Sequence[Batch], learning_rate: float) -> tuple[float, float]:
+        """Take one AdamW step on the weighted mean loss of all rows; (nats, gradient norm)."""
+        total = sum(float(batch.weights.sum()) for batch in batches)
+        if self.compiled is not None:
+            return self.compiled(batches, total, learning_rate)
+        self.optimizer.zero_grad()
+        losses = []
+        for batch in batches:
+            loss = self._loss_sum(*self._on_device(batch)) / total
+            loss.backward()
+            losses.append(loss.detach())
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.max_grad_norm)
+        # One transfer, so that the device is waited for once a step.
+        loss, size = torch.stack([torch.stack(losses).sum(), norm]).tolist()
+        # A step with a gradient that is not finite would spoil the weights for good.
+        if math.isfinite(loss + size):
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate
+            self.optimizer.step()
+        return loss, size
+
+    @torch.inference_mode()
+    def evaluate(self, batch: Batch) -> tuple[float, np.ndarray]:
+        """The weighted sum of the losses of a batch, in nats, and what `predict` gives for it."""
+        inputs, targets, weights = self._on_device(batch)
+        logits = self._logits(inputs)
+        return _cross_entropy(logits, targets, weights).item(), _likeliest(logits)
+
+    @torch.inference_mode()
+    def predict(self, inputs: np.ndarray) -> np.ndarray:
+        """The likeliest next ids int32 (B, T) after inputs (B, T)."""
+        ids = torch.from_numpy(np.ascontiguousarray(inputs)).to(self.device)
+        return _likeliest(self._logits(ids))
+
+    def weights(self) -> dict[str, np.ndarray]:
+        """The float32 master weights."""
+        return {name: value.copy() for name, value in model_weights(self.model).items()}
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Weights and optimizer moments as they are after the last step."""
+        arrays = {f"weights.{name}": value for name, value in self.weights().items()}
+        for name, parameter in self.parameters.items():
+            moments = self.optimizer.state[parameter]
+            for kind, key in MOMENT_KEYS.items():
+                value = moments.get(key, torch.zeros_like(parameter))
+                arrays[f"{kind}.{name}"] = to_numpy(value).copy()
+        return arrays
+
+    @torch.no_grad()
+    def restore(self, state: Mapping[str, np.ndarray], steps: int) -> None:
+        """Continue from a state that was taken after `steps` steps."""
+        for name, parameter in self.parameters.items():
+            parameter.copy_(to_tensor(state[f"weights.{name}"]))
+            given = {key: to_tensor(state[f"{kind}.{name}"]) for kind, key in MOMENT_KEYS.items()}
+            given["step"] = torch.tensor(float(steps))
+            moments = self.optimizer.state[parameter]
+            for key, value in given.items():
+                if key in moments:
+                    # A captured graph knows the tensor by its address.
+                    moments[key].copy_(value)
+                else:
+                    moments[key] = value.to(parameter.device)
+
+    def _loss_sum(self, inputs: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        return _cross_entropy(self._logits(inputs), targets, weights)
+
+    def _logits(self, inputs: Tensor) -> Tensor:
+        low = self.precision == "bfloat16"
+        with torch.autocast(self.device.split(":")[0], dtype=torch.bfloat16, enabled=low):
+            return self.model(inputs.long())
+
+    def _on_device(self, batch: Batch) -> list[Tensor]:
+        return [tensor.to(self.device) for tensor in _tensors(batch)]
+
+
+class _CompiledStep:
+    """A training step that waits for the device once, at its end; on CUDA two replayed graphs.
+
+    `_accumulate` adds the loss and the gradients of the batch in the static buffers of its shape;
+    `_update` clips, takes the AdamW step and sets the sums to zero. A step that is not finite is
+    skipped on the device. Tensors stay where they are: a graph knows them by their address.
+    """
+
+    def __init__(
+        self,
+        loss_sum: Callable[[Tensor, Tensor, Tensor], Tensor],
+        parameters: list[nn.Parameter],
+        optimizer: torch.optim.AdamW,
+        max_grad_norm: float,
+    ) -> None:
+        self.loss_sum, self.parameters = loss_sum, parameters
+        self.optimizer, self.max_grad_norm = optimizer, max_grad_norm
+        self.device = parameters[0].device
+        self.loss, self.total, self.rate, self.skip = (
+            torch.zeros((), device=self.device) for _ in range(4)
+        )
+        self.result = torch.zeros(2, device=self.device)
+        self.gradients = [torch.zeros_like(parameter) for parameter in parameters]
+        for parameter, gradient in zip(parameters, self.gradients, strict=True):
+            parameter.grad = gradient
+        for group in optimizer.param_groups:
+            group["lr"] = self.rate
+        # Fused AdamW does nothing where this is 1; GradScaler sets it in the same way.
+        optimizer.found_inf = self.skip  # type: ignore[attr-defined]
+        self.update = self._update
+        self.shapes: dict[tuple[int, ...], tuple[list[Tensor], Callable[[], None]]] = {}
+        self.stream = torch.cuda.Stream() if self.device.type == "cuda" else None
+
+    def __call__(
+        self, batches: Sequence[Batch], total: float, learning_rate: float
+    ) -> tuple[float, float]:
+        """Take one step on the sum of the batches' losses / total; (nats, gradient norm)."""
+        # All before the first sum, since a warm-up ends with sums of zero.
+        ready = [self._ready(batch.inputs.shape) for batch in batches]
+        self.total.fill_(total)
+        self.rate.fill_(learning_rate)
+        for batch, (buffers, accumulate) in zip(batches, ready, strict=True):
+            for buffer, tensor in zip(buffers, _tensors(batch), strict=True):
+                buffer.copy_(tensor, non_blocking=True)
+            accumulate()
+        self.update()
+        loss, norm = self.result.tolist()
+        return loss, norm
+
+    def _ready(self, shape: tuple[int, ...]) -> tuple[list[Tensor], Callable[[], None]]:
+        """The static buffers (B, T) of a batch, and the call that adds what is in them."""
+        if shape not in self.shapes:
+            buffers = [torch.zeros(shape, dtype=kind, device=self.device) for kind in BATCH_TYPES]
+            accumulate: Callable[[], None] = partial(self._accumulate, *buffers)
+            if self.stream is not None:
+                if not self.shapes:
+                    self.update = self._captured(self._update)
+                accumulate = self._captured(accumulate)
+            self.shapes[shape] = buffers, accumulate
+        return self.shapes[shape]
+
+    def _accumulate(self, inputs: Tensor, targets: Tensor, weights: Tensor) -> None:
+        loss = self.loss_sum(inputs, targets, weights) / self.total
+        # Unlike backward(), which adds parameter by parameter, in one kernel.
+        torch._foreach_add_(self.gradients, torch.autograd.grad(loss, self.parameters))
+        self.loss += loss.detach()
+
+    def _update(self) -> None:
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+        self.result.copy_(torch.stack([self.loss, norm]))
+        self.skip.copy_(~torch.isfinite(self.loss + norm))
+        self.optimizer.step()
+        torch._foreach_zero_(self.gradients)
+        self.loss.zero_()
+
+    def _captured(self, function: Callable[[], None]) -> Callable[[], None]:
+        """A call that replays what function does on the device."""
+        assert self.stream is not None
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            self._warm_up(function)
+        torch.cuda.current_stream().wait_stream(self.stream)
+        # Not before: outside a capture AdamW warns of it.
+        for group in self.optimizer.param_groups:
+            group["capturable"] = True
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self.stream):
+            function()
+        return graph.replay
+
+    def _warm_up(self, function: Callable[[], None]) -> None:
+        """Run function, then drop what it summed up; weights, moments and step count stay."""
+        for _ in range(WARM_UP):
+            for run in (function, self.update):
+                # An update skips what is not finite, also as the function that is warmed up.
+                self.loss.fill_(torch.nan)
+                run()
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """The weighted sum over all positions of logits (B, T, V), in float32."""
+    logits, targets = logits.float().flatten(0, 1), targets.long().flatten()
+    return (F.cross_entropy(logits, targets, reduction="none") * weights.flatten()).sum()
+
+
+def _likeliest(logits: Tensor) -> np.ndarray:
+    return to_numpy(logits.argmax(-1).int())
+
+
+def _tensors(batch: Batch) -> list[Tensor]:
+    arrays = (batch.inputs, batch.targets, batch.weights)
+    return [torch.from_numpy(np.ascontiguousarray(array)) for array in arrays]

@@ -1,0 +1,294 @@
+"""The Triton kernels in Triton's interpreter on the CPU, against float64.
+
+Triton decides when it is imported whether it interprets, so one process of its own computes every
+case (this file run as a script) and the tests read its results. Nothing here needs a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+CASES = {
+    "one row": {"T": 1},
+    "one row sees one": {"T": 1, "P": 1},
+    "below a tile": {"T": 31, "D": 24},
+    "a tile": {"T": 32},
+    "past a tile": {"T": 33, "K": 40, "D": 8},
+    "ring used again": {"B": 1, "T": 290, "K": 16, "D": 16},
+    "more steps than are tried at once": {"B": 1, "T": 1000, "K": 16, "D": 16},
+    "rows of odd lengths": {"T": 70, "P": 5, "K": 13, "D": 7},
+    "several chunks of gradients": {"T": 100, "chunk_tiles": 1},
+    "past and mask": {"T": 70, "P": 37, "masked": True},
+    "past of whole tiles": {"B": 1, "T": 40, "P": 64},
+    "no descriptors": {"T": 70, "P": 5, "K": 13, "D": 7, "masked": True, "has_tma": False},
+    "no descriptors, whole tiles": {"B": 1, "T": 128, "K": 32, "has_tma": False},
+    "decode": {"T": 1, "P": 150, "D": 72, "masked": True},
+    "decode a few": {"T": 16, "P": 33, "K": 40},
+    "strided": {"T": 40, "P": 3, "strided": True},
+    "logits to 80": {"B": 1, "T": 130, "K": 16, "D": 16, "logits": 80.0},
+    "gamma 0": {"T": 40, "gamma": 0.0},
+    "gamma 0.999": {"T": 65, "gamma": 0.999},
+    "gamma -0.999": {"T": 65, "gamma": -0.999},
+    "float16": {"T": 100, "half": True},
+    "float16 past and mask": {"T": 130, "P": 37, "masked": True, "half": True, "logits": 8.0},
+}
+LIMITS = {"logits to 80": 4e-6, "gamma 0.999": 1e-5}
+LIMITS |= dict.fromkeys(("float16", "float16 past and mask"), 1e-3)
+
+
+@pytest.fixture(scope="module")
+def results() -> dict:
+    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    env["PYTHONPATH"] = str(Path(__file__).parents[1])
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", __file__], capture_output=True, text=True, env=env
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(run.stdout)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_interpreted_kernels_equal_float64(results, name):
+    errors = results[name]
+    assert {"s", "df", "dq", "dk", "dgamma"} <= errors.keys()
+    for what, error in errors.items():
+        assert error <= LIMITS.get(name, 3e-6), what
+
+
+def test_same_inputs_give_the_same_bits(results):
+    assert results["same bits"] == 0
+
+
+def test_rotation_and_its_gradient_equal_float64(results):
+    for name, error in results["rope"].items():
+        assert error <= 3e-7, name
+
+
+def test_what_the_mask_hides_does_not_matter(results):
+    assert results["hidden keys"] == 0
+
+
+def test_unavailable_says_why():
+    from sessa_torch.feedback.cuda import unavailable_reason
+
+    f = torch.zeros(1, 2, 4)
+    assert "CUDA" in unavailable_reason(f, f)
+    assert "float64" in unavailable_reason(f.double(), f.double())
+
+
+def fake_kernel():
+    """What `launch` sees of a Triton kernel on a GPU, and the launches by the way they took."""
+    launches = []
+
+    def runs(way):
+        return lambda *args, **options: launches.append((way, args)) or compiled
+
+    compiled = MagicMock()
+    compiled.__getitem__.side_effect = lambda grid: runs(("compiled", grid))
+    names = ("x", "y", "y_blocks", "stride", "T", "K", "BLOCK")
+    kernel = MagicMock(arg_names=names, params=[
+        SimpleNamespace(
+            name=name, is_constexpr=name in ("K", "BLOCK"), do_not_specialize=name == "T"
+        )
+        for name in names
+    ])  # fmt: skip
+    kernel.__getitem__.side_effect = lambda grid: runs(("triton", grid))
+    return kernel, launches
+
+
+def fake_tensor(pointer=256, dtype=torch.bfloat16):
+    device = SimpleNamespace(type="cuda", index=0)
+    return SimpleNamespace(data_ptr=lambda: pointer, dtype=dtype, device=device)
+
+
+def test_a_launch_finds_what_triton_would_compile_the_same(monkeypatch):
+    from sessa_torch.cuda.launch import Prepared, blocks
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    kernel, launches = fake_kernel()
+    x, y = fake_tensor(), fake_tensor(512, torch.float32)
+    z, kernels = blocks(torch.zeros(2, 16), 1, 8), {}
+
+    def ways(tensors=(x, y), stride=64, T=5, K=24):
+        launches.clear()
+        kernels.setdefault(K, Prepared(kernel, {"BLOCK": 16, "K": K, "num_warps": 4}))
+        kernels[K].launch((7,), tensors, (z,), (stride, T))
+        return launches[0]
+
+    way, args = ways()
+    assert way == ("triton", (7,))
+    assert args[:2] == (x, y) and args[3:] == (64, 5)
+    assert args[2] == TensorDescriptor(z.base, [2, 16], [16, 1], [1, 8])
+    # All kernel arguments in the kernel's order, the grid filled up; a length is no reason.
+    assert ways(T=6) == (("compiled", (7, 1, 1)), (x, y, z, 64, 6, 24, 16))
+    for other in ({"stride": 65}, {"K": 25}, {"tensors": (x, fake_tensor())}):
+        assert ways(**other)[0] == ("triton", (7,)), other
+        assert ways(**other)[0] == ("compiled", (7, 1, 1)), other
+    # An unaligned pointer is left to Triton every time.
+    for _ in range(2):
+        assert ways((x, fake_tensor(516)))[0] == ("triton", (7,))
+    # On another device, aligned or not, only after that has become the current one.
+    current, entered = [1], []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+
+    @contextlib.contextmanager
+    def enter(device):
+        entered.append(device.index)
+        current[0] = device.index
+        yield
+
+    monkeypatch.setattr(torch.cuda, "device", enter)
+    for other in (y, fake_tensor(516)):
+        current[0] = 1
+        ways((x, other))
+    assert entered == [0, 0]
+
+
+def test_aligned_copies_only_what_a_descriptor_cannot_read():
+    from sessa_torch.cuda.launch import aligned
+
+    x = torch.randn(3, 5, 48).bfloat16()
+    for fits in (x, x[..., 8:40], x[:, 1:], x.transpose(0, 1)):
+        assert aligned(fits) is fits
+    for other in (x[..., 1:9], x[..., :20].contiguous(), x.mT, x[:, :1].expand(3, 5, 48)):
+        y = aligned(other)
+        assert torch.equal(y, other)
+        assert y.stride(2) == 1 and all(x > 0 and x % 8 == 0 for x in y.stride()[:2])
+
+
+def draw(
+    B=2,
+    T=40,
+    K=24,
+    D=40,
+    P=0,
+    masked=False,
+    gamma=None,
+    logits=None,
+    strided=False,
+    half=False,
+    **_,
+):
+    generator = torch.Generator().manual_seed(T + P)
+
+    def normal(*shape):
+        x = torch.randn(*shape, generator=generator)
+        return torch.stack([x, x], -1)[..., 0] if strided else x
+
+    f, q, k = normal(B, T, D), normal(B, T, K), normal(B, P + T, K)
+    gain = torch.rand(B, T, generator=generator) * 1.998 - 0.999
+    if gamma is not None:
+        gain.fill_(gamma)
+    if logits:
+        q *= logits / (q @ k.mT * K**-0.5).abs().max()
+    mask = None
+    if masked:
+        mask = torch.rand(B, P + T, generator=generator) > 0.4
+        mask[0, : P + min(T, 4)] = False
+    past = normal(B, P, D) if P else None
+    if half:
+        f, q, k, past = (x if x is None else x.half() for x in (f, q, k, past))
+    return f, q, k, gain, past, mask
+
+
+def poison(make):
+    """Workspaces filled with NaN: what is read before it is written shows."""
+
+    def filled(*args, **kwargs):
+        x = make(*args, **kwargs)
+        return x.fill_(float("nan")) if x.is_floating_point() else x
+
+    return filled
+
+
+def relative(got, want):
+    """Error over the size of what is wanted, or the error itself where zero is."""
+    size = want.norm().item()
+    return ((got.double() - want).norm() / (size if size > 1e-12 else 1)).item()
+
+
+def compare(case, kernels, blocked):
+    args = draw(**case)
+    ds = torch.randn(args[0].shape, generator=torch.Generator().manual_seed(1)).to(args[0].dtype)
+    kernels.CHUNK_TILES = case.get("chunk_tiles", 16)
+    kernels.has_tma = lambda device: case.get("has_tma", True)
+    for known in (kernels._solve_plan, kernels._gradient_kernels):
+        known.cache_clear()
+    s, lse = kernels.solve_forward(*args)
+    grads = kernels.solve_backward(ds, *args[1:4], s, lse, *args[4:])
+    exact = [x.double() if x is not None and x.is_floating_point() else x for x in args]
+    s64, lse64 = blocked.solve_forward(*exact)
+    wanted = blocked.solve_backward(ds.double(), *exact[1:4], s64, lse64, *exact[4:])
+    seen = torch.isfinite(lse64)
+    assert torch.equal(torch.isfinite(lse), seen)
+    names = ("df", "dq", "dk", "dgamma", "dpast_s")
+    errors = {"s": relative(s, s64), "lse": relative(lse[seen], lse64[seen])}
+    pairs = zip(names, grads, wanted, strict=True)
+    return errors | {name: relative(x, y) for name, x, y in pairs if y is not None}
+
+
+def hidden_keys(kernels, value):
+    """How many results change when the keys that the mask hides are all `value`.
+
+    Not dq, where the value is multiplied by a weight of zero.
+    """
+    f, q, k, gamma, past_s, mask = draw(T=70, P=37, masked=True)
+    found = []
+    for keys in (k, k.masked_fill(~mask[..., None], value)):
+        s, lse = kernels.solve_forward(f, q, keys, gamma, past_s, mask)
+        df, _, *grads = kernels.solve_backward(f, q, keys, gamma, s, lse, past_s, mask)
+        found.append((s, df, *grads))
+    return sum(not torch.equal(x, y) for x, y in zip(*found, strict=True))
+
+
+def rope():
+    """Errors of the rotary kernel and its gradient for widths and strides of several kinds."""
+    from sessa_torch.attention import apply_rope, rope_tables
+    from sessa_torch.cuda.rope import Rotation
+
+    errors = {}
+    for B, H, T, d, tables in ((2, 3, 37, 24, 2), (1, 2, 5, 2, 1), (2, 1, 65, 64, 1)):
+        x = torch.randn(B, T, H, d).transpose(1, 2).requires_grad_()
+        exact = x.detach().double().requires_grad_()
+        cos, sin = rope_tables(torch.randint(0, 1000, (tables, T)), d, 1e4, torch.float32)
+        y, wanted = Rotation.apply(x, cos, sin), apply_rope(exact, (cos.double(), sin.double()))
+        dy = torch.randn(B, H, T, d)
+        dx, wanted_dx = torch.autograd.grad(y, x, dy) + torch.autograd.grad(wanted, exact, dy)
+        errors[f"{B, H, T, d}"] = relative(y.detach(), wanted.detach())
+        errors[f"gradient of {B, H, T, d}"] = relative(dx, wanted_dx)
+    return errors
+
+
+def main():
+    from sessa_torch.feedback import blocked
+    from sessa_torch.feedback import cuda as kernels
+
+    torch.empty = poison(torch.empty)
+    torch.Tensor.new_empty = poison(torch.Tensor.new_empty)
+    # A short lead leaves fewer slots in the ring than the longest case has tiles; chunks are small.
+    kernels.LAG = kernels.SHORT_LAG = 3
+    kernels.CHUNK_ELEMENTS = 1
+    results = {name: compare(case, kernels, blocked) for name, case in CASES.items()}
+    args = draw(T=40, P=3)
+    first, second = (kernels.solve_forward(*args)[0] for _ in range(2))
+    results["same bits"] = int(not torch.equal(first, second))
+    results["rope"] = rope()
+    results["hidden keys"] = hidden_keys(kernels, float("nan")) + hidden_keys(kernels, float("inf"))
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

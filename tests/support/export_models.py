@@ -1,0 +1,77 @@
+"""Small random checkpoints and exported models for the tests of export, generation and parity."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from sessa_common.checkpoint.folder import save_weights
+from sessa_common.checkpoint.initialization import initial_weights
+from sessa_common.config import SessaConfig
+from sessa_common.data.tokenizer import byte_tokenizer, write_tokenizer
+
+Weights = dict[str, np.ndarray]
+
+MAMBA: dict[str, dict] = {
+    "mamba2": {"mixer": "mamba2", "mamba_d_state": 12, "mamba_d_head": 16},
+    "mamba2_hybrid": {"mixer": ("attention", "mamba2", "sessa"), "num_hidden_layers": 3,
+                      "mamba_d_state": 12, "mamba_d_head": 16, "mamba_d_conv": 3},
+}  # fmt: skip
+# What can be exported.
+VARIANTS: dict[str, dict] = {
+    "heads": {},
+    "grouped": {"num_key_value_heads": 2},
+    "one_key_head": {"num_key_value_heads": 1},
+    "single_head": {"num_attention_heads": 1},
+    "norope": {"use_forward_rope": False},
+    "no_feedback": {"feedback": False},
+    "untied": {"tie_word_embeddings": False},
+    "weak_gamma": {"gamma_max": 0.5, "rope_theta": 500.0, "layer_norm_eps": 1e-3},
+    "attention": {"mixer": "attention", "intermediate_size": 72, "num_key_value_heads": 2},
+    "attention_one_head": {"mixer": "attention", "num_attention_heads": 1},
+    "attention_gated": {"mixer": "attention", "attention_block": "gated"},
+    # The middle layer has one pair of caches, the others have two.
+    "hybrid": {
+        "mixer": ("sessa", "attention", "sessa"),
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 2,
+    },
+    "hybrid_gated": {
+        "mixer": ("attention", "sessa"),
+        "attention_block": "gated",
+        "use_forward_rope": False,
+    },
+}
+
+
+def small_config(variant: str = "heads", **changes: object) -> SessaConfig:
+    """Two layers of width 40 on 257 tokens, with the changes of a variant."""
+    base = {"vocab_size": 257, "hidden_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "max_position_embeddings": 300, "bos_token_id": 256, "eos_token_id": 256}  # fmt: skip
+    return SessaConfig(**{**base, **(VARIANTS | MAMBA)[variant], **changes})
+
+
+def lively_weights(config: SessaConfig, seed: int = 0) -> Weights:
+    """Initial weights made uneven: biases everywhere, sharper feedback, gains of both signs."""
+    rng = np.random.default_rng([seed, 1])
+    weights = initial_weights(config, seed)
+    for name, value in weights.items():
+        if name.endswith("bias"):
+            weights[name] = (value + rng.normal(0, 0.3, value.shape)).astype(np.float32)
+        elif name.endswith(("embed_tokens.weight", "lm_head.weight")):
+            weights[name] = value * np.float32(25)
+        elif name.endswith(("proj_fb.weight", "gamma_ctx.weight")):
+            weights[name] = value * np.float32(2)
+    return weights
+
+
+def write_checkpoint(
+    folder: Path, config: SessaConfig, weights: Weights | None = None
+) -> tuple[Path, Weights]:
+    """A checkpoint folder with a byte tokenizer, and its weights."""
+    weights = lively_weights(config) if weights is None else weights
+    folder.mkdir(parents=True, exist_ok=True)
+    save_weights(folder, config, weights)
+    write_tokenizer(folder, byte_tokenizer(), 256, config.max_position_embeddings)
+    return folder, weights
