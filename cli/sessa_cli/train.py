@@ -23,7 +23,7 @@ from sessa_cli.common import (
 )
 from sessa_cli.progress import TerminalReporter
 from sessa_common.config import MIXERS, PRESETS, SessaConfig, TrainConfig, read_json
-from sessa_common.data.tasks import known_tasks
+from sessa_common.data.task_registry import TASKS
 from sessa_common.errors import SessaError
 from sessa_common.inference.generation import encode_prompt, generate, stop_tokens
 from sessa_common.inference.sampling import SamplingConfig
@@ -62,7 +62,7 @@ def train(
         str | None,
         of_data(
             "--task",
-            f"Train on {', '.join(known_tasks())} or on a folder of `sessa data`, not on text.",
+            f"Train on {', '.join(TASKS)} or on a folder of `sessa data`, not on text.",
         ),
     ] = None,
     task_options: Annotated[

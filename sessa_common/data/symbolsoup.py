@@ -1,9 +1,10 @@
-"""SymbolSoup: name the two styles of letter blocks that lie in noise over the same letters.
+"""SymbolSoup: name the styles of two blocks of letters inside noise of the same letters.
 
     <bos> noise <sep1> block <sep2> noise <sep1> block <sep2> noise <sep> label
 
-A style is a Markov chain of letters with motifs; afterwards letters flip. A left and a right style
-lie in random order. All of it is a hidden Markov model, so the best possible accuracy is known.
+A style is a Markov chain of letters and motifs; some letters are then replaced at random. Every
+example has one block of a left style and one of a right style, in random order. The process is a
+hidden Markov model, so the best possible accuracy (the Bayes ceiling) is known.
 """
 
 from __future__ import annotations
@@ -15,39 +16,37 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from sessa_common.data.tasks import Examples
-from sessa_common.errors import SessaError
+from sessa_common.data.tasks import Examples, require
 
 SPECIAL = ("<pad>", "<bos>", "<sep1>", "<sep2>", "<sep>", "<space>")
 PAD, BOS, SEP1, SEP2, SEP, SPACE = range(len(SPECIAL))
 ALPHABET = "abcdefghijklmnop"
 LETTERS = len(ALPHABET)
-LEFT, RIGHT = 4, 5  # styles
+LEFT, RIGHT = 4, 5  # numbers of left and of right styles
 FIRST_LETTER, FIRST_LABEL = len(SPECIAL), len(SPECIAL) + LETTERS
-MARKS = 7  # tokens that are neither letters nor white space
-PRIMARY, SECONDARY, OTHER = 3.0, 2.0, 1.0  # weights of single letters
-BIGRAM = 4.0  # factor of a preferred bigram
+MARKS = 7  # tokens of an example that are neither letters nor white space
+PRIMARY, SECONDARY, OTHER = 3.0, 2.0, 1.0  # weights of a style's letters
+BIGRAM = 4.0  # factor on the weight of a preferred bigram
 MOTIF_LENGTHS = (3, 4, 5)
-MOTIFS = [  # (first letter, length): runs of the alphabet
-    (first, length) for length in MOTIF_LENGTHS for first in range(LETTERS - length + 1)
-]
-CHUNK = 256  # blocks that the decoder holds at once
+# Motifs are runs of the alphabet, as (first letter, length).
+MOTIFS = [(first, length) for length in MOTIF_LENGTHS for first in range(LETTERS - length + 1)]
+CHUNK = 256  # blocks that the decoder processes together
 
 
 @dataclass(frozen=True)
 class Styles:
-    """What the next letter is drawn from; S styles, the left ones first.
+    """Distributions of the next letter or motif in S styles, the left styles first.
 
-    A drawn motif owes its other letters, which follow in turn; the block's end cuts it short.
+    After the first letter of a motif its other letters follow; the end of a block cuts it short.
     """
 
-    unigram: np.ndarray  # (S, 16), sums to 1
-    bigram: np.ndarray  # (S, 16, 16): previous, next; rows sum to 1
-    motif: np.ndarray  # (S, 39), sums to 1
+    unigram: np.ndarray  # (S, 16), rows sum to 1
+    bigram: np.ndarray  # (S, 16, 16): previous letter, next letter; rows sum to 1
+    motif: np.ndarray  # (S, 39), rows sum to 1
 
 
 def new_styles(seed: int) -> Styles:
-    """The styles of a seed; each shuffles the alphabet to primary, secondary and other letters."""
+    """Draw the styles of a seed; each has its own primary, secondary and other letters."""
     rng = np.random.default_rng(seed)
     unigrams, bigrams, motifs = [], [], []
     for _ in range(LEFT + RIGHT):
@@ -56,24 +55,33 @@ def new_styles(seed: int) -> Styles:
         weight = np.full(LETTERS, OTHER)
         weight[primary], weight[secondary] = PRIMARY, SECONDARY
         factor = np.ones((LETTERS, LETTERS))
-        for a, b in ((primary, np.roll(primary, -1)), (primary, primary), (secondary, secondary),
-                     (primary, secondary), (secondary, primary)):  # fmt: skip
+        preferred = (
+            (primary, np.roll(primary, -1)),
+            (primary, primary),
+            (secondary, secondary),
+            (primary, secondary),
+            (secondary, primary),
+        )
+        for a, b in preferred:
             factor[a, b] = BIGRAM
         runs = [range(first, first + length) for first, length in MOTIFS]
         hits = [(np.isin(primary, run).sum(), np.isin(secondary, run).sum()) for run in runs]
         unigrams.append(weight)
         bigrams.append(factor * weight)
         motifs.append([1 + 0.9 * first + 0.5 * second for first, second in hits])
-    return Styles(*(_normalised(np.array(part)) for part in (unigrams, bigrams, motifs)))
+    return Styles(*(_normalized(np.array(part)) for part in (unigrams, bigrams, motifs)))
 
 
-def _normalised(weights: np.ndarray) -> np.ndarray:
+def _normalized(weights: np.ndarray) -> np.ndarray:
     return weights / weights.sum(axis=-1, keepdims=True)
 
 
 @dataclass(frozen=True)
 class Process:
-    """The hidden Markov model of a block; its states are (letters owed to a motif, letter)."""
+    """The hidden Markov model of a block.
+
+    Its states are (number of letters still to come of a motif, letter).
+    """
 
     styles: Styles
     motif_probability: float
@@ -81,14 +89,14 @@ class Process:
 
     @cached_property
     def emission(self) -> np.ndarray:
-        """Probability (observed, true) of a letter after flips."""
+        """Probability (16, 16) of an observed letter given the true one: (observed, true)."""
         flipped = np.full((LETTERS, LETTERS), self.flip_probability / (LETTERS - 1))
         np.fill_diagonal(flipped, 1 - self.flip_probability)
         return flipped
 
     @cached_property
     def motif_start(self) -> np.ndarray:
-        """Probability (S, 5, 16) that a motif starts: letters it then owes, its first letter."""
+        """Probability (S, 5, 16) that a motif starts, by letters still to come and first letter."""
         start = np.zeros((len(self.styles.motif), max(MOTIF_LENGTHS), LETTERS))
         for i, (first, length) in enumerate(MOTIFS):
             start[:, length - 1, first] = self.motif_probability * self.styles.motif[:, i]
@@ -96,13 +104,13 @@ class Process:
 
     @property
     def first(self) -> np.ndarray:
-        """Probability (S, 1, 5, 16) of the states at a block's first letter."""
+        """Probability (S, 1, 5, 16) of the states at the first letter of a block."""
         state = self.motif_start.copy()
         state[:, 0] += (1 - self.motif_probability) * self.styles.unigram
         return state[:, None]
 
     def after(self, state: np.ndarray) -> np.ndarray:
-        """Probability (S, B, 5, 16) of the states one letter on."""
+        """Return the probabilities (S, B, 5, 16) of the states after one more letter."""
         free = state[:, :, 0]
         following = free.sum(-1)[..., None, None] * self.motif_start[:, None]
         following[:, :, :-1, 1:] += state[:, :, 1:, :-1]
@@ -110,19 +118,19 @@ class Process:
         return following
 
     def draw(self, rng: np.random.Generator, style: np.ndarray, length: int) -> np.ndarray:
-        """Letters (B, length) of blocks in the given styles (B,)."""
+        """Draw the letters (B, length) of blocks in the given styles (B,)."""
         cumulative, actions = self._cumulative, LETTERS + len(MOTIFS)
         letters = np.empty((length, len(style)), np.int64)
         firsts, lengths = np.array(MOTIFS).T
         heads = np.concatenate([np.arange(LETTERS), firsts])
-        debts = np.concatenate([np.zeros(LETTERS, np.int64), lengths - 1])
-        letter, owed = np.full(len(style), LETTERS), np.zeros(len(style), np.int64)
+        motif_rest = np.concatenate([np.zeros(LETTERS, np.int64), lengths - 1])
+        letter, rest = np.full(len(style), LETTERS), np.zeros(len(style), np.int64)
         for i in range(length):
             row = style * (LETTERS + 1) + letter
-            place = np.searchsorted(cumulative, row + rng.random(len(style)), side="right")
-            action = np.clip(place - row * actions, 0, actions - 1)
-            letter = np.where(owed > 0, letter + 1, heads[action])
-            owed = np.where(owed > 0, owed - 1, debts[action])
+            position = np.searchsorted(cumulative, row + rng.random(len(style)), side="right")
+            action = np.clip(position - row * actions, 0, actions - 1)
+            letter = np.where(rest > 0, letter + 1, heads[action])
+            rest = np.where(rest > 0, rest - 1, motif_rest[action])
             letters[i] = letter
         flips = rng.random(letters.shape) < self.flip_probability
         shift = np.where(flips, rng.integers(1, LETTERS, letters.shape), 0)
@@ -130,9 +138,10 @@ class Process:
 
     @cached_property
     def _cumulative(self) -> np.ndarray:
-        """Row number + cumulative probability of the actions (next letter, or a motif), flat.
+        """Row number + cumulative probability of each action (next letter or motif), flattened.
 
-        Rows are (style, previous letter, or 16 at the block's start): one sorted array to search.
+        Rows are (style, previous letter), with 16 for the start of a block. Adding the row number
+        keeps the array sorted, so one binary search draws for all rows.
         """
         styles = self.styles
         letter = np.concatenate([styles.bigram, styles.unigram[:, None]], axis=1)
@@ -143,7 +152,7 @@ class Process:
         return (np.minimum(rows, 1) + np.arange(len(rows))[:, None]).ravel()
 
     def log_likelihood(self, letters: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """Exact log-likelihoods (B, S) of blocks (B, L) of the given lengths (B,), in nats."""
+        """Compute exact log-likelihoods (B, S), in nats, of blocks (B, L) with lengths (B,)."""
         order = np.argsort(-lengths, kind="stable")
         found = np.empty((len(letters), len(self.styles.motif)))
         for i in range(0, len(order), CHUNK):
@@ -152,21 +161,21 @@ class Process:
         return found
 
     def _forward(self, letters: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """The forward algorithm, scaled; blocks come longest first, so that the short ones drop."""
+        """Run the scaled forward algorithm on blocks sorted from the longest to the shortest."""
         found = np.zeros((len(self.styles.motif), len(letters)))
         state = np.repeat(self.first, len(letters), axis=1)
         for i in range(lengths[0]):
-            live = int((lengths > i).sum())
+            active = int((lengths > i).sum())
             if i:
-                state = self.after(state[:, :live])
-            state *= self.emission[letters[:live, i]][:, None]
+                state = self.after(state[:, :active])
+            state *= self.emission[letters[:active, i]][:, None]
             total = state.sum((-1, -2))
             state /= total[..., None, None]
-            found[:, :live] += np.log(total)
+            found[:, :active] += np.log(total)
         return found.T
 
     def letter_shares(self, steps: int = 256) -> np.ndarray:
-        """Shares (S, 16) of the observed letters in a long block."""
+        """Compute the shares (S, 16) of the observed letters in a long block."""
         state = self.first
         for _ in range(steps):
             state = self.after(state)
@@ -175,10 +184,10 @@ class Process:
 
 @dataclass(frozen=True, kw_only=True)
 class SymbolSoup:
-    """The task's parameters; `make` draws examples and `measure` judges predictions.
+    """The options of the task; `make` draws examples and `measure` judges predictions.
 
     Examples have min_tokens to max_tokens tokens; `spaced` puts a white-space token between all
-    others. Raises SessaError naming the option that cannot be used.
+    others. Raises SessaError, naming the option, for options that cannot be used.
     """
 
     name: ClassVar[str] = "symbolsoup"
@@ -198,24 +207,21 @@ class SymbolSoup:
 
     def __post_init__(self) -> None:
         for option in ("style_seed", "data_seed"):
-            self._need(option, getattr(self, option) >= 0, "at least 0")
+            require(self, option, getattr(self, option) >= 0, "at least 0")
         for option in ("train_examples", "validation_examples", "test_examples"):
-            self._need(option, getattr(self, option) >= 1, "at least 1")
+            require(self, option, getattr(self, option) >= 1, "at least 1")
         for option in ("flip_probability", "motif_probability"):
-            self._need(option, 0 <= getattr(self, option) < 1, "from 0 to below 1")
-        self._need("noise_min", 0 <= self.noise_min < 1, "from 0 to below 1")
+            require(self, option, 0 <= getattr(self, option) < 1, "from 0 to below 1")
+        require(self, "noise_min", 0 <= self.noise_min < 1, "from 0 to below 1")
         wanted = f"from noise_min ({self.noise_min}) to below 1"
-        self._need("noise_max", self.noise_min <= self.noise_max < 1, wanted)
+        require(self, "noise_max", self.noise_min <= self.noise_max < 1, wanted)
         fewest, most = self._letters
         room = fewest > 0 and fewest - round(self.noise_max * fewest) >= 2
-        self._need("min_tokens", room, "larger: each of the two blocks needs a letter")
+        require(self, "min_tokens", room, "larger: each of the two blocks needs a letter")
         wanted = f"at least min_tokens ({self.min_tokens})"
-        self._need("max_tokens", most >= fewest, f"{wanted}, with an example's length in between")
-
-    def _need(self, option: str, holds: bool, wanted: str) -> None:
-        if not holds:
-            given = getattr(self, option)
-            raise SessaError(f"{self.name}: {option} is {given!r}; it must be {wanted}")
+        require(
+            self, "max_tokens", most >= fewest, f"{wanted}, with an example's length in between"
+        )
 
     @property
     def _stride(self) -> int:
@@ -223,7 +229,7 @@ class SymbolSoup:
 
     @property
     def _letters(self) -> tuple[int, int]:
-        """The fewest and the most letters of an example."""
+        """Fewest and most letters of an example."""
         stride = self._stride
         return -(-(self.min_tokens - 1) // stride) + 1 - MARKS, self._most_slots - MARKS
 
@@ -233,25 +239,26 @@ class SymbolSoup:
 
     @property
     def vocabulary(self) -> tuple[str, ...]:
-        """Every token: the special ones, the letters, the labels."""
+        """Special tokens, then the letters, then the labels."""
         labels = (f"left{i}/right{j}" for i in range(LEFT) for j in range(RIGHT))
         return (*SPECIAL, *ALPHABET, *labels)
 
     @property
     def context(self) -> int:
-        """Tokens in the longest example."""
+        """Length of the longest example, in tokens."""
         return (self._most_slots - 1) * self._stride + 1
 
     @cached_property
     def process(self) -> Process:
-        """How the letters of a block are drawn."""
+        """The model that draws the letters of a block."""
         return Process(new_styles(self.style_seed), self.motif_probability, self.flip_probability)
 
     def make(self, split: str, count: int, seed: Sequence[int]) -> Examples:
-        """Draw `count` examples, labels balanced; every split is alike; the same for the same seed.
+        """Draw `count` examples with balanced labels; all splits have the same distribution.
 
-        Facts: label, left and right style, left_first, and by order in the example the blocks'
-        `starts` (N, 2) in tokens, `lengths` (N, 2) in letters; `tokens` (N,): the example's length.
+        The metadata are `label`, `left` and `right` (the styles), `left_first` (whether the left
+        style comes first), the blocks' `starts` (N, 2) in tokens and `lengths` (N, 2) in letters,
+        in the order of the example, and `tokens` (N,), the length of the example.
         """
         rng = np.random.default_rng([*seed])
         label = rng.permutation(np.arange(count) % (LEFT * RIGHT))
@@ -272,9 +279,16 @@ class SymbolSoup:
         last = (letters + MARKS - 1) * self._stride
         weights = np.zeros(tokens.shape, np.float32)
         weights[np.arange(count), last] = 1
-        facts = {"label": label, "left": left, "right": right, "left_first": left_first}
-        facts |= {"starts": starts * self._stride, "lengths": lengths, "tokens": last + 1}
-        return Examples(tokens, weights, facts)
+        metadata = {
+            "label": label,
+            "left": left,
+            "right": right,
+            "left_first": left_first,
+            "starts": starts * self._stride,
+            "lengths": lengths,
+            "tokens": last + 1,
+        }
+        return Examples(tokens, weights, metadata)
 
     def _lay_out(
         self,
@@ -284,7 +298,7 @@ class SymbolSoup:
         cuts: np.ndarray,
         letters: np.ndarray,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens (N, slots) without white space and labels, and the blocks' first slots (N, 2)."""
+        """Return tokens (N, slots) without white space and label, and the blocks' starts (N, 2)."""
         rows = np.arange(len(letters))
         slots = rng.integers(FIRST_LETTER, FIRST_LABEL, (len(rows), self._most_slots))
         before = np.stack([np.zeros_like(letters), lengths[:, 0] + 2], axis=1)
@@ -292,8 +306,8 @@ class SymbolSoup:
         width = int(lengths.max())
         blocks = self.process.draw(rng, styles.ravel(), width).reshape(len(rows), 2, width)
         for i in range(2):
-            row, place = np.nonzero(np.arange(width) < lengths[:, i, None])
-            slots[row, starts[row, i] + place] = FIRST_LETTER + blocks[row, i, place]
+            row, at = np.nonzero(np.arange(width) < lengths[:, i, None])
+            slots[row, starts[row, i] + at] = FIRST_LETTER + blocks[row, i, at]
             slots[rows, starts[:, i] - 1] = SEP1
             slots[rows, starts[:, i] + lengths[:, i]] = SEP2
         slots[:, 0] = BOS
@@ -301,60 +315,61 @@ class SymbolSoup:
         return slots, starts
 
     def _spread(self, slots: np.ndarray, used: np.ndarray) -> np.ndarray:
-        """Tokens int32 (N, context): the used slots, white space between them, padding after."""
+        """Spread the used slots over tokens (N, context), with white space and padding."""
         tokens = np.full((len(slots), self.context), SPACE, np.int32)
         tokens[:, :: self._stride] = slots
         tokens[np.arange(self.context) > (used[:, None] - 1) * self._stride] = PAD
         return tokens
 
     def _blocks(self, examples: Examples) -> tuple[np.ndarray, np.ndarray]:
-        """Letters (2N, L) of the blocks, any letter after their end, and their lengths (2N,)."""
-        lengths = examples.facts["lengths"].reshape(-1)
-        starts = examples.facts["starts"].reshape(-1, 1)
-        place = starts + self._stride * np.minimum(np.arange(lengths.max()), lengths[:, None] - 1)
+        """Return the blocks' letters (2N, L), arbitrary after the end, and their lengths (2N,)."""
+        lengths = examples.metadata["lengths"].reshape(-1)
+        starts = examples.metadata["starts"].reshape(-1, 1)
+        at = starts + self._stride * np.minimum(np.arange(lengths.max()), lengths[:, None] - 1)
         rows = np.repeat(np.arange(len(examples.tokens)), 2)[:, None]
-        return examples.tokens[rows, place] - FIRST_LETTER, lengths
+        return examples.tokens[rows, at] - FIRST_LETTER, lengths
 
     def bayes_posterior(self, examples: Examples) -> np.ndarray:
-        """Exact probabilities (N, 20) of the labels, given the blocks but not their order."""
+        """Compute the exact label probabilities (N, 20), given the blocks but not their order."""
         return _posterior(self.process.log_likelihood(*self._blocks(examples)))
 
     def unigram_posterior(self, examples: Examples) -> np.ndarray:
-        """Probabilities (N, 20) of the labels to a reader who only counts a block's letters."""
+        """Compute the label probabilities (N, 20) of a reader that only counts letters."""
         letters, lengths = self._blocks(examples)
         inside = np.arange(letters.shape[1]) < lengths[:, None]
         counts = [((letters == letter) & inside).sum(1) for letter in range(LETTERS)]
         return _posterior(np.stack(counts, axis=1) @ np.log(self.process.letter_shares()).T)
 
     def measure(self, examples: Examples, predicted: np.ndarray) -> dict[str, Any]:
-        """Accuracies: of predicted (N, T), of its left and right half, and of known readers.
+        """Return the accuracy of predicted (N, T), by label and by style, and reference accuracies.
 
-        `ceiling` is the exact Bayes decoder's on these examples, `ceiling_error` its standard
-        error, `unigram` that of letter counts in the known blocks, `chance` that of guessing.
+        `ceiling` is the accuracy of the exact Bayes decoder on these examples, `ceiling_error` its
+        standard error, `unigram` the accuracy of a reader that counts letters, `chance` that of a
+        uniform guess.
         """
-        facts, rows = examples.facts, np.arange(len(examples.tokens))
-        label = predicted[rows, facts["tokens"] - 1] - FIRST_LABEL
-        # What is no label at all is neither a left nor a right style.
+        metadata, rows = examples.metadata, np.arange(len(examples.tokens))
+        label = predicted[rows, metadata["tokens"] - 1] - FIRST_LABEL
+        # A token that is no label counts as wrong for both styles.
         left, right = np.divmod(np.where((label >= 0) & (label < LEFT * RIGHT), label, -1), RIGHT)
         valid = left >= 0
-        ceiling = np.mean(self.bayes_posterior(examples).argmax(1) == facts["label"])
-        unigram = np.mean(self.unigram_posterior(examples).argmax(1) == facts["label"])
+        ceiling = np.mean(self.bayes_posterior(examples).argmax(1) == metadata["label"])
+        unigram = np.mean(self.unigram_posterior(examples).argmax(1) == metadata["label"])
         return {
-            "accuracy": float(np.mean(label == facts["label"])),
+            "accuracy": float(np.mean(label == metadata["label"])),
             "examples": len(rows),
             "ceiling": float(ceiling),
             "ceiling_error": float(np.sqrt(ceiling * (1 - ceiling) / len(rows))),
             "unigram": float(unigram),
             "chance": 1 / (LEFT * RIGHT),
-            "left_accuracy": float(np.mean(valid & (left == facts["left"]))),
-            "right_accuracy": float(np.mean(valid & (right == facts["right"]))),
+            "left_accuracy": float(np.mean(valid & (left == metadata["left"]))),
+            "right_accuracy": float(np.mean(valid & (right == metadata["right"]))),
         }
 
 
 def _posterior(scores: np.ndarray) -> np.ndarray:
-    """Label probabilities (N, 20) from the log-likelihoods (2N, 9) of both blocks in each style."""
+    """Combine the log-likelihoods (2N, 9) of both blocks to label probabilities (N, 20)."""
     first, second = scores.reshape(-1, 2, LEFT + RIGHT).swapaxes(0, 1)
     in_order = first[:, :LEFT, None] + second[:, None, LEFT:]
     swapped = second[:, :LEFT, None] + first[:, None, LEFT:]
     joint = np.logaddexp(in_order, swapped).reshape(len(first), LEFT * RIGHT)
-    return _normalised(np.exp(joint - joint.max(axis=1, keepdims=True)))
+    return _normalized(np.exp(joint - joint.max(axis=1, keepdims=True)))

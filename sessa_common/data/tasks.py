@@ -1,12 +1,14 @@
-"""Synthetic tasks: examples with a loss mask, as batches for the trainer and as a data folder."""
+"""Synthetic tasks: examples with loss weights, the folder that stores them, and their batches.
+
+The tasks themselves are `symbolsoup.py` and `mqar.py`; `task_registry.py` lists them by name.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -19,126 +21,83 @@ from sessa_common.checkpoint.folder import (
     write_json,
     write_safetensors,
 )
-from sessa_common.config import SessaConfig, TrainConfig, read_json
+from sessa_common.config import SessaConfig, TrainConfig
 from sessa_common.data.batches import Batch
 from sessa_common.errors import SessaError
 
 SPLITS = ("train", "validation", "test")
 TASK = "task.json"
-# Token ids (B, T) to the likeliest next ids (B, T): a model, whatever framework is behind it.
+METADATA = "metadata."
+# Before version 0.2 the tensors of `Examples.metadata` were stored under this prefix.
+OLD_METADATA = "facts."
+# Maps token ids (B, T) to the likeliest next ids (B, T), in any framework.
 Predict = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Rows of a task: tokens int32 (N, T), 0 after their end; weights float32 (N, T), 1 where the
-    token is to be predicted; facts by name, first axis N, for the task's own measures."""
+    """N examples of a task, padded to T tokens."""
 
-    tokens: np.ndarray
-    weights: np.ndarray
-    facts: dict[str, np.ndarray]
+    tokens: np.ndarray  # (N, T) int32, 0 after the end of an example
+    weights: np.ndarray  # (N, T) float32, 1 where the token is a target of the loss, else 0
+    metadata: dict[str, np.ndarray]  # by name, first axis N; the task measures answers with it
 
     def first(self, count: int) -> Examples:
-        """The first `count` examples."""
-        facts = {name: value[:count] for name, value in self.facts.items()}
-        return Examples(self.tokens[:count], self.weights[:count], facts)
+        """Return the first `count` examples."""
+        metadata = {name: value[:count] for name, value in self.metadata.items()}
+        return Examples(self.tokens[:count], self.weights[:count], metadata)
 
 
 class Task(Protocol):
-    """A frozen dataclass whose fields are the task's options; it draws examples and measures.
+    """A frozen dataclass whose fields are the task's options; it draws and measures examples.
 
-    `train_examples` 0 means endless: every batch is drawn anew. The vocabulary's first token is the
-    padding; `context` is the length of the longest example of any split.
+    An endless task has `train_examples` 0 and draws every batch anew. The first token of the
+    vocabulary is the padding. `context` is the length of the longest example of any split.
     """
 
     name: ClassVar[str]
 
     @property
     def train_examples(self) -> int:
-        """Training examples, or 0."""
+        """Number of training examples; 0 for an endless task."""
 
     @property
     def validation_examples(self) -> int:
-        """Held-out examples."""
+        """Number of held-out examples."""
 
     @property
     def test_examples(self) -> int:
-        """Test examples."""
+        """Number of test examples."""
 
     @property
     def data_seed(self) -> int:
-        """What the examples are drawn from."""
+        """Seed of the examples."""
 
     @property
     def vocabulary(self) -> tuple[str, ...]:
-        """The tokens, by id."""
+        """Text of each token, in the order of the ids."""
 
     @property
     def context(self) -> int:
-        """Tokens in the longest example."""
+        """Length of the longest example, in tokens."""
 
     def make(self, split: str, count: int, seed: Sequence[int]) -> Examples:
-        """Draw `count` examples of a split; the same for the same seed."""
+        """Draw `count` examples of a split; the same seed gives the same examples."""
 
     def measure(self, examples: Examples, predicted: np.ndarray) -> dict[str, Any]:
-        """Accuracy and what else the task reports; predicted (N, T) are ids for each position."""
+        """Return the accuracy and the task's other measures of the predicted ids (N, T)."""
 
 
-def known_tasks() -> dict[str, Callable[..., Task]]:
-    """The tasks by name."""
-    # The tasks import this module.
-    from sessa_common.data.mqar import DiffuseMqar
-    from sessa_common.data.symbolsoup import SymbolSoup
-
-    tasks: tuple[type[Task], ...] = (SymbolSoup, DiffuseMqar)
-    return {task.name: task for task in tasks}
-
-
-def new_task(name: str, options: Mapping[str, Any]) -> Task:
-    """The task of that name; SessaError for an unknown name, option or value."""
-    tasks = known_tasks()
-    if name not in tasks:
-        raise SessaError(
-            f"task is {name!r}, expected {', '.join(tasks)} or a folder written by sessa data"
-        )
-    defaults = options_of(tasks[name]())
-    if unknown := sorted(options.keys() - defaults.keys()):
-        raise SessaError(f"{name}: unknown option {unknown[0]}; known: {', '.join(defaults)}")
-    for option, value in options.items():
-        default = defaults[option]
-        if not isinstance(value, (int, float) if isinstance(default, float) else type(default)):
-            raise SessaError(f"{name}: {option} is {value!r}, expected a value like {default!r}")
-    return tasks[name](**options)
-
-
-def parse_options(name: str, given: Sequence[str]) -> dict[str, Any]:
-    """Options from "name=value" texts, in the types of the task's defaults."""
-    defaults = options_of(new_task(name, {}))
-    options = {}
-    for text in given:
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise SessaError(f"task option is {text!r}, expected name=value")
-        # new_task refuses the unknown ones.
-        options[key] = _parse(value, defaults.get(key, ""), text)
-    return options
-
-
-def _parse(value: str, default: Any, text: str) -> Any:
-    try:
-        if isinstance(default, bool):
-            return {"true": True, "false": False}[value.lower()]
-        if isinstance(default, tuple):
-            return tuple(int(part) for part in re.split("[,:]", value))
-        return type(default)(value)
-    except (KeyError, ValueError):
-        kind = "true or false" if isinstance(default, bool) else f"a value like {default!r}"
-        raise SessaError(f"task option is {text!r}, expected {kind}") from None
+def require(task: Task, option: str, holds: bool, expected: str) -> None:
+    """Raise SessaError, naming the option of the task and its value, unless the condition holds."""
+    if not holds:
+        given = getattr(task, option)
+        raise SessaError(f"{task.name}: {option} is {given!r}; it must be {expected}")
 
 
 @dataclass(frozen=True)
 class TaskData:
-    """A task with the examples of a run; train is None for an endless task."""
+    """The examples of a task for one run; `train` is None for an endless task."""
 
     task: Task
     train: Examples | None
@@ -147,7 +106,7 @@ class TaskData:
 
     @property
     def fingerprint(self) -> str:
-        """Changes when any example does."""
+        """Hash of the options, the tokens and the weights."""
         about = json.dumps([self.task.name, options_of(self.task)])
         digest = hashlib.blake2b(about.encode(), digest_size=16)
         for part in (self.train, self.validation, self.test):
@@ -158,13 +117,18 @@ class TaskData:
 
 
 def options_of(task: Task) -> dict[str, Any]:
-    """The task's options by name."""
+    """Return the task's options by name."""
     fields: Any = task
     return dataclasses.asdict(fields)
 
 
 def make_data(task: Task, train_examples: int | None = None) -> TaskData:
-    """Draw all splits; train_examples makes an endless task finite."""
+    """Draw all splits; `train_examples` gives an endless task a fixed training set.
+
+    Raises SessaError for a number below 1 and for a task that has a training set already.
+    """
+    if train_examples is not None:
+        _check_train_examples(task, train_examples)
     counts = (train_examples or task.train_examples, task.validation_examples, task.test_examples)
     parts = [
         task.make(split, count, [task.data_seed, i]) if count else None
@@ -174,85 +138,91 @@ def make_data(task: Task, train_examples: int | None = None) -> TaskData:
     return TaskData(task, parts[0], parts[1], parts[2])
 
 
-def read_task(spec: str, options: Sequence[str] = ()) -> Task:
-    """The task of a name and options, or of a folder written by `write_data`."""
-    if not (Path(spec) / TASK).is_file():
-        return new_task(spec, parse_options(spec, options))
-    if options:
-        raise SessaError(f"{spec} has its options in {TASK}; leave --task-option out")
-    folder = Path(spec)
-    stored = read_json(folder / TASK)
-    if not isinstance(found := stored.get("options"), dict):
-        raise SessaError(f"{folder / TASK}: no options in it, so sessa data did not write it")
-    given = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in found.items()
-    }
-    task = new_task(str(stored.get("task")), given)
-    if list(task.vocabulary) != stored.get("vocabulary"):
-        raise SessaError(f"{folder / TASK}: the vocabulary is not that of {task.name}; "
-                         "make the data again with sessa data")  # fmt: skip
-    return task
+def _check_train_examples(task: Task, train_examples: int) -> None:
+    if train_examples < 1:
+        raise SessaError(f"train_examples is {train_examples}, expected 1 or more")
+    if task.train_examples:
+        raise SessaError(
+            f"{task.name} has a training set; set its size with the task option "
+            f"train_examples={train_examples}"
+        )
 
 
-def load_data(spec: str, options: Sequence[str] = ()) -> TaskData:
-    """The data of a task's name and options, or of a folder written by `write_data`."""
-    task, folder = read_task(spec, options), Path(spec)
-    if not (folder / TASK).is_file():
-        return make_data(task)
-    train, validation, test = (
-        _read_examples(folder / f"{split}.safetensors", task) for split in SPLITS
-    )
-    return TaskData(task, train, validation, test)
+def write_task(
+    task: Task, folder: Path, train_examples: int | None = None, *, force: bool = False
+) -> TaskData:
+    """Draw all splits as `make_data` does, write them into a new folder and return them.
+
+    Raises SessaError, before anything is drawn, for an endless task without `train_examples`.
+    """
+    if not task.train_examples and train_examples is None:
+        raise SessaError(f"{task.name} is endless: give the number of training examples")
+    data = make_data(task, train_examples)
+    write_data(data, folder, force=force)
+    return data
 
 
 def write_data(data: TaskData, folder: Path, *, force: bool = False) -> None:
-    """Write task.json and one safetensors file a split into a new folder."""
+    """Write task.json and one safetensors file per split into a new folder."""
     if data.train is None:
-        raise SessaError(f"{data.task.name} is endless: say how many training examples to write")
+        raise SessaError(f"{data.task.name} is endless: give the number of training examples")
     with new_folder(folder, force=force) as scratch:
         for split, part in zip(SPLITS, (data.train, data.validation, data.test), strict=True):
             arrays = {"tokens": part.tokens, "weights": part.weights}
-            arrays |= {f"facts.{name}": value for name, value in part.facts.items()}
+            arrays |= {f"{METADATA}{name}": value for name, value in part.metadata.items()}
             write_safetensors(scratch / f"{split}.safetensors", arrays)
-        stored = {"task": data.task.name, "options": options_of(data.task),
-                  "vocabulary": list(data.task.vocabulary)}  # fmt: skip
+        stored = {
+            "task": data.task.name,
+            "options": options_of(data.task),
+            "vocabulary": list(data.task.vocabulary),
+        }
         write_json(scratch / TASK, stored)
 
 
-def _read_examples(path: Path, task: Task) -> Examples:
+def read_examples(path: Path, task: Task) -> Examples:
+    """Read a split that `write_data` wrote; SessaError when it does not fit the task."""
     arrays = read_safetensors(path)
     if missing := {"tokens", "weights"} - arrays.keys():
         raise SessaError(f"{path}: no tensor {sorted(missing)[0]}; make the data again")
     tokens, weights = arrays["tokens"], arrays["weights"]
     whole = tokens.ndim == 2 and tokens.size > 0 and weights.shape == tokens.shape
     if not whole or tokens.shape[1] > task.context:
-        raise SessaError(f"{path}: tokens {tokens.shape} and weights {weights.shape} are not rows "
-                         f"of up to {task.context} tokens; make the data again")  # fmt: skip
+        raise SessaError(
+            f"{path}: tokens {tokens.shape} and weights {weights.shape} are not rows of up to "
+            f"{task.context} tokens; make the data again"
+        )
     if tokens.min() < 0 or tokens.max() >= len(task.vocabulary):
         raise SessaError(f"{path}: a token is not in the vocabulary; make the data again")
-    facts = {name[6:]: value for name, value in arrays.items() if name.startswith("facts.")}
-    return Examples(tokens, weights, facts)
+    metadata = {
+        name.removeprefix(prefix): value
+        for prefix in (METADATA, OLD_METADATA)
+        for name, value in arrays.items()
+        if name.startswith(prefix)
+    }
+    return Examples(tokens, weights, metadata)
 
 
 class TaskBatches:
-    """Training, validation and test rows of a task (a `BatchSource`).
+    """Training, validation and test batches of a task (a `BatchSource`).
 
     Every training row is as long as the longest, so that all batches have one shape. Raises
-    SessaError when the model reads fewer positions or has fewer tokens than the task.
+    SessaError when the model has fewer positions or fewer tokens than the task needs.
     """
 
     def __init__(self, data: TaskData, config: SessaConfig, settings: TrainConfig) -> None:
         task = data.task
-        # The last token of an example is predicted, never read.
+        # The last token of an example is a target only, so the model never reads it.
         if task.context - 1 > config.max_position_embeddings:
             raise SessaError(
                 f"{task.name} has examples of {task.context} tokens, but the model has "
                 f"max_position_embeddings {config.max_position_embeddings}; choose a larger "
-                "--context, or shorter examples with --task-option"
+                "max_position_embeddings, or task_options that make shorter examples"
             )
         if len(task.vocabulary) > config.vocab_size:
-            raise SessaError(f"{task.name} has {len(task.vocabulary)} tokens, but the model's "
-                             f"embedding has vocab_size {config.vocab_size} rows")  # fmt: skip
+            raise SessaError(
+                f"{task.name} has {len(task.vocabulary)} tokens, but the model's embedding has "
+                f"vocab_size {config.vocab_size} rows"
+            )
         self.data, self.batch_size, self.seed = data, settings.batch_size, settings.seed
         self.fingerprint = data.fingerprint
         self.held_out = data.validation.first(settings.evaluate_batches * settings.batch_size)
@@ -260,12 +230,12 @@ class TaskBatches:
 
     @property
     def summary(self) -> str:
-        """What is trained on, in a few words."""
+        """Name of the task and size of its training set."""
         count = "endless" if self.data.train is None else f"{len(self.data.train.tokens):,}"
         return f"{self.data.task.name}, {count} training examples"
 
     def batch(self, index: int) -> Batch:
-        """Rows index * batch_size and following of the run's shuffled order, or freshly drawn."""
+        """Return batch `index` of the run's shuffled order; an endless task draws it anew."""
         task, train = self.data.task, self.data.train
         if train is None:
             return as_batch(
@@ -275,28 +245,28 @@ class TaskBatches:
         return as_batch(train, [self._row(i) for i in range(first, first + self.batch_size)])
 
     def validation(self) -> Sequence[Batch]:
-        """The first evaluate_batches of the held-out batches."""
+        """Return the first `evaluate_batches` batches of the held-out examples."""
         return self._batches(self.held_out)
 
     def score(self, predicted: Sequence[np.ndarray]) -> dict[str, float]:
-        """The share of held-out targets that the ids (B, T) of each batch have."""
+        """Return the share of held-out targets that the ids (B, T) of each batch predict."""
         part = self.held_out
-        hits = (_by_place(predicted) == part.tokens) * part.weights
+        hits = (_at_targets(predicted) == part.tokens) * part.weights
         return {"validation_accuracy": float(hits.sum() / part.weights.sum())}
 
     def test(self, predict: Predict) -> dict[str, Any]:
-        """The task's measures on its test examples."""
+        """Return the task's measures on its test examples."""
         part = self.data.test
         predicted = [predict(batch.inputs) for batch in self._batches(part)]
-        return self.data.task.measure(part, _by_place(predicted))
+        return self.data.task.measure(part, _at_targets(predicted))
 
     def _row(self, index: int) -> int:
         assert self.data.train is not None
-        epoch, place = divmod(index, len(self.data.train.tokens))
+        epoch, position = divmod(index, len(self.data.train.tokens))
         if self._epoch != epoch:
             rng = np.random.default_rng([self.seed, epoch])
             self._epoch, self._order = epoch, rng.permutation(len(self.data.train.tokens))
-        return int(self._order[place])
+        return int(self._order[position])
 
     def _batches(self, part: Examples) -> list[Batch]:
         return [
@@ -305,12 +275,12 @@ class TaskBatches:
         ]
 
 
-def _by_place(predicted: Sequence[np.ndarray]) -> np.ndarray:
-    """Ids (N, T): at each position what the model expects there; the first is never asked."""
+def _at_targets(predicted: Sequence[np.ndarray]) -> np.ndarray:
+    """Shift predictions to the positions they are for: ids (N, T), 0 at the first position."""
     return np.pad(np.concatenate(predicted), ((0, 0), (1, 0)))
 
 
 def as_batch(part: Examples, rows: slice | Sequence[int] = slice(None)) -> Batch:
-    """Inputs, shifted targets and their weights of some rows."""
+    """Return the inputs, the shifted targets and the targets' weights of some rows."""
     tokens, weights = part.tokens[rows], part.weights[rows]
     return Batch(tokens[:, :-1], tokens[:, 1:], weights[:, 1:].astype(np.float32))

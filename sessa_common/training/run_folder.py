@@ -23,7 +23,8 @@ from sessa_common.checkpoint.initialization import initial_weights
 from sessa_common.config import PRESETS, SessaConfig, TrainConfig, parameter_count, read_json
 from sessa_common.data.corpus import TextBatches, pack, training_window
 from sessa_common.data.sources import Reading, read_documents
-from sessa_common.data.tasks import TaskBatches, load_data, options_of
+from sessa_common.data.task_registry import load_data
+from sessa_common.data.tasks import TaskBatches, options_of
 from sessa_common.data.tokenizer import (
     check_fits,
     choose_tokenizer,

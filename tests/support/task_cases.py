@@ -5,7 +5,8 @@ import dataclasses
 import numpy as np
 
 from sessa_common.config import SessaConfig, TrainConfig
-from sessa_common.data.tasks import TaskBatches, make_data, new_task, parse_options
+from sessa_common.data.task_registry import new_task, parse_options
+from sessa_common.data.tasks import TaskBatches, make_data
 
 BACKENDS = ("torch", "mlx")
 SOUP = ("min_tokens=20", "max_tokens=24", "train_examples=10", "validation_examples=7",
@@ -38,10 +39,10 @@ def batches(task, batch_size=4, seed=0, data=None, **config):
 
 
 def assert_same_examples(left, right):
-    assert left.facts.keys() == right.facts.keys()
+    assert left.metadata.keys() == right.metadata.keys()
     for name in ("tokens", "weights"):
         found, expected = getattr(left, name), getattr(right, name)
         assert found.dtype == expected.dtype
         np.testing.assert_array_equal(found, expected)
-    for name, value in left.facts.items():
-        np.testing.assert_array_equal(value, right.facts[name])
+    for name, value in left.metadata.items():
+        np.testing.assert_array_equal(value, right.metadata[name])

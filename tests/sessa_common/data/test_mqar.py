@@ -1,4 +1,4 @@
-"""Diffuse MQAR: the examples' grammar, lags and look-alikes, and the judgement of answers."""
+"""Diffuse MQAR: grammar, lags and distractors of the examples, and the measures of answers."""
 
 from collections import Counter, defaultdict
 
@@ -66,11 +66,11 @@ def test_queries_ask_for_what_the_memory_holds(task, split):
             place, kept = source[key]
             assert value == kept
             lags.append(at - place)
-        assert lags == examples.facts["lags"][n].tolist()
-        assert lags[examples.facts["anchor"][n]] == examples.facts["anchor_lag"][n]
+        assert lags == examples.metadata["lags"][n].tolist()
+        assert lags[examples.metadata["anchor"][n]] == examples.metadata["anchor_lag"][n]
         positions = [at for at, _, _ in queries]
         assert np.flatnonzero(examples.weights[n]).tolist() == positions
-        assert row[positions].tolist() == examples.facts["answers"][n].tolist()
+        assert row[positions].tolist() == examples.metadata["answers"][n].tolist()
 
 
 @both
@@ -95,7 +95,7 @@ def test_distractors_look_like_memory_but_never_are(task):
         assert not keys & {key for _, key, _ in distractors}
         rest = len(noise) - (task.prefix + 3) * len(distractors)
         assert sum(word.startswith("f") for word in noise) == rest
-        values = [f"v{v - task.first_value}" for v in examples.facts["distractor_values"][n]]
+        values = [f"v{v - task.first_value}" for v in examples.metadata["distractor_values"][n]]
         assert values[: len(distractors)] == [value for _, _, value in distractors]
         prefixes = {key[:-1] for key in keys}
         alike += sum(key[:-1] in prefixes for _, key, _ in distractors)
@@ -106,7 +106,7 @@ def test_distractors_look_like_memory_but_never_are(task):
 def test_density_zero_has_no_distractors():
     task = DiffuseMqar(density=0)
     examples = task.make("test", 3, [7])
-    assert examples.facts["distractor_keys"].shape == (12, 0)
+    assert examples.metadata["distractor_keys"].shape == (12, 0)
     for row in examples.tokens:
         assert all(word.startswith("f") for word in read(task, row)[3])
     levels = task.measure(examples, examples.tokens)["heuristics_by_lag"]["128"]
@@ -122,28 +122,29 @@ def test_density_one_fills_the_noise():
 @both
 def test_shapes_lags_and_lengths(task):
     train, test = task.make("train", 400, [8]), task.make("test", 50, [8])
-    assert train.tokens.shape == train.weights.shape == (400, task.training_length)
+    assert train.tokens.shape == train.weights.shape == (400, task._length(task.max_lag))
     assert test.tokens.shape == (50 * len(task.test_lags), task.context)
-    assert test.facts["anchor_lag"].tolist() == np.repeat(task.test_lags, 50).tolist()
-    lags = train.facts["anchor_lag"]
+    assert test.metadata["anchor_lag"].tolist() == np.repeat(task.test_lags, 50).tolist()
+    lags = train.metadata["anchor_lag"]
     assert task.min_lag <= lags.min() and lags.max() <= task.max_lag
     middle = np.sqrt(task.min_lag * task.max_lag)  # the median of a log-uniform draw
     assert 0.42 < (lags < middle).mean() < 0.58
-    assert set(train.facts["anchor"]) == set(range(task.queries))
+    assert set(train.metadata["anchor"]) == set(range(task.queries))
     assert train.tokens.dtype == np.int32 and train.weights.dtype == np.float32
-    assert all(fact.flags.c_contiguous for fact in train.facts.values())
+    assert all(value.flags.c_contiguous for value in train.metadata.values())
 
 
 @pytest.mark.parametrize("lag", [50, 51, 64])
 def test_longest_example_reaches_the_stated_length(lag):
     task = DiffuseMqar(min_lag=50, max_lag=lag, test_lags=(lag,))
     used = (task.make("test", 2000, [9]).tokens != 0).sum(axis=1)
-    assert used.max() == task.context == task.training_length
+    assert used.max() == task.context
 
 
 def test_context_covers_training_lags_beyond_the_test_lags():
     task = DiffuseMqar(max_lag=300, test_lags=(100,))
-    assert task.context == task.training_length == task.make("test", 2, [1]).tokens.shape[1]
+    assert task.context == task.make("train", 2, [1]).tokens.shape[1]
+    assert task.context == task.make("test", 2, [1]).tokens.shape[1]
 
 
 def test_the_seed_decides():
@@ -231,7 +232,7 @@ def test_measure_keeps_lags_and_the_anchor_apart():
     examples = task.make("test", 6, [13])
     predicted = examples.tokens.copy()
     for n in range(6):
-        wrong = np.delete(examples.facts["positions"][n], examples.facts["anchor"][n])
+        wrong = np.delete(examples.metadata["positions"][n], examples.metadata["anchor"][n])
         predicted[n, wrong] = 1
     result = task.measure(examples, predicted)
     assert result["by_lag"] == {"130": 1 / 8, "260": 1.0}

@@ -68,7 +68,7 @@ def test_layout(task):
     assert examples.tokens.dtype == np.int32 and examples.weights.dtype == np.float32
     for i, row in enumerate(examples.tokens):
         text = words(task, row)
-        assert len(text) == examples.facts["tokens"][i]
+        assert len(text) == examples.metadata["tokens"][i]
         assert task.min_tokens <= len(text) <= task.max_tokens
         if task.spaced:
             assert set(text[1::2]) == {"<space>"}
@@ -76,14 +76,14 @@ def test_layout(task):
             assert len(text) * 2 - 1 == 2 * is_letter(row).sum() + 13
         marks = [word for word in text if len(word) > 1]
         assert marks == ["<bos>", "<sep1>", "<sep2>", "<sep1>", "<sep2>", "<sep>", text[-1]]
-        left, right = examples.facts["left"][i], examples.facts["right"][i]
+        left, right = examples.metadata["left"][i], examples.metadata["right"][i]
         assert text[-1] == f"left{left}/right{right}"
         stride = 2 if task.spaced else 1
         opened = [stride * (at + 1) for at, word in enumerate(text) if word == "<sep1>"]
         closed = [stride * at for at, word in enumerate(text) if word == "<sep2>"]
-        assert opened == examples.facts["starts"][i].tolist()
+        assert opened == examples.metadata["starts"][i].tolist()
         lengths = [(end - start) // stride for start, end in zip(opened, closed, strict=True)]
-        assert lengths == examples.facts["lengths"][i].tolist() and min(lengths) >= 1
+        assert lengths == examples.metadata["lengths"][i].tolist() and min(lengths) >= 1
 
 
 @pytest.mark.parametrize("task", [SMALL, DENSE], ids=["spaced", "dense"])
@@ -91,7 +91,7 @@ def test_only_the_label_has_weight(task):
     examples = task.make("train", 40, [1])
     np.testing.assert_array_equal(examples.weights, examples.tokens >= FIRST_LABEL)
     np.testing.assert_array_equal(examples.weights.sum(axis=1), 1)
-    counts = np.bincount(examples.facts["label"], minlength=20)
+    counts = np.bincount(examples.metadata["label"], minlength=20)
     np.testing.assert_array_equal(counts, 2)
 
 
@@ -101,10 +101,10 @@ def test_lengths_and_noise_cover_their_ranges():
     letters = is_letter(examples.tokens).sum(axis=1)
     assert task.context == 599
     assert (letters.min(), letters.max()) == (194, 293)
-    share = 1 - examples.facts["lengths"].sum(axis=1) / letters
+    share = 1 - examples.metadata["lengths"].sum(axis=1) / letters
     assert 0.297 < share.min() < 0.31 and 0.59 < share.max() < 0.603
     assert abs(share.mean() - 0.45) < 0.01
-    first = examples.facts["left_first"].mean()
+    first = examples.metadata["left_first"].mean()
     assert abs(first - 0.5) < 0.05
 
 
@@ -180,8 +180,8 @@ def test_posterior_takes_both_orders():
     task = SymbolSoup(min_tokens=10, max_tokens=10, noise_min=0, noise_max=0, spaced=False)
     examples = task.make("test", 20, [5])
     process = task.process
-    for i, (a, b) in enumerate(examples.facts["starts"]):
-        spans = zip((a, b), examples.facts["lengths"][i], strict=True)
+    for i, (a, b) in enumerate(examples.metadata["starts"]):
+        spans = zip((a, b), examples.metadata["lengths"][i], strict=True)
         blocks = [examples.tokens[i : i + 1, s : s + n] - FIRST_LETTER for s, n in spans]
         first, second = (
             np.exp(process.log_likelihood(x, np.array([x.shape[1]])))[0] for x in blocks
@@ -205,13 +205,13 @@ def test_bayes_above_unigram_above_chance():
 
 def test_measure_counts_labels_and_halves():
     examples = SMALL.make("test", 40, [7])
-    facts, rows = examples.facts, np.arange(40)
+    metadata, rows = examples.metadata, np.arange(40)
     predicted = np.zeros_like(examples.tokens)
-    said = FIRST_LABEL + 5 * facts["left"] + facts["right"]
-    said[:10] = FIRST_LABEL + 5 * facts["left"][:10] + (facts["right"][:10] + 1) % 5
-    said[10:14] = FIRST_LABEL + 5 * ((facts["left"][10:14] + 1) % 4) + facts["right"][10:14]
+    said = FIRST_LABEL + 5 * metadata["left"] + metadata["right"]
+    said[:10] = FIRST_LABEL + 5 * metadata["left"][:10] + (metadata["right"][:10] + 1) % 5
+    said[10:14] = FIRST_LABEL + 5 * ((metadata["left"][10:14] + 1) % 4) + metadata["right"][10:14]
     said[14:16] = (0, FIRST_LETTER)  # no label at all
-    predicted[rows, facts["tokens"] - 1] = said
+    predicted[rows, metadata["tokens"] - 1] = said
     found = SMALL.measure(examples, predicted)
     assert found["examples"] == 40
     assert found["accuracy"] == pytest.approx(24 / 40)

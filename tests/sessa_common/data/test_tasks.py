@@ -14,14 +14,8 @@ from support.task_cases import (
     tiny,
 )
 
-from sessa_common.data.tasks import (
-    SPLITS,
-    load_data,
-    make_data,
-    new_task,
-    parse_options,
-    write_data,
-)
+from sessa_common.data.task_registry import load_data, new_task, parse_options
+from sessa_common.data.tasks import SPLITS, make_data, write_data
 from sessa_common.errors import SessaError
 
 # Options.
@@ -87,6 +81,22 @@ def test_a_folder_holds_the_data_that_the_options_make(tmp_path):
     assert not np.array_equal(other.validation.tokens, drawn.validation.tokens)
 
 
+@pytest.mark.parametrize("name", TASKS)
+def test_a_folder_of_before_version_0_2_is_read(name, tmp_path):
+    """Its tensors of metadata have the prefix "facts."."""
+    data = make_data(tiny(name), 6 if name == "diffuse-mqar" else None)
+    write_data(data, tmp_path / "old")
+    for split in SPLITS:
+        path = tmp_path / "old" / f"{split}.safetensors"
+        arrays = {key.replace("metadata.", "facts."): v for key, v in load_file(path).items()}
+        assert any(key.startswith("facts.") for key in arrays)
+        save_file(arrays, path)
+    found = load_data(str(tmp_path / "old"))
+    assert found.fingerprint == data.fingerprint
+    for split in SPLITS:
+        assert_same_examples(getattr(found, split), getattr(data, split))
+
+
 def test_the_splits_are_different_examples():
     data = load_data("symbolsoup", SOUP)
     rows = [row.tobytes() for split in SPLITS for row in getattr(data, split).tokens]
@@ -96,7 +106,7 @@ def test_the_splits_are_different_examples():
 def test_an_endless_task_is_written_with_a_number_of_examples(tmp_path):
     task = tiny("diffuse-mqar")
     assert load_data("diffuse-mqar", RECALL).train is None
-    with pytest.raises(SessaError, match="diffuse-mqar is endless: say how many"):
+    with pytest.raises(SessaError, match="diffuse-mqar is endless: give the number"):
         write_data(make_data(task), tmp_path / "data")
     assert not (tmp_path / "data").exists()
     write_data(make_data(task, 6), tmp_path / "data")
@@ -109,7 +119,10 @@ def test_an_endless_task_is_written_with_a_number_of_examples(tmp_path):
 
 def test_options_beside_a_folder_are_refused(tmp_path):
     write_data(make_data(tiny("symbolsoup")), tmp_path / "soup")
-    with pytest.raises(SessaError, match=r"has its options in task\.json; leave --task-option out"):
+    with pytest.raises(
+        SessaError,
+        match=r"task\.json already holds the options of the task; leave task_options out",
+    ):
         load_data(str(tmp_path / "soup"), ("min_tokens=20",))
 
 
