@@ -6,7 +6,7 @@ BIN := .venv/bin
 OPENBLAS := $(wildcard /usr/lib/*-linux-gnu/openblas-pthread/libblas.so.3)
 PRELOAD := $(if $(OPENBLAS),LD_PRELOAD=$(firstword $(OPENBLAS)) OPENBLAS_NUM_THREADS=1)
 
-.PHONY: setup web demo test check bench ort-op-fuzz ort-op-sanitize metal-races clean
+.PHONY: setup web demo test check bench ort-op-fuzz ort-op-sanitize metal-races audit clean
 
 setup: .venv/.installed
 
@@ -46,6 +46,11 @@ ort-op-sanitize: setup
 
 metal-races: setup
 	$(BIN)/python tools/metal_emulator/races.py
+
+# Needs the network. pip-audit gets a folder of its own, so that .venv keeps the exact versions.
+audit: setup
+	$(BIN)/pip install --quiet --target .venv/audit pip-audit
+	PYTHONPATH=.venv/audit $(BIN)/python tools/audit.py
 
 clean:
 	rm -rf .venv demo

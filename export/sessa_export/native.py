@@ -12,6 +12,7 @@ import platform
 import re
 import shlex
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -30,6 +31,8 @@ INCLUDE_FOLDERS = ("/opt/homebrew/include/onnxruntime", "/usr/local/include/onnx
                    "/usr/include/onnxruntime")  # fmt: skip
 # The operator's entries of the C interface exist from here on (ONNX Runtime 1.17).
 API_VERSION = 17
+HASH_SUFFIX = ".sha256"
+WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi")
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer",
@@ -70,7 +73,12 @@ def find_compiler() -> list[str]:
     if sys.platform == "win32":
         raise SessaError("the native operator is built on Linux and macOS only; without it the "
                          "exported model runs as it is")  # fmt: skip
-    given = shlex.split(os.environ.get("CXX", ""))
+    try:
+        given = shlex.split(os.environ.get("CXX", ""))
+    except ValueError as error:
+        raise SessaError(
+            f"CXX is {os.environ['CXX']!r}, which is not a command ({error})"
+        ) from None
     found = next((path for name in given[:1] or COMPILERS if (path := shutil.which(name))), None)
     if found is None:
         raise SessaError(
@@ -154,7 +162,45 @@ def make_recipe(*, sanitize: bool = False) -> Recipe:
 def library_path(*, sanitize: bool = False, cache: Path | None = None) -> Path | None:
     """The library that `build` made from these sources on this machine, None when it did not."""
     path = make_recipe(sanitize=sanitize).library(cache)
-    return path if path.is_file() else None
+    if not path.is_file():
+        return None
+    require_trusted(path)
+    return path
+
+
+def require_trusted(library: Path) -> None:
+    """Raise SessaError unless a library in the cache is this user's and is what was built.
+
+    Loading a library runs its code. So the file, its folder, the cache and the folder around the
+    cache must not be writable by others, all but the last must belong to this user, and the file
+    must have the SHA-256 that `build` wrote beside it.
+    """
+    remedy = "remove it and run `sessa build-op` again"
+    own, around = (library, library.parent, library.parent.parent), library.parent.parent.parent
+    for path in (*own, around):
+        status = path.stat()
+        if status.st_mode & WRITABLE_BY_OTHERS:
+            raise SessaError(
+                f"{path}: other users may write here, so the native operator is not loaded; "
+                "correct the permissions, or set XDG_CACHE_HOME to a folder of your own"
+            )
+        if path != around and status.st_uid != os.getuid():
+            raise SessaError(f"{path}: belongs to another user, so it is not loaded; {remedy}")
+    recorded = library.with_name(library.name + HASH_SUFFIX)
+    if not recorded.is_file() or recorded.read_text(encoding="ascii").strip() != _sha256(library):
+        raise SessaError(f"{library}: is not the file that was built here; {remedy}")
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _private_folder(path: Path) -> None:
+    """Make the cache folder `path`, and make it readable by this user alone."""
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for folder in (path, path.parent):
+        if folder.stat().st_uid == os.getuid():
+            folder.chmod(0o700)
 
 
 def build(*, sanitize: bool = False, force: bool = False, cache: Path | None = None) -> Path:
@@ -162,19 +208,24 @@ def build(*, sanitize: bool = False, force: bool = False, cache: Path | None = N
 
     It appears under its name only when it is complete, so several processes may build at once.
     `sanitize` adds AddressSanitizer and UndefinedBehaviorSanitizer. Raises SessaError without a
-    compiler and, with the compiler's words, when it fails.
+    compiler, with the compiler's words when it fails, and for a cache that others may write to.
     """
     recipe = make_recipe(sanitize=sanitize)
     path = recipe.library(cache)
-    if path.is_file() and not force:
+    if path.is_file() and path.with_name(path.name + HASH_SUFFIX).is_file() and not force:
+        require_trusted(path)
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _private_folder(path.parent)
     with tempfile.TemporaryDirectory(prefix="build-", dir=path.parent) as scratch:
         compilations, link = recipe.commands(Path(scratch))
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(_run, compilations))
         _run(link)
-        os.replace(Path(scratch) / library_name(), path)
+        built, recorded = Path(scratch) / library_name(), path.name + HASH_SUFFIX
+        (Path(scratch) / recorded).write_text(_sha256(built) + "\n", encoding="ascii")
+        os.replace(Path(scratch) / recorded, path.with_name(recorded))
+        os.replace(built, path)
+    require_trusted(path)
     return path
 
 

@@ -1,9 +1,9 @@
 // Uses the page in Chromium as a person would and tells what it shows:
-// page.mjs CHROMIUM URL '{"device", "prompt", "tokens", "temperature", "screenshot"}'
+// page.mjs CHROMIUM URL '{"device", "prompt", "tokens", "temperature", "screenshot", "elsewhere"}'
 import { chromium } from "playwright-core";
 
 const [executablePath, url, given] = process.argv.slice(2);
-const { device, prompt, tokens, temperature = 0, screenshot } = JSON.parse(given);
+const { device, prompt, tokens, temperature = 0, screenshot, elsewhere } = JSON.parse(given);
 const args = [
   "--no-sandbox",
   "--disable-dev-shm-usage",
@@ -42,5 +42,24 @@ if (loaded.about && (device === "wasm" || adapter)) {
   await page.click("#clear");
   loaded.cleared = await text("text");
 }
+if (elsewhere)
+  // What a script that found its way into the page could do: fetch, load code, run inline code.
+  loaded.allowed = await page.evaluate(async (address) => {
+    const loads = (script) =>
+      new Promise((done) => {
+        script.onload = () => done(true);
+        script.onerror = () => done(false);
+        document.head.append(script);
+      });
+    const remote = Object.assign(document.createElement("script"), { src: `${address}sessa.js` });
+    const inline = document.createElement("script");
+    inline.textContent = "window.inlineRan = true";
+    document.head.append(inline);
+    return {
+      fetch: await fetch(address, { mode: "no-cors" }).then(() => true, () => false),
+      remote: await loads(remote),
+      inline: Boolean(window.inlineRan),
+    };
+  }, elsewhere);
 console.log(JSON.stringify({ ...loaded, errors }));
 await browser.close();

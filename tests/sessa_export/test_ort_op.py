@@ -255,7 +255,9 @@ def test_a_library_is_built_once(fake_compiler):
     assert len(written) == len(list(native.source_folder().glob("*.cpp"))) + 1
     assert path == native.library_path() == native.build()
     assert fake_compiler.with_name("log").read_text().splitlines() == written
-    assert [file.name for file in path.parent.iterdir()] == [native.library_name()]
+    assert sorted(file.name for file in path.parent.iterdir()) == [
+        native.library_name(), native.library_name() + ".sha256"
+    ]  # fmt: skip
     native.build(force=True)
     assert len(fake_compiler.with_name("log").read_text().splitlines()) == 2 * len(written)
 
@@ -305,6 +307,43 @@ def test_registering_says_what_is_wrong(fake_compiler):
         native.register(options, "nowhere.so")
     with pytest.raises(SessaError, match="ONNX Runtime cannot load it"):
         native.register(options, native.build())
+
+
+def test_the_cache_is_private_and_what_was_built_is_what_is_loaded(fake_compiler):
+    path = native.build()
+    for folder in (path.parent, path.parent.parent):
+        assert folder.stat().st_mode & 0o777 == 0o700
+    path.write_text("changed\n")
+    with pytest.raises(SessaError, match="is not the file that was built here"):
+        native.library_path()
+    with pytest.raises(SessaError, match="is not the file that was built here"):
+        native.build()
+    assert native.build(force=True).read_text() == "built\n"
+    path.with_name(path.name + ".sha256").unlink()
+    with pytest.raises(SessaError, match="is not the file that was built here"):
+        native.library_path()
+
+
+@pytest.mark.parametrize("level", range(4))
+def test_a_library_in_a_place_that_others_may_write_to_is_not_loaded(fake_compiler, level):
+    path = native.build()
+    place = [path, *path.parents][level]
+    place.chmod(0o777)
+    with pytest.raises(SessaError, match="other users may write here"):
+        native.library_path()
+
+
+def test_a_library_of_another_user_is_not_loaded(fake_compiler, monkeypatch):
+    native.build()
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    with pytest.raises(SessaError, match="belongs to another user"):
+        native.library_path()
+
+
+def test_a_cxx_that_is_no_command_is_said(monkeypatch):
+    monkeypatch.setenv("CXX", "g++ -O3'")
+    with pytest.raises(SessaError, match="CXX is .*, which is not a command"):
+        native.find_compiler()
 
 
 def test_the_command_builds_and_copies(fake_compiler, tmp_path, capsys):

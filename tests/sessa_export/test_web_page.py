@@ -101,6 +101,13 @@ def test_page_says_that_the_text_is_too_long(site, chromium) -> None:
     assert seen["errors"] == []
 
 
+def test_page_neither_runs_foreign_code_nor_talks_to_other_servers(site, chromium) -> None:
+    with serve(site[1]) as elsewhere:
+        seen = visit(chromium, site[2], device="wasm", prompt="a", tokens=1, elsewhere=elsewhere)
+    assert seen["allowed"] == {"fetch": False, "remote": False, "inline": False}
+    assert seen["status"] == "1 tokens written."
+
+
 def test_page_says_that_the_model_is_missing(site, chromium, tmp_path: Path) -> None:
     dist = shutil.copytree(site[1], tmp_path / "dist")
     (dist / "model" / "web.json").unlink()
