@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 CONSTRAINTS = Path(__file__).parent.parent / "constraints.txt"
-# Words by which permissive licences, and weak copyleft that allows use as a library, name themselves.
+# Names of permissive licences, and of weak copyleft ones that allow use as a library.
 LICENCES = re.compile(
     r"\b(MIT|BSD|0BSD|Apache|Apache-2\.0|ISC|PSF|Python Software Foundation|Unlicense|HPND|Zlib"
     r"|CNRI|MPL|Mozilla Public License|CC0|Public Domain)\b",

@@ -342,7 +342,7 @@ def test_a_library_of_another_user_is_not_loaded(fake_compiler, monkeypatch):
 
 def test_a_cxx_that_is_no_command_is_said(monkeypatch):
     monkeypatch.setenv("CXX", "g++ -O3'")
-    with pytest.raises(SessaError, match="CXX is .*, which is not a command"):
+    with pytest.raises(SessaError, match=r"CXX is .*, which is not a command"):
         native.find_compiler()
 
 
