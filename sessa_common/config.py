@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from sessa_common.errors import SessaError
@@ -409,16 +407,3 @@ def _mamba2_shapes(config: SessaConfig) -> dict[str, tuple[int, ...]]:
         "mixer.norm.weight": (inner,),
         "mixer.out_proj.weight": (D, inner),
     }
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; a missing or malformed file is a SessaError that names it."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise SessaError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
-        raise SessaError(f"{path}: not readable JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise SessaError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value

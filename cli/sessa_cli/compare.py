@@ -30,7 +30,6 @@ from sessa_cli.common import (
     say,
 )
 from sessa_common.checkpoint.folder import write_json
-from sessa_common.config import read_json
 from sessa_common.data.sources import check_names
 from sessa_common.errors import SessaError
 from sessa_common.experiments.comparison import (
@@ -49,6 +48,7 @@ from sessa_common.experiments.comparison import (
     report,
     write_plan,
 )
+from sessa_common.json_files import read_json
 from sessa_common.training.trainer import STATE, stop_signal
 
 TRAIN = (sys.executable, "-m", "sessa_cli.main", "train")

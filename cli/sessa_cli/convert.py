@@ -13,8 +13,9 @@ from sessa_cli.torch_file import read_torch_file
 from sessa_common.checkpoint.conversion import FRAMEWORKS, Report, read_source
 from sessa_common.checkpoint.conversion import convert as convert_source
 from sessa_common.checkpoint.folder import SHARD_SIZE, check_new_folder
-from sessa_common.config import DTYPES, read_json
+from sessa_common.config import DTYPES
 from sessa_common.errors import SessaError
+from sessa_common.json_files import read_json
 
 UNITS = {"GB": 10**9, "MB": 10**6, "KB": 10**3, "B": 1, "": 1}
 

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from sessa_cli.common import choose_backend, framework, make_console, print_json, say
 from sessa_common.checkpoint.folder import load_config, write_json
-from sessa_common.config import SessaConfig, read_json
+from sessa_common.config import SessaConfig
 from sessa_common.data.corpus import check_ids
 from sessa_common.data.tokenizer import check_fits, encode_texts, read_tokenizer
 from sessa_common.errors import SessaError
@@ -28,6 +28,7 @@ from sessa_common.experiments.influence import (
     influence_curves,
     memory_report,
 )
+from sessa_common.json_files import read_json
 
 SHORTEST = 16
 RANDOM_TOKENS = 512

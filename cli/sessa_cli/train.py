@@ -22,11 +22,12 @@ from sessa_cli.common import (
     say,
 )
 from sessa_cli.progress import TerminalReporter
-from sessa_common.config import MIXERS, PRESETS, SessaConfig, TrainConfig, read_json
+from sessa_common.config import MIXERS, PRESETS, SessaConfig, TrainConfig
 from sessa_common.data.task_registry import TASKS
 from sessa_common.errors import SessaError
 from sessa_common.inference.generation import encode_prompt, generate, stop_tokens
 from sessa_common.inference.sampling import SamplingConfig
+from sessa_common.json_files import read_json
 from sessa_common.training.metrics import read_metrics
 from sessa_common.training.run_folder import (
     RESULT,

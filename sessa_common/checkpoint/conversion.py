@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from sessa_common.checkpoint.finite import require_finite_weights
 from sessa_common.checkpoint.folder import (
     INDEX,
     NUMPY_DTYPES,
@@ -32,8 +33,9 @@ from sessa_common.checkpoint.import_weights import (
 )
 from sessa_common.checkpoint.mamba2_names import mamba2_config, mamba2_names
 from sessa_common.checkpoint.quantization import dequantize_weights, is_quantized, quantize_weights
-from sessa_common.config import FOREIGN_KEYS, SessaConfig, parameter_shapes, read_json
+from sessa_common.config import FOREIGN_KEYS, SessaConfig, parameter_shapes
 from sessa_common.errors import SessaError
+from sessa_common.json_files import read_json
 from sessa_common.training.trainer import STATE
 
 FRAMEWORKS = {"torch": "pt", "mlx": "mlx"}
@@ -101,6 +103,7 @@ def read_source(
     config = find_config(found, {**known, **given}, str(path))
     complete(found, config, seed)
     check_weights(config, found.weights, str(path))
+    require_finite_weights(found.weights, str(path))
     kind = f"{path.suffix} file of {config.num_hidden_layers} layers"
     return Source(config=config, weights=found.weights, kind=kind, notes=found.notes)
 
@@ -126,6 +129,7 @@ def _read_folder(folder: Path, given: Mapping[str, Any]) -> Source:
         tensors = dequantize_weights(tensors, quantization, config.hidden_size, str(folder))
     tensors = channels_first(tensors)
     check_weights(config, tensors, str(folder))
+    require_finite_weights(tensors, str(folder))
     return Source(config=config, weights=tensors, kind=kind, folder=folder, settings=settings)
 
 
@@ -137,6 +141,7 @@ def _read_mamba2(folder: Path, settings: Mapping[str, Any], given: Mapping[str, 
     if config.tie_word_embeddings:
         weights.pop("lm_head.weight", None)
     check_weights(config, weights, str(folder))
+    require_finite_weights(weights, str(folder))
     return Source(config=config, weights=weights, kind="transformers mamba2 folder",
                   notes=notes, folder=folder)  # fmt: skip
 

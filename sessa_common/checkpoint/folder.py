@@ -16,9 +16,11 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from sessa_common.checkpoint.finite import require_finite_weights
 from sessa_common.checkpoint.quantization import dequantize_weights, is_quantized
-from sessa_common.config import SessaConfig, parameter_shapes, read_json
+from sessa_common.config import SessaConfig, parameter_shapes
 from sessa_common.errors import SessaError
+from sessa_common.json_files import read_json
 
 NUMPY_DTYPES = {
     "float64": np.dtype(np.float64),
@@ -134,6 +136,7 @@ def load_weights(folder: Path | str) -> tuple[SessaConfig, dict[str, np.ndarray]
         weights = dequantize_weights(weights, settings, config.hidden_size, str(folder))
     weights = channels_first(weights)
     check_weights(config, weights, str(folder))
+    require_finite_weights(weights, str(folder))
     return config, weights
 
 

@@ -22,9 +22,10 @@ from sessa_common.checkpoint.folder import (
 )
 from sessa_common.checkpoint.import_weights import infer_config, map_names, read_arrays
 from sessa_common.checkpoint.quantization import is_quantized
-from sessa_common.config import FOREIGN_KEYS, parameter_shapes, read_json
+from sessa_common.config import FOREIGN_KEYS, parameter_shapes
 from sessa_common.data.tokenizer import read_tokenizer, vocabulary_size
 from sessa_common.errors import SessaError
+from sessa_common.json_files import read_json
 
 PARTS = {
     "embedding": r"model\.embed_tokens\..*",

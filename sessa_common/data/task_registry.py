@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sessa_common.config import read_json
 from sessa_common.data.mqar import DiffuseMqar
 from sessa_common.data.symbolsoup import SymbolSoup
 from sessa_common.data.tasks import (
@@ -20,6 +19,7 @@ from sessa_common.data.tasks import (
     read_examples,
 )
 from sessa_common.errors import SessaError
+from sessa_common.json_files import read_json
 
 # A task is a frozen dataclass that follows the protocol `sessa_common.data.tasks.Task`.
 TASKS: dict[str, type[Task]] = {task.name: task for task in (SymbolSoup, DiffuseMqar)}

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from sessa_common.config import SessaConfig, read_json
+from sessa_common.config import SessaConfig
 from sessa_common.errors import SessaError
+from sessa_common.json_files import read_json
 
 END_OF_TEXT = "<|endoftext|>"
 # How other tokenizers spell the token that ends a document, when no tokenizer_config.json says so.

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from sessa_common.checkpoint.folder import write_json
-from sessa_common.config import PRESETS, SessaConfig, check_matched, parameter_count, read_json
+from sessa_common.config import PRESETS, SessaConfig, check_matched, parameter_count
 from sessa_common.data.sources import check_names
 from sessa_common.data.task_registry import read_task
 from sessa_common.errors import SessaError
+from sessa_common.json_files import read_json
 from sessa_common.training.metrics import read_metrics, tokens_per_second
 from sessa_common.training.trainer import STATE, read_state_facts
 

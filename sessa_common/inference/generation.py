@@ -9,9 +9,10 @@ from typing import Protocol
 import numpy as np
 from tokenizers import Tokenizer
 
-from sessa_common.config import SessaConfig, read_json
+from sessa_common.config import SessaConfig
 from sessa_common.errors import SessaError, check_text
 from sessa_common.inference.sampling import Sampler, SamplingConfig
+from sessa_common.json_files import read_json
 
 # Used when the caller names no number and the context has room for it.
 MAX_TOKENS = 200

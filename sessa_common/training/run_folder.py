@@ -20,7 +20,7 @@ from sessa_common.checkpoint.folder import (
     write_json,
 )
 from sessa_common.checkpoint.initialization import initial_weights
-from sessa_common.config import PRESETS, SessaConfig, TrainConfig, parameter_count, read_json
+from sessa_common.config import PRESETS, SessaConfig, TrainConfig, parameter_count
 from sessa_common.data.corpus import TextBatches, pack, training_window
 from sessa_common.data.sources import Reading, read_documents
 from sessa_common.data.task_registry import load_data
@@ -36,6 +36,7 @@ from sessa_common.data.tokenizer import (
     write_tokenizer,
 )
 from sessa_common.errors import SessaError
+from sessa_common.json_files import read_json
 from sessa_common.training.metrics import read_metrics, tokens_per_second
 from sessa_common.training.trainer import STATE, TRAINING, TrainBackend
 
