@@ -1,8 +1,8 @@
-# Each target is a line a person could type. `make demo` and `make test` set everything up themselves.
+# Every target is a line that a person could type. `setup` runs by itself where a target needs it.
 PYTHON ?= python3
 BIN := .venv/bin
-# MLX's own BLAS on Linux is slow; Debian's libopenblas0-pthread, where installed, is faster. It takes
-# PyTorch's products over as well, whose own threads it must not multiply.
+# MLX's own BLAS is slow on Linux. Where Debian's libopenblas0-pthread is installed, the tests load it
+# first. PyTorch's products then use it too, and PyTorch has threads of its own, so OpenBLAS gets one.
 OPENBLAS := $(wildcard /usr/lib/*-linux-gnu/openblas-pthread/libblas.so.3)
 PRELOAD := $(if $(OPENBLAS),LD_PRELOAD=$(firstword $(OPENBLAS)) OPENBLAS_NUM_THREADS=1)
 
@@ -15,7 +15,7 @@ setup: .venv/.installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[mlx,torch,onnx,data,plot,dev]'
 	touch $@
 
-# Packages of the web page and of the tests in node and in a browser.
+# Packages for the web page and for the tests in node and in a browser.
 web:
 	npm install --silent --prefix export/web
 	npm install --silent --prefix tests/clients
@@ -23,7 +23,8 @@ web:
 demo: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh
 
-# Two processes of one thread each: many small products gain nothing from more.
+# Two processes with one thread each: the tests make many small products, which gain nothing from
+# more threads.
 test: setup
 	$(PRELOAD) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' -n 2 --dist loadfile
 

@@ -1,6 +1,6 @@
 """What the Metal path should take on Apple GPUs: counted and divided by public rates, not measured.
 
-python benchmarks/metal_roofline.py prints the table of sessa_common/kernels/README.md.
+python benchmarks/metal_roofline.py prints the table of docs/metal.md.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What each client reads beside the model: configuration files under its own names.
+"""Configuration files for each client, under the names that it reads.
 
-`../README.md` lists the clients, the versions that were tried and what each of them needs.
+`docs/onnx.md` lists the clients, the versions that were tried and what each of them needs.
 """
 
 from __future__ import annotations

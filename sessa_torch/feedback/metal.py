@@ -2,7 +2,7 @@
 
 Products of size T^2 are matrix products of the framework; the row statistics, the solve within a
 block row, the gradients of the scores and the decode step are the kernels of
-sessa_common/kernels/feedback_solve.metal, whose README.md counts why.
+sessa_common/kernels/feedback_solve.metal; docs/metal.md counts why.
 """
 
 from __future__ import annotations
