@@ -11,6 +11,7 @@ RENAMED: dict[str, dict[str, str]] = {
         "--window": "--sequence-length",
     },
     "eval": {"--window": "--sequence-length"},
+    "compare": {"--mixers": "--models"},
 }
 
 

@@ -1,4 +1,4 @@
-"""`sessa compare` with a trainer that writes known results: plan, resuming, failures, numbers."""
+"""`sessa compare` with a stand-in trainer of known results: plan, resuming, failures, numbers."""
 
 import dataclasses
 import itertools
@@ -22,21 +22,29 @@ from sessa_common.errors import SessaError
 from sessa_common.experiments.comparison import (
     PLAN,
     Comparison,
-    aggregate,
     check_plan,
-    flops_per_token,
-    read_result,
+    read_plan,
     write_plan,
 )
-from sessa_common.experiments.comparison_report import spread, trained_lags
+from sessa_common.experiments.comparison_report import spread
+from sessa_common.experiments.comparison_results import (
+    aggregate,
+    flops_per_token,
+    read_result,
+    trained_lags,
+)
+from sessa_common.experiments.comparison_runner import LOCK, Runner, Running, TrainCommand
 
 if "compare" not in {each.callback.__name__ for each in app.registered_commands if each.callback}:
     app.command()(compare)
 
 TRAINER = Path(__file__).parents[2] / "support" / "stand_in_trainer.py"
-MQAR = ("--task", "diffuse-mqar", "--mixers", "sessa,attention,mamba2,nofeedback", "--steps", "4",
-        "--batch-size", "2", "--seeds", "3", "--jobs", "3", "--backend", "torch")  # fmt: skip
-FEW = (*MQAR, "--mixers", "sessa,mamba2", "--seeds", "1")
+STORED = Path(__file__).parents[3] / "benchmarks" / "results"
+MODELS = "sessa,transformer,mamba2,gated_attention"
+OLD_NAMES = "sessa,attention,mamba2,nofeedback"
+SIZES = ("--steps", "4", "--batch-size", "2", "--seeds", "3")
+MQAR = ("--task", "diffuse-mqar", "--models", MODELS, *SIZES, "--jobs", "3", "--backend", "torch")
+FEW = (*MQAR, "--models", "sessa,mamba2", "--seeds", "1")
 
 
 @pytest.fixture
@@ -58,19 +66,29 @@ def test_a_comparison_from_sweep_to_table(trainer, tmp_path, capsys):
     out = tmp_path / "out"
     assert sessa("compare", *MQAR, "--out", out, "--json") == 0
     stdout, stderr = capsys.readouterr()
-    rows = {row["mixer"]: row for row in json.loads(stdout)["models"]}
+    rows = {row["kind"]: row for row in json.loads(stdout)["models"]}
     assert json.loads(stdout) == json.loads((out / "results.json").read_text())
     assert len(calls(out)) == 4 * (2 + 1 + 3) and "24 of 24 runs done, 0 failed" in stderr
-    rates = {mixer: row["learning_rate"] for mixer, row in rows.items()}
-    assert rates == {"sessa": 3e-3, "attention": 1e-3, "mamba2": 1e-3, "nofeedback": 3e-3}
+    rates = {kind: row["learning_rate"] for kind, row in rows.items()}
+    assert rates == {
+        "sessa": 3e-3,
+        "transformer": 1e-3,
+        "mamba2": 1e-3,
+        "gated_attention": 3e-3,
+    }
     # 0.8, 0.82, 0.84: the mean is 0.82 and the sample standard deviation 0.02.
     assert rows["sessa"]["mean"]["test"]["accuracy"] == pytest.approx(
         {"mean": 0.82, "std": 0.02, "n": 3}
     )
-    assert rows["attention"]["mean"]["test"]["by_lag"]["512"]["mean"] == pytest.approx(0.31)
-    passed = {mixer: row["control"]["passed"] for mixer, row in rows.items()}
-    assert passed == {"sessa": True, "attention": True, "mamba2": False, "nofeedback": True}
-    assert rows["nofeedback"]["parameters"] < rows["sessa"]["parameters"]
+    assert rows["transformer"]["mean"]["test"]["by_lag"]["512"]["mean"] == pytest.approx(0.31)
+    passed = {kind: row["control"]["passed"] for kind, row in rows.items()}
+    assert passed == {
+        "sessa": True,
+        "transformer": True,
+        "mamba2": False,
+        "gated_attention": True,
+    }
+    assert rows["gated_attention"]["parameters"] < rows["sessa"]["parameters"]
     table = (out / "results.md").read_text()
     assert "0.820 ± 0.020" in table and "same prefix" in table
     assert "**FAILED** 0.620 in 4 steps" in table
@@ -101,9 +119,9 @@ def test_the_plan_has_every_command_and_configuration(trainer, tmp_path):
     out = tmp_path / "out"
     assert sessa("compare", *MQAR, "--out", out, "--task-option", "pairs=8") == 0
     plan = json.loads((out / PLAN).read_text())
-    assert set(plan["models"]) == {"1m-sessa", "1m-attention", "1m-mamba2", "1m-nofeedback"}
-    assert plan["models"]["1m-nofeedback"]["config"]["feedback"] is False
-    words = plan["commands"]["runs/1m-nofeedback-seed2"]
+    assert set(plan["models"]) == {"1m-sessa", "1m-transformer", "1m-mamba2", "1m-gated_attention"}
+    assert plan["models"]["1m-gated_attention"]["config"]["feedback"] is False
+    words = plan["commands"]["runs/1m-gated_attention-seed2"]
     given = dict(itertools.pairwise(words))
     assert given["--lr"] == "0.003" and given["--seed"] == "2" and "--no-feedback" in words
     assert given["--steps"] == "4" and given["--task-option"] == "pairs=8"
@@ -124,7 +142,7 @@ def test_finished_runs_are_kept_and_seeds_may_grow(trainer, tmp_path, capsys):
     capsys.readouterr()
     changed = ("--batch-size", "3")
     assert sessa("compare", *MQAR, *changed, "--out", out) == 2
-    assert "batch_size is 2" in (error := capsys.readouterr().err) and "3 was given" in error
+    assert "is 2 in its plan.json" in (error := capsys.readouterr().err) and "3 was given" in error
     assert sessa("compare", *few, "--out", out) == 2
 
 
@@ -135,7 +153,7 @@ def test_a_failed_control_may_be_trained_longer(trainer, tmp_path, capsys):
     assert [call["steps"] for call in before if call["name"] == "1m-mamba2"] == ["6"]
     for fewer in ("5", "0"):
         assert sessa("compare", *FEW, "--control-steps", fewer, "--out", out) == 2
-        assert f"control_steps is 6 in its plan.json, {fewer} was" in capsys.readouterr().err
+        assert f"is 6 in its plan.json, {fewer} was" in capsys.readouterr().err
     for _ in range(2):
         assert sessa("compare", *FEW, "--control-steps", 9, "--out", out) == 0
         # The other model passed in 6 steps.
@@ -154,8 +172,8 @@ def test_other_steps_make_another_comparison(trainer, tmp_path, capsys):
     assert [call["steps"] for call in starts(out) if "-lr" in call["name"]] == ["2"] * 4
     for option in ("steps", "sweep-steps"):
         assert sessa("compare", *FEW, "--sweep-steps", 2, f"--{option}", 8, "--out", out) == 2
-        assert f"{option.replace('-', '_')} is" in (error := capsys.readouterr().err)
-        assert "only seeds and control-steps may grow" in error
+        error = capsys.readouterr().err
+        assert "8 was given; give the same options" in error and "may grow" in error
 
 
 def test_runs_are_spread_over_the_devices(trainer, tmp_path):
@@ -166,11 +184,11 @@ def test_runs_are_spread_over_the_devices(trainer, tmp_path):
     assert set(used) == {"cpu", "meta"} and all(call["compile"] for call in starts(out))
     plan = json.loads((out / PLAN).read_text())
     assert all("--device" not in words for words in plan["commands"].values())
-    devices, console = ("a", "b", "c"), command.make_console()
-    runner = command.Runner(out, command.read_plan(out), 5, "torch", devices, console)
+    train = TrainCommand(program=(), options=command.train_options, diverged_code=3)
+    runner = Runner(out, read_plan(out), train, devices=("a", "b", "c"))
     for i, expected in enumerate("abcab"):
         assert runner._free_device() == expected
-        runner.running[str(i)] = (None, expected, None)
+        runner.running[str(i)] = Running(None, expected, None)
     del runner.running["1"]
     assert runner._free_device() == "b"
 
@@ -194,7 +212,7 @@ def test_data_that_changed_behind_its_name_is_told(trainer, tmp_path, capsys):
     assert sessa("compare", *FEW, "--seeds", 2, "--out", out) == 0
     changed = ["runs/1m-sessa-seed1", "runs/1m-mamba2-seed1"]
     assert json.loads((out / "results.json").read_text())["other_data"] == changed
-    assert f"**Not comparable:** {', '.join(changed)} saw other data" in capsys.readouterr().out
+    assert f"**Not comparable:** {', '.join(changed)} used other data" in capsys.readouterr().out
 
 
 def test_a_control_is_measured_by_what_its_exact_decoder_reaches(trainer, tmp_path):
@@ -208,27 +226,27 @@ def test_a_control_is_measured_by_what_its_exact_decoder_reaches(trainer, tmp_pa
 
 def test_a_failed_run_is_shown_and_the_others_go_on(trainer, tmp_path, capsys):
     out = tmp_path / "out"
-    (tmp_path / "broken").write_text("attention-seed1")
+    (tmp_path / "broken").write_text("transformer-seed1")
     assert sessa("compare", *MQAR, "--out", out) == 1
     shown = capsys.readouterr().out
-    assert "runs/1m-attention-seed1 FAILED" in shown and "error: the loss is nan" in shown
-    rows = {row["mixer"]: row for row in json.loads((out / "results.json").read_text())["models"]}
+    assert "runs/1m-transformer-seed1 FAILED" in shown and "error: the loss is nan" in shown
+    rows = {row["kind"]: row for row in json.loads((out / "results.json").read_text())["models"]}
     # Seeds 0 and 2 are left: 0.6 and 0.64.
-    accuracy = rows["attention"]["mean"]["test"]["accuracy"]
+    accuracy = rows["transformer"]["mean"]["test"]["accuracy"]
     assert accuracy == pytest.approx({"mean": 0.62, "std": 0.028284271, "n": 2})
     # Two rows a step: five tokens a row, however long the context is.
-    assert rows["attention"]["length"] == 5
-    assert "Not finished, so not in the numbers: runs/1m-attention-seed1" in shown
+    assert rows["transformer"]["length"] == 5
+    assert "Not finished, so not in the numbers: runs/1m-transformer-seed1" in shown
     (tmp_path / "broken").unlink()
     assert sessa("compare", *MQAR, "--out", out) == 0
-    assert calls(out)[-1] == ("1m-attention-seed1", True)
+    assert calls(out)[-1] == ("1m-transformer-seed1", True)
 
 
 def test_a_rate_that_diverges_loses_the_sweep(trainer, tmp_path):
     out = tmp_path / "out"
     (tmp_path / "broken").write_text("sessa-lr0.003")
     assert sessa("compare", *MQAR, "--out", out) == 0
-    rows = {row["mixer"]: row for row in json.loads((out / "results.json").read_text())["models"]}
+    rows = {row["kind"]: row for row in json.loads((out / "results.json").read_text())["models"]}
     assert rows["sessa"]["sweep"]["0.003"] is None and rows["sessa"]["learning_rate"] == 1e-3
     assert len(rows["sessa"]["seeds"]) == 3
     # The same command has nothing left to do.
@@ -240,8 +258,10 @@ def test_a_model_that_diverges_at_every_rate_has_failed(trainer, tmp_path, capsy
     out = tmp_path / "out"
     (tmp_path / "broken").write_text("sessa-lr")
     assert sessa("compare", *FEW, "--out", out) == 1
-    assert "1m-sessa FAILED: it learned at none of the rates" in capsys.readouterr().out
-    rows = {row["mixer"]: row for row in json.loads((out / "results.json").read_text())["models"]}
+    assert (
+        "1m-sessa FAILED: its training diverged at every learning rate" in capsys.readouterr().out
+    )
+    rows = {row["kind"]: row for row in json.loads((out / "results.json").read_text())["models"]}
     assert not rows["sessa"]["seeds"] and len(rows["mamba2"]["seeds"]) == 1
 
 
@@ -272,7 +292,7 @@ def test_a_signal_stops_the_children_and_the_same_command_goes_on(trainer, tmp_p
     arguments, process, started = start_slow(trainer, out)
     process.send_signal(number)
     shown = process.communicate(timeout=30)[0]
-    assert process.returncode == 130 and "the same command goes on" in shown
+    assert process.returncode == 130 and "the same command continues" in shown
     (tmp_path / "slow").unlink()
     assert subprocess.run(arguments, env=os.environ, capture_output=True).returncode == 0
     again = calls(out)[3:]
@@ -308,13 +328,13 @@ def test_only_an_empty_folder_begins_a_comparison(trainer, tmp_path, capsys):
     assert "not empty and no comparison" in capsys.readouterr().err
     (out / "thesis.txt").unlink()
     # What a command leaves that failed before its plan was written.
-    (out / command.LOCK).write_text("")
+    (out / LOCK).write_text("")
     assert sessa("compare", *FEW, "--out", out) == 0
 
 
 def test_text_is_measured_by_perplexity(trainer, tmp_path, capsys):
     out = tmp_path / "out"
-    arguments = ("--data", "pydoc", "--mixers", "sessa,attention", "--steps", "4", "--seeds", "2",
+    arguments = ("--data", "pydoc", "--models", "sessa,transformer", "--steps", "4", "--seeds", "2",
                  "--learning-rates", "1e-3", "--backend", "torch", "--out", out,
                  "--text-field", "story", "--validation-data", "pydoc", "--validation-data",
                  __file__)  # fmt: skip
@@ -322,10 +342,10 @@ def test_text_is_measured_by_perplexity(trainer, tmp_path, capsys):
     given = json.loads((out / "plan.json").read_text())["commands"]["runs/1m-sessa-seed0"]
     held_out = ["--text-field", "story", "--validation-data", "pydoc", "--validation-data"]
     assert " ".join([*held_out, __file__]) in " ".join(given)
-    rows = {row["mixer"]: row for row in json.loads(capsys.readouterr().out)["models"]}
-    # Losses at the rate 1e-3: 0.5 + 0.2 for Sessa, 0.5 for attention.
+    rows = {row["kind"]: row for row in json.loads(capsys.readouterr().out)["models"]}
+    # Losses at the rate 1e-3: 0.5 + 0.2 for Sessa, 0.5 for the Transformer.
     assert rows["sessa"]["mean"]["perplexity"]["mean"] == pytest.approx(2.0137527)
-    assert rows["attention"]["mean"]["perplexity"]["mean"] == pytest.approx(1.6487213)
+    assert rows["transformer"]["mean"]["perplexity"]["mean"] == pytest.approx(1.6487213)
     assert rows["sessa"]["control"] is None and not (out / "control").exists()
     assert not (out / "lags.png").exists() and (out / "curves.png").exists()
 
@@ -333,25 +353,28 @@ def test_text_is_measured_by_perplexity(trainer, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--task", "sudoku"), "task is 'sudoku', expected diffuse-mqar, symbolsoup or a folder"),
-        ((), "give either --task, or --data"),
-        (("--task", "symbolsoup", "--data", "pydoc"), "give either --task, or --data"),
-        (("--task", "symbolsoup", "--mixers", "sessa,rwkv"), "mixer is 'rwkv'"),
-        (("--task", "symbolsoup", "--scale", "2m"), "scale is '2m'"),
-        (("--task", "symbolsoup", "--steps", "0"), "steps is 0"),
-        (("--task", "symbolsoup", "--seeds", "-1"), "seeds is -1"),
-        (("--task", "symbolsoup", "--jobs", "0"), "jobs is 0"),
-        (("--task", "symbolsoup", "--learning-rates", "fast"), "--learning-rates 'fast'"),
+        (("--task", "sudoku"), "is 'sudoku', expected symbolsoup, diffuse-mqar or a folder"),
+        ((), "give either"),
+        (("--task", "symbolsoup", "--data", "pydoc"), "give either"),
+        (
+            ("--task", "symbolsoup", "--models", "sessa,rwkv"),
+            "has 'rwkv', expected of sessa, transformer",
+        ),
+        (("--task", "symbolsoup", "--scale", "2m"), "has '2m', expected of"),
+        (("--task", "symbolsoup", "--steps", "0"), "is 0, expected 1"),
+        (("--task", "symbolsoup", "--seeds", "-1"), "is -1, expected 1"),
+        (("--task", "symbolsoup", "--jobs", "0"), "is 0, expected 1"),
+        (("--task", "symbolsoup", "--learning-rates", "fast"), "--learning-rates is 'fast'"),
         (("--task", "symbolsoup", "--learning-rates", "0"), "expected numbers above 0"),
         (("--task", "symbolsoup", "--task-option", "noise"), "expected name=value"),
         (("--task", "symbolsoup", "--task-option", "colour=3"), "unknown option colour"),
         (("--task", "diffuse-mqar", "--control-task-option", "density=much"), "expected a value"),
-        (("--task", "diffuse-mqar", "--text-field", "story"), "--text-field is about text"),
+        (("--task", "diffuse-mqar", "--text-field", "story"), "is about text"),
         (("--data", "none.txt"), "none.txt: no such file"),
         (("--data", "pydoc", "--validation-data", "none.txt"), "none.txt: no such file"),
-        (("--task", "symbolsoup", "--mixers", "sessa,sessa"), "each once"),
-        (("--task", "symbolsoup", "--config", "sessa"), "expected mixer=path.json"),
-        (("--task", "symbolsoup", "--device", "cpu,,meta"), "--device 'cpu,,meta', expected one"),
+        (("--task", "symbolsoup", "--models", "sessa,sessa"), "each once"),
+        (("--task", "symbolsoup", "--config", "sessa"), "expected name=path.json"),
+        (("--task", "symbolsoup", "--device", "cpu,,meta"), "--device is 'cpu,,meta', expected"),
         (("--task", "symbolsoup", "--device", "cpu, cpu"), "commas, each once"),
         (("--task", "symbolsoup", "--device", "cpu,cuda:99"), "device 'cuda:99' cannot be used"),
     ],
@@ -366,9 +389,9 @@ def test_bad_input_is_refused_before_work(arguments, message, tmp_path, capsys):
 def test_models_that_do_not_match_are_refused(tmp_path):
     path = tmp_path / "small.json"
     path.write_text(json.dumps(SessaConfig(num_hidden_layers=2).to_dict()))
-    given = Comparison(task="diffuse-mqar", mixers=("sessa", "mine"), configs=(f"mine={path}",))
+    given = Comparison(task="diffuse-mqar", models=("sessa", "mine"), configs=(f"mine={path}",))
     with pytest.raises(SessaError, match=r"not matched: 1m-sessa .*1m-mine"):
-        given.models()
+        given.compared_models()
 
 
 def test_aggregates_by_hand():
@@ -413,7 +436,7 @@ def test_a_configuration_that_changed_is_another_comparison(tmp_path):
     config = SessaConfig(hidden_size=32, num_attention_heads=2, vocab_size=300)
     file.write_text(json.dumps(config.to_dict()))
     comparison = Comparison(
-        task="symbolsoup", mixers=("own",), configs=(f"own={file}",), scales=("400k",)
+        task="symbolsoup", models=("own",), configs=(f"own={file}",), scales=("400k",)
     )
     out = tmp_path / "out"
     out.mkdir()
@@ -422,3 +445,39 @@ def test_a_configuration_that_changed_is_another_comparison(tmp_path):
     file.write_text(json.dumps(dataclasses.replace(config, num_hidden_layers=9).to_dict()))
     with pytest.raises(SessaError, match="configuration of 400k-own"):
         check_plan(out, comparison)
+
+
+def test_old_names_of_models_and_of_their_option_are_accepted(trainer, tmp_path):
+    out = tmp_path / "out"
+    old = (*MQAR[:2], "--mixers", OLD_NAMES, *MQAR[4:], "--seeds", "1")
+    assert sessa("compare", *old, "--out", out) == 0
+    given = json.loads((out / PLAN).read_text())["options"]["models"]
+    assert given == ["sessa", "transformer", "mamba2", "gated_attention"]
+
+
+def test_a_plan_of_before_version_0_2_is_only_reported(trainer, tmp_path, capsys):
+    """An old plan has `mixers`, and `options` as they were typed; its folders have old names."""
+    out = tmp_path / "out"
+    assert sessa("compare", *MQAR, "--out", out) == 0
+    before = json.loads((out / "results.json").read_text())["models"]
+    plan = json.loads((out / PLAN).read_text())
+    options = plan["options"]
+    del options["models"], options["settings"]
+    options |= {"mixers": OLD_NAMES.split(","), "options": ["--precision", "float32"]}
+    (out / PLAN).write_text(json.dumps(plan))
+    for path in sorted(out.glob("*/*"), reverse=True):
+        old = path.name.replace("transformer", "attention").replace("gated_attention", "nofeedback")
+        path.rename(path.with_name(old))
+    assert sessa("compare", "--report-only", "--out", out) == 0
+    after = json.loads((out / "results.json").read_text())["models"]
+    assert [row["kind"] for row in after] == OLD_NAMES.split(",")
+    assert [row["mean"] for row in after] == [row["mean"] for row in before]
+    assert_drawn(out / "curves.png")
+    capsys.readouterr()
+    assert sessa("compare", *MQAR, "--models", OLD_NAMES, "--out", out) == 2
+    assert "an earlier version made this comparison" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("folder", sorted(STORED.glob("compare_*")), ids=lambda path: path.name)
+def test_stored_plans_are_read(folder):
+    assert read_plan(folder).seeds == json.loads((folder / PLAN).read_text())["options"]["seeds"]
