@@ -254,6 +254,7 @@ class TrainConfig:
     subset: str | None = None
     max_documents: int = 0
     tokenizer: str | None = None
+    parse_special_tokens: bool = False
     sequence_length: int = 0
     steps: int = 800
     batch_size: int = 4
@@ -295,8 +296,23 @@ class TrainConfig:
         _require(len(self.data) > 0, "data is empty, expected at least one file, folder or name")
         _require(self.precision in PRECISIONS,
                  f"precision is {self.precision!r}, expected {', '.join(PRECISIONS)}")  # fmt: skip
-        _require(isinstance(self.compile, bool),
-                 f"compile is {self.compile!r}, expected true or false")  # fmt: skip
+        for name in ("compile", "parse_special_tokens"):
+            value = getattr(self, name)
+            _require(isinstance(value, bool), f"{name} is {value!r}, expected true or false")
+        self._check_texts()
+
+    def _check_texts(self) -> None:
+        for name in ("text_field", "split"):
+            value = getattr(self, name)
+            _require(isinstance(value, str), f"{name} is {value!r}, expected a text")
+        for name in ("task", "tokenizer", "subset"):
+            value = getattr(self, name)
+            _require(value is None or isinstance(value, str),
+                     f'{name} is {value!r}, expected a text such as "{value}"')  # fmt: skip
+        for name in ("data", "validation_data", "task_options"):
+            values = getattr(self, name)
+            _require(all(isinstance(value, str) for value in values),
+                     f"{name} is {list(values)!r}, expected a list of texts")  # fmt: skip
 
     @classmethod
     def for_task(cls, task: str) -> TrainConfig:

@@ -29,7 +29,7 @@ def data(
     source: Annotated[
         list[str] | None,
         typer.Option(
-            "--data", help=f"Source of {STORIES}: .parquet, .jsonl or .txt files, or a hub id."
+            "--data", help=f"Source of {STORIES}: .parquet, .jsonl or .txt files, or hf:owner/name."
         ),
     ] = None,
     validation_fraction: Annotated[

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 
 from sessa_cli.common import choose_backend, framework, given_fields, print_json
 from sessa_common.config import SessaConfig
+from sessa_common.data.tokenizer import check_fits, parse_special_tokens, read_tokenizer
 from sessa_common.errors import SessaError
 from sessa_common.inference import generation
 from sessa_common.inference.generation import Decoder, TextStream, encode_prompt, stop_tokens
@@ -45,6 +46,13 @@ def generate(
     min_p: Annotated[
         float | None, typer.Option(help="Drop tokens below this share of the likeliest one's.")
     ] = None,
+    special_tokens: Annotated[
+        bool,
+        typer.Option(
+            "--parse-special-tokens",
+            help="Read the name of a special token in a prompt as the token.",
+        ),
+    ] = False,
     seed: Annotated[int | None, typer.Option(help="Same seed, same text.")] = None,
     backend: Annotated[
         str | None, typer.Option(help="auto, torch, mlx or onnx (an exported folder).")
@@ -64,6 +72,7 @@ def generate(
     sampling = SamplingConfig(**given_fields(context.params, SamplingConfig))
     prompts = _prompts(prompt, prompt_file)
     decoder, tokenizer = _load(checkpoint, backend, device, native)
+    parse_special_tokens(tokenizer, special_tokens)
     ids = [encode_prompt(tokenizer, text, decoder.config) for text in prompts]
     stop = stop_tokens(checkpoint, decoder.config)
     started = time.perf_counter()
@@ -101,7 +110,6 @@ def _prompts(prompt: list[str] | None, prompt_file: Path | None) -> list[str]:
 def _load(
     checkpoint: Path, backend: str | None, device: str | None, native: bool
 ) -> tuple[Decoder, Tokenizer]:
-    from sessa_common.data.tokenizer import check_fits, read_tokenizer
     from sessa_export.runtime import find_model, load_decoder
 
     if not checkpoint.is_dir():

@@ -73,8 +73,9 @@ def train(
         list[str] | None,
         of_data(
             "--data",
-            "File, folder or wildcard of .txt .md .py .jsonl .parquet, or a Hugging Face data "
-            "set id; repeatable. Default: pydoc, the reference text inside Python.",
+            "File, folder or wildcard of .txt .md .py .jsonl .parquet (also .gz, .zst), hf:owner/"
+            "name of a Hugging Face data set, or - for standard input; repeatable. Default: "
+            "pydoc, the reference text inside Python.",
         ),
     ] = None,
     validation_data: Annotated[
@@ -93,6 +94,14 @@ def train(
     ] = None,
     max_documents: Annotated[
         int | None, of_data("--max-documents", "Read only the first documents; 0 for all.")
+    ] = None,
+    parse_special_tokens: Annotated[
+        bool | None,
+        of_data(
+            "--parse-special-tokens/--plain-special-tokens",
+            "Read the name of a special token in the text, such as <|endoftext|>, as the token. "
+            "Default: as plain text.",
+        ),
     ] = None,
     tokenizer: Annotated[
         str | None,
@@ -302,6 +311,8 @@ def _train(run: Run, backend: str, device: str | None, console: Console) -> bool
         f"vocabulary {run.config.vocab_size:,}; {backend} on "
         f"{learner.device} in {learner.precision}; writing {run.folder}",
     )
+    for note in run.source.notes:
+        say(console, note)
     with TerminalReporter(console, steps, trainer.step) as trainer.reporter:
         finished = trainer.run()
     if finished and task:

@@ -10,7 +10,7 @@ import numpy as np
 
 from sessa_common.config import SessaConfig
 from sessa_common.data.sources import read_documents
-from sessa_common.data.tokenizer import check_fits, encode_texts, read_tokenizer
+from sessa_common.data.tokenizer import check_fits, encode_documents, read_tokenizer
 from sessa_common.errors import SessaError
 from sessa_common.inference.evaluation import Score, score_documents
 from sessa_common.inference.generation import Decoder
@@ -50,9 +50,8 @@ def read_text(source: Path, config: SessaConfig, data: Sequence[str]) -> list[Do
     documents, room = [], MOST_TOKENS
     tokenizer = read_tokenizer(source)
     check_fits(tokenizer, config, str(source))
-    for text in read_documents(data):
-        ids = next(encode_texts(tokenizer, [text]))[:room]
-        documents.append((ids, len(text.encode())))
+    for ids, size in encode_documents(tokenizer, read_documents(data)):
+        documents.append((ids[:room], size))
         room -= len(ids)
         if room <= 0:
             break

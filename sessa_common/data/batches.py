@@ -1,4 +1,4 @@
-"""Batches of token windows, drawn in NumPy so that every framework sees the same data."""
+"""Batches of token rows, drawn in NumPy so that every framework sees the same data."""
 
 from __future__ import annotations
 
@@ -19,27 +19,30 @@ class Batch:
 
 
 class BatchSource(Protocol):
-    """Where the trainer takes its rows from.
+    """The data of a training run.
 
-    `batch(i)` depends on i alone, which makes the data position of a run one integer;
-    `validation()` gives the same rows every time; `fingerprint` changes when any row does;
-    `summary` says in a few words what is trained on.
+    `batch(i)` depends on i alone, so one integer stores how far a run has read its data;
+    `validation()` gives the same rows every time; `fingerprint` changes when any row does.
     """
 
     fingerprint: str
 
     @property
     def summary(self) -> str:
-        """What is trained on, in a few words."""
+        """The data in a few words, for the line that a run begins with."""
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """Sentences about text that was left out."""
 
     def batch(self, index: int) -> Batch:
-        """The i-th training batch; there is no last one."""
+        """The training batch of that number, from 0; there is no last one."""
 
     def validation(self) -> Sequence[Batch]:
         """The held-out batches, empty when nothing is held out."""
 
     def score(self, predicted: Sequence[np.ndarray]) -> dict[str, float]:
-        """What a validation record says besides the loss, from the ids (B, T) of each batch."""
+        """Entries of a validation record besides the loss, from the ids (B, T) of each batch."""
 
 
 def next_token_batch(rows: np.ndarray) -> Batch:
@@ -49,23 +52,25 @@ def next_token_batch(rows: np.ndarray) -> Batch:
     return Batch(inputs, targets, np.ones(targets.shape, np.float32))
 
 
-class WindowOrder:
-    """A shuffled cover of a token stream by windows of `window`+1 tokens, new in every epoch.
+class RowOrder:
+    """The order in which a run reads rows of sequence_length+1 tokens from a packed sequence.
 
-    Each epoch starts its windows at another offset, so that rows do not repeat between epochs.
+    An epoch reads adjoining rows in shuffled order; neighbours share one token, the last target of
+    the one and the first input of the other. Each epoch begins its rows at another offset, so that
+    no row comes twice.
     """
 
-    def __init__(self, length: int, window: int, seed: int) -> None:
-        self.window, self.seed = window, seed
-        self.count = max((length - 1) // window - 1, 1)
-        self.slack = length - 1 - self.count * window
+    def __init__(self, length: int, sequence_length: int, seed: int) -> None:
+        self.sequence_length, self.seed = sequence_length, seed
+        self.count = max((length - 1) // sequence_length - 1, 1)
+        self.slack = length - 1 - self.count * sequence_length
         self._epoch = -1
 
     def start(self, index: int) -> int:
-        """Where the index-th window of the run begins."""
+        """The place in the packed sequence where the run's row of that number begins."""
         epoch, place = divmod(index, self.count)
         if self._epoch != epoch:
             rng = np.random.default_rng([self.seed, epoch])
             self._epoch, self._offset = epoch, int(rng.integers(self.slack + 1))
             self._order = rng.permutation(self.count)
-        return self._offset + int(self._order[place]) * self.window
+        return self._offset + int(self._order[place]) * self.sequence_length

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from sessa_common.checkpoint.folder import new_folder
-from sessa_common.data.sources import Reading, read_documents
+from sessa_common.data.sources import TextSource, read_documents
 from sessa_common.errors import SessaError
 
 COLUMN = "story"
@@ -24,7 +24,7 @@ def write_stories(
     """
     sources = tuple(sources)
     if not sources:
-        raise SessaError("simplestories needs data: files, or SimpleStories/SimpleStories")
+        raise SessaError("simplestories needs data: files, or hf:SimpleStories/SimpleStories")
     if not 0 < validation_fraction < 1:
         raise SessaError(f"validation_fraction is {validation_fraction}, expected between 0 and 1")
     counts = [0, 0]
@@ -33,7 +33,7 @@ def write_stories(
             (scratch / "train.jsonl").open("w", encoding="utf-8") as train,
             (scratch / "validation.jsonl").open("w", encoding="utf-8") as validation,
         ):
-            for story in read_documents(sources, Reading(text_field=COLUMN)):
+            for story in read_documents(sources, TextSource(text_field=COLUMN)):
                 is_held_out = zlib.crc32(story.encode()) < validation_fraction * 2**32
                 line = json.dumps({COLUMN: story}, ensure_ascii=False)
                 (validation if is_held_out else train).write(line + "\n")

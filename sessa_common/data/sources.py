@@ -2,33 +2,39 @@
 
 from __future__ import annotations
 
+import functools
 import glob
 import importlib
 import importlib.util
-import json
-import re
-from collections.abc import Callable, Iterator, Sequence
+import os
+import stat
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from fnmatch import fnmatchcase
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from sessa_common.config import TrainConfig
-from sessa_common.errors import SessaError, check_text
+from sessa_common.data.formats import EXPECTED, Row, decode, field_of, format_of, read_rows
+from sessa_common.errors import SessaError
+from sessa_common.input_files import reason, require_regular
 
-PLAIN = (".txt", ".md", ".py")
-SUFFIXES = (*PLAIN, ".jsonl", ".parquet")
-# The name of a data set on the hub: owner/name or name, never with one of our suffixes.
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-PARQUET_ROWS = 1024
+HUB_PREFIX = "hf:"
 HUB_SECONDS = 20
+STANDARD_INPUT = "-"
 
-Reader = Callable[[], Iterator[str]]
+Reader = Callable[[], Iterator[Row]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading:
-    """How to read rows: the text's field or column, the split and subset of a hub data set."""
+class TextSource:
+    """Choices for reading text: the field or column of rows, the split and subset of a hub set.
+
+    `max_documents` ends the reading after so many documents; 0 reads all.
+    """
 
     text_field: str = "text"
     split: str = "train"
@@ -36,8 +42,8 @@ class Reading:
     max_documents: int = 0
 
     @classmethod
-    def of(cls, settings: TrainConfig) -> Reading:
-        """The reading options of a training run."""
+    def of(cls, settings: TrainConfig) -> TextSource:
+        """The choices of a training run."""
         return cls(
             text_field=settings.text_field,
             split=settings.split,
@@ -46,143 +52,214 @@ class Reading:
         )
 
 
-def read_documents(names: Sequence[str], reading: Reading | None = None) -> Iterator[str]:
-    """Yield the documents of every name in `names`, in a fixed order; blank documents are left out.
+@dataclass
+class ReadCounts:
+    """Numbers of what `read_documents` read and left out, counted while it reads."""
 
-    A name is "pydoc" (the English reference text inside every Python), a file or folder or wildcard
-    of .txt, .md, .py (one document a file), .jsonl and .parquet (one a row), "hf:" and a Hugging
-    Face data set id or folder, or such an id alone. Every name is resolved before the first
-    document is read; SessaError says which one is missing, unreadable, or lacks the asked field.
+    documents: int = 0
+    blank: int = 0
+    null_rows: int = 0
+    first_null: str = ""
+
+    def notes(self) -> list[str]:
+        """One sentence for each kind of document that was left out."""
+        notes = []
+        if self.null_rows:
+            notes.append(
+                f"skipped {count_of(self.null_rows, 'row')} whose text is null, "
+                f"the first in {self.first_null}"
+            )
+        if self.blank:
+            notes.append(f"skipped {count_of(self.blank, 'document')} of white space only")
+        return notes
+
+
+def count_of(number: int, noun: str) -> str:
+    """A number with its noun, such as "1 row" and "2,000 rows"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def read_documents(
+    names: Sequence[str], source: TextSource | None = None, counts: ReadCounts | None = None
+) -> Iterator[str]:
+    """Yield the documents of every name in `names`, in a fixed order.
+
+    A name is "pydoc" (the English reference text inside every Python), "-" (standard input, one
+    document), "hf:" and a Hugging Face data set id or folder, or a file, folder or wildcard. A
+    .txt, .md or .py file is one document, a .jsonl or .parquet file has one in each row; all but
+    .parquet may be compressed (.gz, .zst). Folders and "**" follow links, but read every file
+    once. Documents of white space and rows of null are left out and counted in `counts`.
+
+    Every name is resolved before the first document is read. Raises SessaError that says which
+    name is missing or unreadable, or which row lacks the text.
     """
-    reading = reading or Reading()
-    readers = [reader for name in names for reader in _readers(name, reading)]
-    texts = chain.from_iterable(reader() for reader in readers)
-    return islice((text for text in texts if text.strip()), reading.max_documents or None)
+    source, counts = source or TextSource(), counts or ReadCounts()
+    if list(names).count(STANDARD_INPUT) > 1:
+        raise SessaError("standard input ('-') is named twice, but it can be read only once")
+    readers = [reader for name in names for reader in _readers(name, source)]
+    return islice(_documents(readers, counts), source.max_documents or None)
 
 
-def check_names(names: Sequence[str]) -> None:
-    """Raise SessaError for a name that `read_documents` could not resolve; nothing is read."""
+def check_names(names: Iterable[str]) -> None:
+    """Raise SessaError for a name that several commands could not read one after the other.
+
+    Nothing is read; the names of data sets on the hub are not looked up.
+    """
     for name in names:
-        _readers(name, Reading())
+        if name == STANDARD_INPUT:
+            raise SessaError("standard input ('-') can be read by one run only; name a file")
+        _readers(name, TextSource())
 
 
-def _readers(name: str, reading: Reading) -> list[Reader]:
+def _documents(readers: Iterable[Reader], counts: ReadCounts) -> Iterator[str]:
+    for reader in readers:
+        for row in reader():
+            if row.text is None:
+                counts.first_null = counts.first_null or row.where
+                counts.null_rows += 1
+            elif not row.text.strip():
+                counts.blank += 1
+            else:
+                counts.documents += 1
+                yield row.text
+
+
+def _readers(name: str, source: TextSource) -> list[Reader]:
     if name == "pydoc":
         return [_pydoc_topics]
-    if name.startswith("hf:"):
-        return [lambda: _hub_rows(name[3:], reading)]
-    path = Path(name).expanduser()
-    if path.is_file():
-        return [_file_reader(path, reading)]
-    if path.is_dir():
-        return [_file_reader(file, reading) for file in _folder_files(path)]
-    if glob.has_magic(name):
-        return [_file_reader(file, reading) for file in _wildcard_files(path)]
-    if HUB_NAME.fullmatch(name) and path.suffix not in SUFFIXES:
-        if importlib.util.find_spec("datasets") is None:
-            raise SessaError(
-                f"{name}: no such file or folder; to read it as a Hugging Face data set, "
-                "pip install datasets"
-            )
-        return [lambda: _hub_rows(name, reading)]
-    raise SessaError(f"{name}: no such file or folder")
+    if name == STANDARD_INPUT:
+        return [_standard_input]
+    if name.startswith(HUB_PREFIX):
+        return [lambda: _hub_rows(name.removeprefix(HUB_PREFIX), source)]
+    path = Path(os.path.expanduser(name))
+    if (mode := _mode(path)) is not None:
+        files = _text_files(path) if stat.S_ISDIR(mode) else [path]
+    elif glob.has_magic(name):
+        files = _matching_files(path)
+    else:
+        hint = "" if format_of(path) else f"; a Hugging Face data set is named {HUB_PREFIX}{name}"
+        raise SessaError(f"{name}: no such file or folder{hint}")
+    return [_file_reader(file, source) for file in files]
 
 
-def _folder_files(folder: Path) -> list[Path]:
-    found = [
-        file
-        for file in sorted(folder.rglob("*"))
-        if file.suffix in SUFFIXES
-        and file.is_file()
-        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
-    ]
+def _mode(path: Path) -> int | None:
+    """The file mode of what a path leads to, None where there is nothing."""
+    try:
+        return path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        raise SessaError(f"{path}: cannot be read ({reason(error)})") from None
+
+
+def _file_reader(path: Path, source: TextSource) -> Reader:
+    require_regular(path)
+    if format_of(path) is None:
+        raise SessaError(f"{path}: its name ends in {path.suffix!r}, expected {EXPECTED}")
+    return lambda: read_rows(path, source.text_field)
+
+
+def _text_files(folder: Path) -> list[Path]:
+    found = [path for path in _files_below(folder) if format_of(path) is not None]
     if not found:
-        raise SessaError(f"{folder}: the folder has no {', '.join(SUFFIXES)} file")
+        raise SessaError(f"{folder}: no text file in the folder (expected {EXPECTED})")
     return found
 
 
-def _wildcard_files(pattern: Path) -> list[Path]:
-    found = sorted(map(Path, glob.glob(str(pattern), recursive=True)))
-    found = [file for file in found if file.is_file()]
+def _matching_files(pattern: Path) -> list[Path]:
+    parts = pattern.parts
+    if "**" in parts:
+        # Not by glob: its "**" walks a link to a parent folder until the system refuses.
+        at = parts.index("**")
+        folders = [Path(name) for name in glob.glob(str(Path(*parts[:at]))) if os.path.isdir(name)]
+        found = [
+            path
+            for folder in folders
+            for path in _files_below(folder)
+            if _matches(path.relative_to(folder).parts, parts[at:])
+        ]
+    else:
+        found = [path for path in map(Path, glob.glob(str(pattern))) if not path.is_dir()]
     if not found:
         raise SessaError(f"{pattern}: no file matches")
-    return found
+    return sorted(_each_once(found))
 
 
-def _file_reader(path: Path, reading: Reading) -> Reader:
-    if path.suffix in PLAIN:
-        return lambda: iter([_read_text(path)])
-    if path.suffix == ".jsonl":
-        return lambda: _jsonl_rows(path, reading.text_field)
-    if path.suffix == ".parquet":
-        return lambda: _parquet_rows(path, reading.text_field)
-    raise SessaError(f"{path}: the file type is {path.suffix!r}, expected {', '.join(SUFFIXES)}")
+def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Whether the folders and the name of a file fit the parts of a wildcard."""
+    if not pattern or not parts:
+        return not parts and all(part == "**" for part in pattern)
+    if pattern[0] == "**":
+        return _matches(parts, pattern[1:]) or _matches(parts[1:], pattern)
+    return fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
 
 
-def _pydoc_topics() -> Iterator[str]:
+def _each_once(paths: Iterable[Path]) -> Iterator[Path]:
+    seen = set()
+    for path in paths:
+        real = os.path.realpath(path)
+        if real not in seen:
+            seen.add(real)
+            yield path
+
+
+def _files_below(folder: Path) -> list[Path]:
+    """The files below a folder, sorted; links are followed after everything else, each file once.
+
+    Names that begin with a dot are left out. Raises SessaError for a folder that may not be read.
+    """
+    files, links, folders, seen = [], deque[Path](), deque([folder]), set()
+    while folders or links:
+        current = folders.popleft() if folders else links.popleft()
+        if not current.is_dir():
+            files.append(current)
+            continue
+        if (real := os.path.realpath(current)) in seen:
+            continue
+        seen.add(real)
+        for entry in _entries(current):
+            if entry.is_symlink():
+                links.append(Path(entry))
+            elif entry.is_dir():
+                folders.append(Path(entry))
+            else:
+                files.append(Path(entry))
+    return sorted(_each_once(files))
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(
+                (entry for entry in entries if not entry.name.startswith(".")),
+                key=lambda entry: entry.name,
+            )
+    except OSError as error:
+        raise SessaError(f"{folder}: the folder cannot be read ({reason(error)})") from None
+
+
+def _pydoc_topics() -> Iterator[Row]:
     # Imported by name: the standard library ships it without type information.
     topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
-    return (topics[name] for name in sorted(topics))
+    return (Row(topics[name], f"pydoc, {name}") for name in sorted(topics))
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise SessaError(f"{path}: not UTF-8 text (byte {error.start})") from None
-    except OSError as error:
-        raise SessaError(f"{path}: cannot be read ({error.strerror})") from None
+def _standard_input() -> Iterator[Row]:
+    yield Row(_read_stream(sys.stdin), "standard input")
 
 
-def _jsonl_rows(path: Path, field: str) -> Iterator[str]:
-    try:
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield _field(json.loads(line), field, f"{path}, line {number}")
-    except json.JSONDecodeError as error:
-        raise SessaError(f"{path}, line {number}: not JSON ({error.msg})") from None
-    except UnicodeDecodeError as error:
-        raise SessaError(f"{path}: not UTF-8 text (byte {error.start})") from None
-    except OSError as error:
-        raise SessaError(f"{path}: cannot be read ({error.strerror})") from None
+# A run reads its text twice, once for the tokenizer and once for the tokens.
+@functools.lru_cache(maxsize=1)
+def _read_stream(stream: Any) -> str:
+    content = getattr(stream, "buffer", None)
+    if content is None:
+        raise SessaError("standard input is closed, but '-' reads text from it")
+    return decode(content.read(), "standard input")
 
 
-def _field(row: Any, field: str, where: str) -> str:
-    if not isinstance(row, dict):
-        raise SessaError(f"{where}: expected a JSON object, found {type(row).__name__}")
-    if field not in row:
-        raise SessaError(
-            f"{where}: no field {field!r}; it has {', '.join(map(str, row))} (see --text-field)"
-        )
-    if not isinstance(row[field], str):
-        raise SessaError(f"{where}: {field!r} is {type(row[field]).__name__}, expected text")
-    return check_text(row[field], f"{where}, {field!r}")
-
-
-def _parquet_rows(path: Path, column: str) -> Iterator[str]:
-    if importlib.util.find_spec("pyarrow") is None:
-        raise SessaError(f"{path}: reading .parquet needs pyarrow; pip install pyarrow")
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        with parquet.ParquetFile(path) as file:
-            if column not in file.schema_arrow.names:
-                raise SessaError(
-                    f"{path}: no column {column!r}; it has {', '.join(file.schema_arrow.names)} "
-                    "(see --text-field)"
-                )
-            for rows in file.iter_batches(batch_size=PARQUET_ROWS, columns=[column]):
-                for value in rows.column(0).to_pylist():
-                    yield _field({column: value}, column, str(path))
-    except (pyarrow.ArrowException, OSError) as error:
-        raise SessaError(f"{path}: not a readable parquet file ({error})") from None
-
-
-def _hub_rows(name: str, reading: Reading) -> Iterator[str]:
+def _hub_rows(name: str, source: TextSource) -> Iterator[Row]:
     if importlib.util.find_spec("datasets") is None:
-        raise SessaError(f"{name}: Hugging Face data sets need: pip install datasets")
+        raise SessaError(f"{HUB_PREFIX}{name}: reading it needs datasets; pip install datasets")
     import datasets
     from huggingface_hub import HfApi
 
@@ -190,14 +267,14 @@ def _hub_rows(name: str, reading: Reading) -> Iterator[str]:
         if not Path(name).exists():
             # Loading a name that is not there would first retry for half a minute.
             HfApi().dataset_info(name, timeout=HUB_SECONDS)
-        rows = datasets.load_dataset(name, reading.subset, split=reading.split, streaming=True)
-        for number, row in enumerate(rows):
-            yield _field(row, reading.text_field, f"{name}, row {number}")
+        rows = datasets.load_dataset(name, source.subset, split=source.split, streaming=True)
+        for number, row in enumerate(rows, 1):
+            yield field_of(row, source.text_field, f"{HUB_PREFIX}{name}, row {number}")
     except SessaError:
         raise
     # The library and the layers below it raise many types for a missing name, split or network.
     except Exception as error:
         raise SessaError(
-            f"{name}: no such file or folder, and as a Hugging Face data set it cannot be read "
+            f"{HUB_PREFIX}{name}: the Hugging Face data set cannot be read "
             f"({type(error).__name__}: {error})"
         ) from None

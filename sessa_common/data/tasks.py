@@ -226,6 +226,7 @@ class TaskBatches:
         self.data, self.batch_size, self.seed = data, settings.batch_size, settings.seed
         self.fingerprint = data.fingerprint
         self.held_out = data.validation.first(settings.evaluate_batches * settings.batch_size)
+        self.notes: tuple[str, ...] = ()
         self._epoch = -1
 
     @property

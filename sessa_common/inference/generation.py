@@ -10,7 +10,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from sessa_common.config import SessaConfig
-from sessa_common.errors import SessaError, check_text
+from sessa_common.data.tokenizer import encode_text
+from sessa_common.errors import SessaError
 from sessa_common.inference.sampling import Sampler, SamplingConfig
 from sessa_common.json_files import read_json
 
@@ -183,7 +184,7 @@ def stop_tokens(folder: Path, config: SessaConfig) -> frozenset[int]:
 def encode_prompt(tokenizer: Tokenizer, text: str, config: SessaConfig) -> list[int]:
     """Token ids of a prompt; the empty prompt becomes the token that begins a text."""
     if text:
-        return tokenizer.encode(check_text(text, "the prompt"), add_special_tokens=False).ids
+        return encode_text(tokenizer, text, "the prompt")
     begin = config.bos_token_id if config.bos_token_id is not None else config.eos_token_id
     if begin is None:
         raise SessaError("the prompt is empty and the model has no bos_token_id; give some text")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,15 +21,15 @@ from sessa_common.checkpoint.folder import (
 )
 from sessa_common.checkpoint.initialization import initial_weights
 from sessa_common.config import PRESETS, SessaConfig, TrainConfig, parameter_count
-from sessa_common.data.corpus import TextBatches, pack, training_window
-from sessa_common.data.sources import Reading, read_documents
+from sessa_common.data.corpus import TextBatches, read_text_batches, training_sequence_length
+from sessa_common.data.sources import TextSource, read_documents
 from sessa_common.data.task_registry import load_data
 from sessa_common.data.tasks import TaskBatches, options_of
 from sessa_common.data.tokenizer import (
     check_fits,
     choose_tokenizer,
-    encode_texts,
     end_token_id,
+    parse_special_tokens,
     read_tokenizer,
     vocabulary_size,
     word_tokenizer,
@@ -124,19 +124,20 @@ def start_run(
     if settings.task is not None:
         return _start_task(folder, config, settings, fixed_context, init, force)
     with new_folder(folder, force=force) as scratch:
-        training_window(config, settings)
+        training_sequence_length(config, settings)
         if init is not None and settings.tokenizer is None:
             tokenizer, end = read_tokenizer(init), end_token_id(init)
         else:
             spec = settings.tokenizer or str(config.vocab_size)
             tokenizer, end = choose_tokenizer(spec, _bpe_sample(settings))
+        parse_special_tokens(tokenizer, settings.parse_special_tokens)
         if not (fixed_vocabulary or init is not None):
             config = dataclasses.replace(config, vocab_size=vocabulary_size(tokenizer))
         check_fits(tokenizer, config, settings.tokenizer or str(init or folder))
         config = dataclasses.replace(
             config, dtype="float32", bos_token_id=end, eos_token_id=end, pad_token_id=end
         )
-        source = _read_source(tokenizer, end, config, settings)
+        source = read_text_batches(tokenizer, end, config, settings)
         weights = _write_start(scratch, config, settings, tokenizer, end, init)
     return Run(folder=folder, config=config, settings=settings, weights=weights, source=source,
                tokenizer=tokenizer)  # fmt: skip
@@ -171,7 +172,8 @@ def refuse_text_options(settings: TrainConfig) -> None:
     """Raise SessaError for settings that are about text, where a task is trained on."""
     defaults = TrainConfig()
     for name in ("data", "validation_data", "validation_fraction", "text_field", "split", "subset",
-                 "max_documents", "tokenizer", "sequence_length"):  # fmt: skip
+                 "max_documents", "tokenizer", "parse_special_tokens",
+                 "sequence_length"):  # fmt: skip
         if getattr(settings, name) != getattr(defaults, name):
             option = name.replace("_", "-")
             raise SessaError(
@@ -234,7 +236,8 @@ def resume_run(folder: Path, config_given: Mapping[str, Any], given: Mapping[str
     if settings.task is not None:
         source = TaskBatches(load_data(settings.task, settings.task_options), config, settings)
     else:
-        source = _read_source(tokenizer, end, config, settings)
+        parse_special_tokens(tokenizer, settings.parse_special_tokens)
+        source = read_text_batches(tokenizer, end, config, settings)
     return Run(folder=folder, config=config, settings=settings, weights=weights, source=source,
                tokenizer=tokenizer)  # fmt: skip
 
@@ -249,20 +252,8 @@ def _first_weights(
 
 def _bpe_sample(settings: TrainConfig) -> Iterator[str]:
     left = BPE_CHARACTERS
-    for text in read_documents(settings.data, Reading.of(settings)):
+    for text in read_documents(settings.data, TextSource.of(settings)):
         yield text[:left]
         left -= len(text)
         if left <= 0:
             return
-
-
-def _read_source(
-    tokenizer: Tokenizer, end: int, config: SessaConfig, settings: TrainConfig
-) -> TextBatches:
-    def stream(names: Iterable[str]) -> np.ndarray:
-        texts = read_documents(tuple(names), Reading.of(settings))
-        # Not in the order of the run's seed: every seed holds out the same documents.
-        return pack(encode_texts(tokenizer, texts), end, 0)
-
-    validation = stream(settings.validation_data) if settings.validation_data else None
-    return TextBatches(stream(settings.data), config, settings, validation)

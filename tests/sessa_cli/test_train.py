@@ -169,6 +169,10 @@ def _prepare(case, folder):
     path = folder / "bad.txt"
     if case == "missing data":
         return ("--data", folder / "none.txt")
+    if case == "number as tokenizer":
+        path = folder / "training.json"
+        path.write_text('{"tokenizer": 300}')
+        return ("--train-config", path)
     if case == "missing hub data":
         return ("--data", folder.name + "-is-no-folder")
     if case == "unreadable data":
@@ -204,19 +208,20 @@ def _prepare(case, folder):
     ("case", "message"),
     [
         ("missing data", r"none\.txt: no such file"),
-        ("missing hub data", "no such file or folder, and as a Hugging Face data set"),
+        ("missing hub data", "no such file or folder; a Hugging Face data set is named hf:"),
         ("unreadable data", r"bad\.txt: not UTF-8 text"),
         ("empty data", "training text is empty"),
-        ("short data", "has 10 tokens, expected at least 33 for one window"),
+        ("short data", "has 10 tokens, expected at least 33 for one row"),
         ("missing field", r"bad\.jsonl, line 1: no field 'text'; it has body"),
         ("missing column", r"bad\.parquet: no column 'text'; it has body"),
         ("tokenizer too large", "the tokenizer has 257 tokens, .* vocab_size 200"),
+        ("number as tokenizer", "tokenizer is 300, expected a text such as"),
         ("unknown key", r"config\.json: unknown key hidden_sise"),
         ("--heads 3", "num_attention_heads 3 does not divide hidden_size 16"),
         ("--kv-heads 3", "num_key_value_heads 3 does not divide"),
         ("--heads 16", "head_dim 1 is odd"),
-        ("--tokenizer 5", "tokenizer size is 5, expected 257"),
-        ("--tokenizer gone.json", r"gone\.json: no such tokenizer"),
+        ("--tokenizer 5", "tokenizer size is 5, expected from 257"),
+        ("--tokenizer gone.json", r"gone\.json: no such file"),
         ("--preset sessa-9b", "preset is 'sessa-9b', expected one of demo, .*sessa-1m,"),
         ("--init gone", "gone: no such checkpoint folder"),
         ("--preset sessa-1m --init gone", "--preset, --config and --init"),

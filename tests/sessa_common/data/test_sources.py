@@ -1,16 +1,15 @@
-"""Documents from every kind of source, the token stream, and the order of its windows."""
+"""Documents from every kind of source, found, read in order, and refused by name."""
 
+import io
 import json
 import os
-from itertools import pairwise
+import sys
+from pathlib import Path
 
-import numpy as np
 import pytest
 
-from sessa_common.config import SessaConfig, TrainConfig
-from sessa_common.data.batches import WindowOrder, next_token_batch
-from sessa_common.data.corpus import TextBatches, pack
-from sessa_common.data.sources import Reading, read_documents
+from sessa_common.data import sources
+from sessa_common.data.sources import ReadCounts, TextSource, check_names, read_documents
 from sessa_common.errors import SessaError
 
 STORIES = ["Once upon a time.", "The fox slept.", "Ein Bär lief."]
@@ -44,7 +43,7 @@ def write_source(folder, kind):
 @pytest.mark.parametrize("kind", ["folder", "wildcard", "jsonl", "parquet"])
 def test_each_kind_gives_its_documents_in_order(kind, tmp_path):
     name = write_source(tmp_path, kind)
-    assert list(read_documents([name], Reading(text_field="story"))) == STORIES
+    assert list(read_documents([name], TextSource(text_field="story"))) == STORIES
 
 
 def test_a_text_file_is_one_document(tmp_path):
@@ -55,35 +54,93 @@ def test_names_follow_each_other_blanks_are_dropped_and_the_limit_holds(tmp_path
     (tmp_path / "blank.txt").write_text(" \n")
     (tmp_path / "z.txt").write_text("z")
     names = [str(tmp_path / "z.txt"), str(tmp_path / "blank.txt"), "pydoc"]
-    found = list(read_documents(names, Reading(max_documents=3)))
+    found = list(read_documents(names, TextSource(max_documents=3)))
     assert found[0] == "z" and len(found) == 3
     assert len(list(read_documents(["pydoc"]))) > 50
 
 
-@pytest.mark.parametrize("prefix", ["hf:", ""], ids=["hf:folder", "builder"])
-def test_a_hugging_face_data_set_is_streamed(prefix, tmp_path, monkeypatch):
+def test_a_hugging_face_data_set_is_streamed(tmp_path):
     pytest.importorskip("datasets")
     (tmp_path / "test.jsonl").write_text("".join(json.dumps({"story": t}) + "\n" for t in STORIES))
-    reading = Reading(text_field="story", split="test")
+    source = TextSource(text_field="story", split="test")
     name = f"hf:{tmp_path}"
-    if not prefix:
-        # An id that is no path goes to the library as it is, once the hub knows it.
-        import datasets
-        import huggingface_hub
-
-        real = datasets.load_dataset
-        monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_, **__: None)
-        monkeypatch.setattr(
-            datasets, "load_dataset", lambda name, *a, **k: real(str(tmp_path / name), *a, **k)
-        )
-        (tmp_path / "owner" / "stories").mkdir(parents=True)
-        (tmp_path / "test.jsonl").rename(tmp_path / "owner" / "stories" / "test.jsonl")
-        name = "owner/stories"
-    assert list(read_documents([name], reading)) == STORIES
+    assert list(read_documents([name], source)) == STORIES
     with pytest.raises(SessaError, match="no field 'text'; it has story"):
-        list(read_documents([name], Reading(split="test")))
+        list(read_documents([name], TextSource(split="test")))
     with pytest.raises(SessaError, match="validation"):
-        list(read_documents([name], Reading(text_field="story", split="validation")))
+        list(read_documents([name], TextSource(text_field="story", split="validation")))
+
+
+@pytest.mark.parametrize("name", ["owner/stories", "stories"])
+def test_only_hf_names_go_to_the_network(name, monkeypatch):
+    def never(*_):
+        raise AssertionError("looked up")
+
+    monkeypatch.setattr(sources, "_hub_rows", never)
+    with pytest.raises(SessaError, match=f"{name}: no such file .* named hf:{name}"):
+        read_documents([name])
+
+
+def test_standard_input_is_one_document_that_may_be_read_again(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\ufeffBär\r\n".encode())))
+    assert [list(read_documents(["-"])) for _ in range(2)] == [["Bär\n"]] * 2
+    with pytest.raises(SessaError, match="named twice"):
+        read_documents(["-", "-"])
+    with pytest.raises(SessaError, match="by one run only"):
+        check_names(["-"])
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(SessaError, match="closed"):
+        list(read_documents(["-"]))
+
+
+@pytest.mark.parametrize("pattern", ["", "**/*.txt", "**"])
+def test_links_are_followed_and_every_file_is_read_once(pattern, tmp_path):
+    inside, outside = tmp_path / "in", tmp_path / "out"
+    (inside / "sub").mkdir(parents=True)
+    outside.mkdir()
+    (inside / "sub" / "a.txt").write_text("a")
+    (outside / "b.txt").write_text("b")
+    for name, target in {
+        "sub/loop": inside,
+        "other": outside,
+        "0.txt": inside / "sub/a.txt",
+        "self.txt.d": inside,
+    }.items():
+        (inside / name).symlink_to(target)
+    assert list(read_documents([str(inside / pattern)])) == ["b", "a"]
+
+
+def test_a_wildcard_matches_folders_and_names_as_a_shell_does(tmp_path):
+    for name in ("a.txt", "x/b.txt", "x/y/c.txt", "z/y/d.md"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    for pattern, expected in {
+        "*.txt": ["a.txt"],
+        "*/*": ["x/b.txt"],
+        "**/y/*": ["x/y/c.txt", "z/y/d.md"],
+        "x/**": ["x/b.txt", "x/y/c.txt"],
+        "?/**/[cd].*": ["x/y/c.txt", "z/y/d.md"],
+    }.items():
+        assert list(read_documents([str(tmp_path / pattern)])) == expected, pattern
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.txt").write_text("home")
+    for name in ("~/a.txt", "~", "~/*.txt"):
+        assert list(read_documents([name])) == ["home"]
+
+
+def test_what_is_left_out_is_counted(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "a"}\n{"text": null}\n{"text": " "}\n{"text": null}\n')
+    counts = ReadCounts()
+    assert list(read_documents([str(rows)], counts=counts)) == ["a"]
+    assert counts.notes() == [
+        f"skipped 2 rows whose text is null, the first in {rows}, line 2",
+        "skipped 1 document of white space only",
+    ]
+    assert ReadCounts().notes() == []
 
 
 def _bad_source(folder, case):
@@ -109,7 +166,15 @@ def _bad_source(folder, case):
     elif case == "no field":
         path.write_text('{"text": "a"}\n{"body": "b"}\n')
     elif case == "not text":
-        path.write_text('{"text": null}\n')
+        path.write_text('{"text": 7}\n')
+    elif case == "pipe":
+        path = folder / "x.txt"
+        os.mkfifo(path)
+    elif case == "broken link":
+        (folder / "x.txt").symlink_to(folder / "gone")
+        return folder
+    elif case == "link to itself":
+        path.symlink_to(path)
     elif case == "half a pair":
         path.write_text('{"text": "abc\\ud800"}\n')
     elif case == "not parquet":
@@ -128,14 +193,17 @@ def _bad_source(folder, case):
     [
         ("missing", r"none\.txt: no such file"),
         ("no match", r"\*\.txt: no file matches"),
-        ("empty folder", "the folder has no .txt"),
-        ("unknown type", "file type is '.docx'"),
+        ("empty folder", "no text file in the folder"),
+        ("pipe", r"x\.txt: expected a file, found a pipe"),
+        ("broken link", r"x\.txt: the link leads to no file"),
+        ("link to itself", r"x\.jsonl: cannot be read \(Too many levels"),
+        ("unknown type", "its name ends in '.docx'"),
         ("not utf-8", r"x\.txt: not UTF-8 text \(byte 3\)"),
-        ("jsonl not utf-8", r"x\.jsonl: not UTF-8"),
+        ("jsonl not utf-8", r"x\.jsonl, line 1: not UTF-8"),
         ("not json", r"x\.jsonl, line 2: not JSON"),
-        ("no object", "line 1: expected a JSON object, found list"),
+        ("no object", "line 1: expected a JSON object, found a list"),
         ("no field", "line 2: no field 'text'; it has body"),
-        ("not text", "line 1: 'text' is NoneType, expected text"),
+        ("not text", "line 1: 'text' is a number, expected text"),
         ("half a pair", "line 1, 'text': character 4 is half of a surrogate pair"),
         ("not parquet", r"x\.parquet: not a readable parquet"),
         ("no column", r"x\.parquet: no column 'text'; it has body"),
@@ -146,109 +214,29 @@ def test_bad_sources_are_named(case, message, tmp_path):
         list(read_documents([str(_bad_source(tmp_path, case))]))
 
 
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may read everything")
-def test_an_unreadable_file_is_named(tmp_path):
-    path = tmp_path / "x.txt"
-    path.write_text("secret")
-    path.chmod(0)
-    with pytest.raises(SessaError, match=r"x\.txt: cannot be read"):
-        list(read_documents([str(path)]))
+def test_what_may_not_be_read_is_named_and_not_called_missing(tmp_path, monkeypatch):
+    (tmp_path / "sub").mkdir()
+    for path in (tmp_path / "x.txt", tmp_path / "sub" / "y.txt"):
+        path.write_text("secret")
+
+    def refuse(path, *_, **__):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    # The user root may read everything, whatever the mode of a file says.
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", refuse)
+        with pytest.raises(SessaError, match=r"x\.txt: cannot be read \(Permission denied\)"):
+            list(read_documents([str(tmp_path / "x.txt")]))
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "scandir", refuse)
+        with pytest.raises(SessaError, match="the folder cannot be read"):
+            read_documents([str(tmp_path)])
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "stat", refuse)
+        with pytest.raises(SessaError, match="cannot be read"):
+            read_documents([str(tmp_path / "x.txt")])
 
 
 def test_every_name_is_resolved_before_the_first_is_read(tmp_path):
     with pytest.raises(SessaError, match="no such file"):
         read_documents(["pydoc", str(tmp_path / "none.txt")])
-
-
-def test_pack_ends_every_document_and_shuffles_by_the_seed():
-    documents = [np.full(i + 1, i, np.int32) for i in range(20)]
-    packed = pack(documents, 99, 3)
-    assert len(packed) == sum(map(len, documents)) + 20
-    groups = np.split(packed, np.flatnonzero(packed == 99) + 1)[:-1]
-    assert sorted(int(group[0]) for group in groups) == list(range(20))
-    assert all(len(group) == group[0] + 2 for group in groups)
-    assert not np.array_equal(packed, pack(documents, 99, 4))
-    assert np.array_equal(packed, pack(documents, 99, 3))
-
-
-@pytest.mark.parametrize("length", [8, 9, 15, 16, 100])
-def test_windows_of_an_epoch_do_not_overlap_and_stay_inside(length):
-    order = WindowOrder(length, 7, seed=1)
-    for epoch in range(3):
-        starts = sorted(order.start(epoch * order.count + i) for i in range(order.count))
-        assert starts[0] >= 0 and starts[-1] + 8 <= length
-        assert all(b - a == 7 for a, b in pairwise(starts))
-    # The position alone decides: asking out of order changes nothing.
-    assert [order.start(i) for i in (5, 0, 5)][::2] == [WindowOrder(length, 7, 1).start(5)] * 2
-
-
-def make_batches(tokens=None, vocab_size=50, **settings):
-    tokens = np.arange(400, dtype=np.int32) % vocab_size if tokens is None else tokens
-    config = SessaConfig(vocab_size=vocab_size, max_position_embeddings=16)
-    return TextBatches(tokens, config, TrainConfig(**{"batch_size": 3, **settings}))
-
-
-def test_targets_are_the_inputs_shifted_by_one():
-    source = make_batches()
-    batch = source.batch(2)
-    assert batch.inputs.shape == batch.targets.shape == batch.weights.shape == (3, 16)
-    assert np.array_equal((batch.inputs + 1) % 50, batch.targets)
-    assert batch.inputs.dtype == np.int32 and batch.weights.dtype == np.float32
-    assert batch.weights.all()
-
-
-def test_training_and_validation_share_no_token():
-    tokens = np.arange(400, dtype=np.int32)
-    source = make_batches(tokens, vocab_size=400, validation_fraction=0.25)
-    seen = {int(i) for n in range(40) for i in source.batch(n).targets.ravel()}
-    held = {int(i) for batch in source.validation() for i in batch.targets.ravel()}
-    assert max(seen) < 300 <= min(held)
-    assert len(held) == 96
-
-
-def test_validation_counts_each_row_once_and_obeys_the_limit():
-    source = make_batches(validation_fraction=0.5, evaluate_batches=2)
-    assert [len(batch.inputs) for batch in source.validation()] == [3, 3]
-    source = make_batches(validation_fraction=0.2, evaluate_batches=9)
-    assert [len(batch.inputs) for batch in source.validation()] == [3, 1]
-    assert make_batches(validation_fraction=0.0).validation() == []
-
-
-def test_fingerprint_follows_the_tokens():
-    tokens = np.arange(400, dtype=np.int32) % 50
-    changed = tokens.copy()
-    changed[399] -= 1
-    assert make_batches(tokens).fingerprint == make_batches(tokens.copy()).fingerprint
-    assert make_batches(tokens).fingerprint != make_batches(changed).fingerprint
-
-
-@pytest.mark.parametrize(
-    ("tokens", "settings", "message"),
-    [
-        (np.zeros(0, np.int32), {}, "training text is empty"),
-        (np.zeros(16, np.int32), {}, "has 16 tokens, expected at least 17"),
-        (np.zeros(33, np.int32), {}, "without its validation part has 16 tokens"),
-        (np.full(99, 50, np.int32), {}, r"token id 50 is out of range, expected 0 to 49"),
-        (np.full(99, -1, np.int32), {}, "token id -1 is out of range"),
-        (
-            np.zeros(99, np.int32),
-            {"sequence_length": 17},
-            "sequence_length is 17, .* max_position_embeddings 16",
-        ),
-    ],
-    ids=["empty", "short", "short after the cut", "id too large", "id negative", "window"],
-)
-def test_streams_that_cannot_train(tokens, settings, message):
-    with pytest.raises(SessaError, match=message):
-        make_batches(tokens, **settings)
-
-
-def test_short_text_trains_without_validation():
-    source = make_batches(np.arange(17, dtype=np.int32), validation_fraction=0.0)
-    assert np.array_equal(source.batch(7).inputs, np.tile(np.arange(16), (3, 1)))
-
-
-def test_next_token_batch_keeps_rows_apart():
-    batch = next_token_batch(np.array([[1, 2, 3], [7, 8, 9]]))
-    assert batch.inputs.tolist() == [[1, 2], [7, 8]]
-    assert batch.targets.tolist() == [[2, 3], [8, 9]]
