@@ -33,6 +33,7 @@ from sessa_common.checkpoint.import_weights import (
 )
 from sessa_common.checkpoint.mamba2_names import mamba2_config, mamba2_names
 from sessa_common.checkpoint.quantization import dequantize_weights, is_quantized, quantize_weights
+from sessa_common.checkpoint.storage import MANIFEST
 from sessa_common.config import FOREIGN_KEYS, SessaConfig, parameter_shapes
 from sessa_common.errors import SessaError
 from sessa_common.json_files import read_json
@@ -228,7 +229,7 @@ def _carry_files(folder: Path | None, scratch: Path, *, with_state: bool) -> lis
     carried = []
     for path in sorted(folder.iterdir()):
         weights = path.match("model*.safetensors") or path.match("*weight*.npz")
-        if weights or path.name in {INDEX, "config.json"} or path.name.startswith("."):
+        if weights or path.name in {INDEX, MANIFEST, "config.json"} or path.name.startswith("."):
             continue
         if path.name == STATE and not with_state:
             continue

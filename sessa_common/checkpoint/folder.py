@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import re
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from sessa_common.checkpoint.finite import require_finite_weights
+from sessa_common.checkpoint.manifest import (
+    is_plain_name,
+    manifest_files,
+    read_manifest,
+    read_settled,
+    write_manifest,
+)
 from sessa_common.checkpoint.quantization import dequantize_weights, is_quantized
+from sessa_common.checkpoint.storage import atomic_path, write_json
+from sessa_common.checkpoint.storage import check_new_folder as check_new_folder
+from sessa_common.checkpoint.storage import new_folder as new_folder
 from sessa_common.config import SessaConfig, parameter_shapes
 from sessa_common.errors import SessaError
 from sessa_common.json_files import read_json
@@ -28,52 +36,9 @@ NUMPY_DTYPES = {
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
+SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD_SIZE = 5 * 10**9
-
-
-def check_new_folder(path: Path | str, *, force: bool = False) -> None:
-    """Raise SessaError when `path` exists and is not an empty folder, unless `force`."""
-    path = Path(path)
-    if path.exists() and not path.is_dir():
-        raise SessaError(f"{path}: exists and is not a folder")
-    if path.is_dir() and any(path.iterdir()) and not force:
-        raise SessaError(f"{path}: the folder is not empty; choose another or add --force")
-
-
-@contextmanager
-def new_folder(path: Path | str, *, force: bool = False) -> Iterator[Path]:
-    """Yield a scratch folder that becomes `path` if the block ends well and vanishes if not.
-
-    Raises SessaError before anything is written when `path` exists and is not an empty folder,
-    unless `force`.
-    """
-    path = Path(os.path.abspath(path))
-    check_new_folder(path, force=force)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-        scratch.chmod(0o755)
-    except OSError as error:
-        raise SessaError(f"{path}: cannot be created ({error.strerror})") from None
-    try:
-        yield scratch
-        if path.is_dir():
-            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
-            os.replace(path, old / path.name)
-            os.replace(scratch, path)
-            shutil.rmtree(old)
-        else:
-            os.replace(scratch, path)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON beside the target and rename, so that a reader never sees half a file."""
-    scratch = path.with_name(path.name + ".tmp")
-    scratch.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(scratch, path)
 
 
 def read_safetensors(path: Path) -> dict[str, np.ndarray]:
@@ -88,29 +53,64 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
 def write_safetensors(
     path: Path, arrays: Mapping[str, np.ndarray], metadata: dict[str, str] | None = None
 ) -> None:
-    """Write tensors beside the target and rename, so that a reader never sees half a file."""
-    scratch = path.with_name(path.name + ".tmp")
+    """Write a safetensors file atomically, with text metadata in its header."""
     whole = {name: np.ascontiguousarray(a).reshape(a.shape) for name, a in arrays.items()}
-    save_file(whole, scratch, metadata=metadata)
-    # The library makes files that only their owner may read.
-    umask = os.umask(0)
-    os.umask(umask)
-    scratch.chmod(0o666 & ~umask)
-    os.replace(scratch, path)
+    with atomic_path(path) as scratch:
+        save_file(whole, scratch, metadata=metadata)
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The weight files of a folder: the shards of its index, or every model*.safetensors."""
-    index = folder / INDEX
-    if index.exists():
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
-        missing = [name for name in names if not (folder / name).is_file()]
-        if missing or not names:
-            raise SessaError(f"{index}: shards missing: {', '.join(missing) or 'none are listed'}")
-        return [folder / name for name in names]
-    files = sorted(folder.glob("model*.safetensors"))
+    """The files that hold the model of a folder; no other file is read.
+
+    The manifest names them. In a folder of another tool they are the shards of the index, else
+    model.safetensors, else one whole set of model-i-of-n.safetensors or a single file.
+    """
+    manifest = read_manifest(folder)
+    if manifest is not None and any(map(is_weight_file, manifest.files)):
+        files = manifest_files(folder, manifest)
+        return [file for file in files if is_weight_file(file.name)]
+    single = folder / SINGLE
+    if (folder / INDEX).exists():
+        files = _indexed_files(folder / INDEX)
+        if single.exists() and single not in files:
+            raise SessaError(f"{folder}: {SINGLE} and {INDEX} are two models; remove the old one")
+        return files
+    if single.is_file():
+        return [single]
+    return _whole_set(folder)
+
+
+def is_weight_file(name: str) -> bool:
+    """Whether a file of a checkpoint folder holds weights, by its name."""
+    return fnmatchcase(name, "model*.safetensors")
+
+
+def _indexed_files(index: Path) -> list[Path]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise SessaError(f"{index}: weight_map is not a table of tensors and their files")
+    for name in weight_map.values():
+        if not is_plain_name(name):
+            raise SessaError(f"{index}: {name!r} is not the name of a file in this folder")
+    names = sorted(set(weight_map.values()))
+    if missing := [name for name in names if not (index.parent / name).is_file()]:
+        raise SessaError(f"{index}: shards missing: {', '.join(missing)}")
+    return [index.parent / name for name in names]
+
+
+def _whole_set(folder: Path) -> list[Path]:
+    """Shards that have no index: all of 1 to n of n, or a single file."""
+    files = sorted(path for path in folder.glob("model*.safetensors") if path.is_file())
     if not files:
         raise SessaError(f"{folder}: no model*.safetensors file in it")
+    shards = [re.fullmatch(r"model-(\d+)-of-(\d+)\.safetensors", file.name) for file in files]
+    numbers = [(int(shard[1]), int(shard[2])) for shard in shards if shard]
+    whole = numbers == [(i, len(files)) for i in range(1, len(files) + 1)]
+    if not whole and len(files) > 1:
+        raise SessaError(
+            f"{folder}: {', '.join(file.name for file in files)} are not the shards of one model, "
+            f"and there is no {INDEX} that says which to read"
+        )
     return files
 
 
@@ -141,11 +141,18 @@ def load_weights(folder: Path | str) -> tuple[SessaConfig, dict[str, np.ndarray]
 
 
 def read_tensors(folder: Path) -> dict[str, np.ndarray]:
-    """Every tensor of a folder's weight files, as it is stored."""
-    tensors: dict[str, np.ndarray] = {}
-    for file in weight_files(folder):
-        tensors |= read_safetensors(file)
-    return tensors
+    """Every tensor of a folder's weight files, as it is stored; SessaError for one stored twice."""
+
+    def read() -> dict[str, np.ndarray]:
+        tensors: dict[str, np.ndarray] = {}
+        for file in weight_files(folder):
+            found = read_safetensors(file)
+            if twice := sorted(tensors.keys() & found.keys()):
+                raise SessaError(f"{file}: tensor {twice[0]} is also in another file of the model")
+            tensors |= found
+        return tensors
+
+    return read_settled(folder, read)
 
 
 def channels_first(weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -201,30 +208,34 @@ def save_weights(
     framework: str = "pt",
     extra_config: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write config.json and the tensors into an existing folder, with a sharded index when large.
+    """Write config.json and the tensors into a folder that nobody reads yet; the manifest is last.
 
     shard_size is in bytes; framework is the safetensors `format`, "pt" or "mlx"; extra_config are
-    further keys for config.json.
+    further keys for config.json. Weight files of an earlier save are removed.
     """
-    shards: list[dict[str, np.ndarray]] = [{}]
-    size = 0
-    for name, value in weights.items():
-        if shards[-1] and size + value.nbytes > shard_size:
-            shards.append({})
-            size = 0
-        shards[-1][name] = value
-        size += value.nbytes
-    names = ["model.safetensors"]
-    if len(shards) > 1:
-        names = [
-            f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)
-        ]
-    for file, shard in zip(names, shards, strict=True):
-        write_safetensors(folder / file, shard, {"format": framework})
-    if len(shards) > 1:
-        weight_map = {
-            name: file for file, shard in zip(names, shards, strict=True) for name in shard
-        }
-        total = sum(value.nbytes for value in weights.values())
-        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    names = write_weights(folder, weights, shard_size=shard_size, framework=framework)
     write_json(folder / "config.json", {**config.to_dict(), **(extra_config or {})})
+    write_manifest(folder, names)
+    for path in folder.iterdir():
+        if (is_weight_file(path.name) or path.name == INDEX) and path.name not in names:
+            path.unlink()
+
+
+def write_weights(
+    folder: Path, weights: Mapping[str, np.ndarray], *, shard_size: int, framework: str
+) -> list[str]:
+    """Write the tensors, with an index when there are several shards; the names of the files."""
+    split = split_state_dict_into_shards_factory(
+        dict(weights),
+        get_storage_size=lambda value: value.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=shard_size,
+    )
+    for file, inside in split.filename_to_tensors.items():
+        write_safetensors(folder / file, {n: weights[n] for n in inside}, {"format": framework})
+    names = list(split.filename_to_tensors)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_json(folder / INDEX, index)
+        names.append(INDEX)
+    return names

@@ -15,6 +15,7 @@ from support.in_process import fails, sessa
 from sessa_cli.common import choose_backend, framework
 from sessa_common.checkpoint.folder import load_weights
 from sessa_common.checkpoint.initialization import initial_weights
+from sessa_common.checkpoint.storage import MANIFEST
 from sessa_common.config import SessaConfig, TrainConfig
 from sessa_common.data.tokenizer import read_tokenizer
 from sessa_common.errors import SessaError
@@ -51,7 +52,7 @@ def test_train_leaves_a_checkpoint_that_loads_and_a_paragraph(backend, text, tmp
     names = {path.name for path in out.iterdir()}
     assert names == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
                      "generation_config.json", "training.json", "training_state.safetensors",
-                     "metrics.jsonl", "loss.png"}  # fmt: skip
+                     "metrics.jsonl", "loss.png", MANIFEST}  # fmt: skip
     config, weights = load_weights(out)
     assert (config.vocab_size, config.eos_token_id, config.hidden_size) == (257, 256, 16)
     assert result["parameters"] == sum(value.size for value in weights.values())

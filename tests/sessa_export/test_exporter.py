@@ -17,6 +17,7 @@ from support.export_models import VARIANTS, lively_weights, small_config, write_
 import sessa_export.quantization
 from sessa_cli.main import main
 from sessa_common.checkpoint.folder import load_weights
+from sessa_common.checkpoint.storage import MANIFEST
 from sessa_common.errors import SessaError
 from sessa_common.reference import model as reference
 from sessa_common.reference.parity import compare, make_cases, tolerance_of
@@ -226,7 +227,7 @@ def test_files_of_every_client(tmp_path: Path) -> None:
 
 def test_only_what_was_asked_for(tmp_path: Path, checkpoint: Path) -> None:
     always = {"model.onnx", "config.json", "generation_config.json", "tokenizer.json",
-              "tokenizer_config.json"}  # fmt: skip
+              "tokenizer_config.json", MANIFEST}  # fmt: skip
     expected = {"ort": set(), "genai": {"genai_config.json"}, "web": {"web.json"}}
     for client, files in expected.items():
         export_checkpoint(checkpoint, tmp_path / client, Options(clients=(client,)))

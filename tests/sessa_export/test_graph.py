@@ -18,6 +18,7 @@ from support.export_models import MAMBA, VARIANTS, lively_weights, small_config,
 import sessa_export.exporter
 import sessa_export.graph
 from sessa_common.checkpoint.folder import load_weights
+from sessa_common.checkpoint.storage import MANIFEST, new_folder
 from sessa_common.errors import SessaError
 from sessa_common.inference.generation import left_pad
 from sessa_common.reference import model as reference
@@ -190,7 +191,7 @@ def test_interface_of_the_graph(tmp_path: Path, opset: int) -> None:
 def test_folder_holds_what_goes_with_the_model(exported) -> None:
     checkpoint, out = exported
     names = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
-    assert {file.name for file in out.iterdir()} == {"model.onnx", *names}
+    assert {file.name for file in out.iterdir()} == {"model.onnx", MANIFEST, *names}
     for name in names:
         assert (out / name).read_bytes() == (checkpoint / name).read_bytes()
 
@@ -236,17 +237,18 @@ def test_failed_check_leaves_nothing(tmp_path: Path, monkeypatch) -> None:
 
 def test_failed_check_keeps_the_folder_it_would_replace(tmp_path: Path, monkeypatch) -> None:
     checkpoint, _ = write_checkpoint(tmp_path / "checkpoint", small_config())
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine.txt").write_text("mine")
+    with new_folder(tmp_path / "out") as folder:
+        (folder / "older.txt").write_text("older")
     with pytest.raises(SessaError, match="not empty"):
         export_checkpoint(checkpoint, tmp_path / "out")
     monkeypatch.setattr(sessa_export.graph, "HIDDEN", np.float32(0))
     with pytest.raises(SessaError, match="logits differ"):
         export_checkpoint(checkpoint, tmp_path / "out", force=True)
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
+    assert (tmp_path / "out" / "older.txt").is_file()
     monkeypatch.undo()
     export_checkpoint(checkpoint, tmp_path / "out", force=True)
     assert (tmp_path / "out" / "model.onnx").is_file()
+    assert not (tmp_path / "out" / "older.txt").exists()
 
 
 def test_bad_requests(tmp_path: Path, monkeypatch) -> None:

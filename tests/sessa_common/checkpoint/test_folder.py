@@ -8,16 +8,20 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from sessa_common.checkpoint import folder as module
 from sessa_common.checkpoint.folder import (
     INDEX,
     NUMPY_DTYPES,
     load_config,
     load_weights,
-    new_folder,
+    read_tensors,
     save_weights,
-    write_json,
+    write_safetensors,
+    write_weights,
 )
 from sessa_common.checkpoint.initialization import initial_weights
+from sessa_common.checkpoint.manifest import verify
+from sessa_common.checkpoint.storage import MANIFEST, write_json
 from sessa_common.config import SessaConfig
 from sessa_common.errors import SessaError
 
@@ -165,39 +169,6 @@ def test_older_name_of_the_dtype_is_read(folder):
     assert load_config(folder).dtype == "bfloat16"
 
 
-def test_new_folder_appears_only_when_all_went_well(tmp_path):
-    target = tmp_path / "deep" / "out"
-    with pytest.raises(RuntimeError), new_folder(target) as scratch:
-        (scratch / "half").write_text("x")
-        raise RuntimeError
-    assert not target.exists() and list(target.parent.iterdir()) == []
-    with new_folder(target) as scratch:
-        (scratch / "whole").write_text("x")
-        assert not target.exists()
-    assert [path.name for path in target.iterdir()] == ["whole"]
-
-
-def test_folder_that_is_not_empty_needs_force(tmp_path):
-    target = tmp_path / "out"
-    target.mkdir()
-    (target / "old").write_text("x")
-    with pytest.raises(SessaError, match="not empty"), new_folder(target):
-        pass
-    with pytest.raises(RuntimeError), new_folder(target, force=True):
-        raise RuntimeError
-    assert (target / "old").exists()
-    with new_folder(target, force=True) as scratch:
-        (scratch / "new").write_text("x")
-    assert [path.name for path in target.iterdir()] == ["new"]
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_file_in_the_way_is_refused(tmp_path):
-    (tmp_path / "out").write_text("x")
-    with pytest.raises(SessaError, match="not a folder"), new_folder(tmp_path / "out", force=True):
-        pass
-
-
 def test_bfloat16_is_stored_as_such(tmp_path):
     save_weights(tmp_path, CONFIG, weights_in("bfloat16"), framework="mlx")
     raw = (tmp_path / "model.safetensors").read_bytes()
@@ -207,10 +178,132 @@ def test_bfloat16_is_stored_as_such(tmp_path):
     assert load_weights(tmp_path)[1]["model.norm.bias"].dtype == ml_dtypes.bfloat16
 
 
-def test_place_that_cannot_be_written_is_named(tmp_path):
-    (tmp_path / "file").write_text("x")
-    with (
-        pytest.raises(SessaError, match="cannot be created"),
-        new_folder(tmp_path / "file" / "out"),
-    ):
-        pass
+def test_stray_file_beside_the_model_is_not_read(tmp_path):
+    save_weights(tmp_path, CONFIG, weights_in("float32"))
+    other = {name: value + 1 for name, value in weights_in("float32").items()}
+    write_safetensors(tmp_path / "model-zzz.safetensors", other)
+    assert_same(load_weights(tmp_path)[1], weights_in("float32"))
+    (tmp_path / MANIFEST).unlink()  # As another tool leaves a folder.
+    assert_same(load_weights(tmp_path)[1], weights_in("float32"))
+
+
+@pytest.mark.parametrize(("first", "second"), [(1500, 10**9), (10**9, 1500), (3000, 1500)])
+def test_older_save_does_not_outlive_a_newer_one(tmp_path, first, second):
+    save_weights(tmp_path, CONFIG, weights_in("float32"), shard_size=first)
+    weights = {name: value + 1 for name, value in weights_in("float32").items()}
+    save_weights(tmp_path, CONFIG, weights, shard_size=second)
+    assert_same(load_weights(tmp_path)[1], weights)
+    (tmp_path / MANIFEST).unlink()
+    assert_same(load_weights(tmp_path)[1], weights)
+    there = {path.name for path in tmp_path.glob("model*.safetensors")}
+    index = tmp_path / INDEX
+    named = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else None
+    assert there == (named or {"model.safetensors"})
+
+
+def test_split_and_names_are_those_of_transformers(tmp_path):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(n_layer=3, n_head=2, n_embd=16, vocab_size=50, n_positions=9)
+    model = transformers.GPT2Model(config)
+    model.save_pretrained(tmp_path / "theirs", max_shard_size=5000)
+    (tmp_path / "ours").mkdir()
+    with torch.no_grad():
+        weights = {name: value.numpy() for name, value in model.state_dict().items()}
+    write_weights(tmp_path / "ours", weights, shard_size=5000, framework="pt")
+    ours, theirs = (json.loads((tmp_path / f / INDEX).read_text()) for f in ("ours", "theirs"))
+    assert ours["weight_map"] == theirs["weight_map"] and len(set(ours["weight_map"].values())) > 3
+    assert ours["metadata"]["total_size"] == theirs["metadata"]["total_size"]
+    assert_same(read_tensors(tmp_path / "theirs"), weights)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (("model.safetensors", INDEX), "are two models"),
+        (
+            ("model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors"),
+            "not the shards",
+        ),
+        (("model-a.safetensors", "model-b.safetensors"), "not the shards"),
+        (
+            ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"),
+            "also in another",
+        ),
+    ],
+    ids=["single-and-index", "gap", "names", "twice"],
+)
+def test_folder_of_another_tool_must_say_which_file_is_the_model(tmp_path, files, message):
+    write_json(tmp_path / "config.json", CONFIG.to_dict())
+    for name in files:
+        file = name
+        if name == INDEX:
+            file = "model-1.safetensors"
+            write_json(tmp_path / name, {"weight_map": {"a": file}})
+        write_safetensors(tmp_path / file, weights_in("float32"))
+    with pytest.raises(SessaError, match=message):
+        load_weights(tmp_path)
+
+
+def test_whole_set_of_shards_without_an_index_is_read(tmp_path):
+    save_weights(tmp_path, CONFIG, weights_in("float32"), shard_size=3000)
+    (tmp_path / MANIFEST).unlink()
+    (tmp_path / INDEX).unlink()
+    assert_same(load_weights(tmp_path)[1], weights_in("float32"))
+
+
+@pytest.mark.parametrize(
+    "weight_map", [[], {}, {"a": "../model.safetensors"}, {"a": "/m"}, {"a": 1}]
+)
+def test_index_must_name_files_of_its_folder(tmp_path, weight_map):
+    write_json(tmp_path / "config.json", CONFIG.to_dict())
+    write_json(tmp_path / INDEX, {"weight_map": weight_map})
+    with pytest.raises(SessaError, match=INDEX):
+        load_weights(tmp_path)
+
+
+def test_flipped_bit_is_found_by_its_hash(tmp_path):
+    save_weights(tmp_path, CONFIG, weights_in("float32"), shard_size=3000)
+    assert verify(tmp_path) == len(list(tmp_path.glob("model*")))
+    shard = sorted(tmp_path.glob("model-*.safetensors"))[1]
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    load_weights(tmp_path)
+    with pytest.raises(SessaError, match=f"{shard.name}: is damaged"):
+        verify(tmp_path)
+    (tmp_path / MANIFEST).unlink()
+    assert verify(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"format": 9},
+        {"files": {"../a": {"bytes": 1, "sha256": "0" * 64}}},
+        {"files": {"a": {}}},
+        {"files": []},
+        {"folder": "../.."},
+        {"other": 1},
+    ],
+    ids=["format", "path", "facts", "list", "folder", "key"],
+)
+def test_bad_manifest_is_named(folder, change):
+    values = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps({**values, **change}))
+    with pytest.raises(SessaError, match=MANIFEST):
+        load_weights(folder)
+
+
+def test_files_that_a_save_replaces_while_they_are_read_are_read_again(folder, monkeypatch):
+    weights = {name: value + 1 for name, value in weights_in("float32").items()}
+    reading = module.read_safetensors
+
+    def slow(path):
+        found = reading(path)
+        monkeypatch.setattr(module, "read_safetensors", reading)
+        save_weights(folder, CONFIG, weights)
+        return found
+
+    monkeypatch.setattr(module, "read_safetensors", slow)
+    assert_same(load_weights(folder)[1], weights)

@@ -14,6 +14,7 @@ from support.task_cases import (
     tiny,
 )
 
+from sessa_common.checkpoint.storage import MANIFEST
 from sessa_common.data.task_registry import load_data, new_task, parse_options
 from sessa_common.data.tasks import SPLITS, make_data, write_data
 from sessa_common.errors import SessaError
@@ -69,7 +70,7 @@ def test_bad_options_are_refused(name, text, message):
 def test_a_folder_holds_the_data_that_the_options_make(tmp_path):
     folder = tmp_path / "soup"
     write_data(make_data(tiny("symbolsoup")), folder)
-    assert {path.name for path in folder.iterdir()} == {"task.json"} | {
+    assert {path.name for path in folder.iterdir()} == {"task.json", MANIFEST} | {
         f"{split}.safetensors" for split in SPLITS
     }
     stored, drawn = load_data(str(folder)), load_data("symbolsoup", SOUP)
