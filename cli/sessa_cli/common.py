@@ -56,8 +56,11 @@ def given_fields(params: dict[str, Any], cls: type) -> dict[str, Any]:
 
 
 def make_console(json_output: bool = False) -> Console:
-    """The console for people: stdout, or stderr when stdout carries JSON."""
-    return Console(stderr=json_output)
+    """The console for people: stdout, or stderr when stdout carries JSON.
+
+    Text is printed as it is: brackets in a file's name are no markup, colons no pictures.
+    """
+    return Console(stderr=json_output, markup=False, emoji=False)
 
 
 def say(console: Console, text: str) -> None:

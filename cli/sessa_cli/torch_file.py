@@ -9,6 +9,7 @@ import numpy as np
 
 from sessa_cli.common import is_installed
 from sessa_common.errors import SessaError
+from sessa_common.input_files import require_modest_archive
 
 SUFFIXES = {".pt", ".pth", ".bin", ".ckpt"}
 # Where training scripts put the model beside its optimizer.
@@ -25,6 +26,7 @@ def read_torch_file(path: Path) -> dict[str, np.ndarray] | None:
         return None
     if not is_installed("torch"):
         raise SessaError(f"{path}: reading it needs PyTorch; pip install torch")
+    require_modest_archive(path)
     import torch
 
     from sessa_torch.checkpoint import to_numpy

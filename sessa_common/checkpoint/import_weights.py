@@ -19,6 +19,7 @@ from sessa_common.checkpoint.initialization import initial_weights
 from sessa_common.checkpoint.quantization import dequantize_weights, is_quantized
 from sessa_common.config import SessaConfig, parameter_shapes
 from sessa_common.errors import SessaError
+from sessa_common.input_files import require_modest_archive
 
 Tensors = dict[str, np.ndarray]
 
@@ -70,6 +71,7 @@ def read_arrays(path: Path) -> Tensors:
         return read_safetensors(path)
     if path.suffix != ".npz":
         raise SessaError(f"{path}: expected a checkpoint folder, .safetensors, .npz, .pt or .pth")
+    require_modest_archive(path)
     try:
         with np.load(path, allow_pickle=False) as file:
             # MLX writes bfloat16 as two bytes without a type.

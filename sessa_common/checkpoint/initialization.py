@@ -6,7 +6,8 @@ import math
 
 import numpy as np
 
-from sessa_common.config import SessaConfig, parameter_shapes
+from sessa_common.config import SessaConfig, parameter_count, parameter_shapes
+from sessa_common.memory import require_memory
 
 # The range from which Mamba-2 draws its first time steps, and the smallest one it takes.
 DT_RANGE, DT_FLOOR = (1e-3, 0.1), 1e-4
@@ -25,7 +26,11 @@ def initial_weights(config: SessaConfig, seed: int) -> dict[str, np.ndarray]:
     Mamba-2, as in state-spaces/mamba: dt_bias is the inverse softplus of a log-uniform draw in
     [1e-3, 0.1], at least 1e-4; A_log the logarithm of a uniform draw in [1, 16]; D is 1; the
     convolution is uniform within width^-1/2, its bias 0.
+
+    Raises SessaError, with nothing drawn, for a model that is larger than the machine's memory.
     """
+    count = parameter_count(config)
+    require_memory(4 * count, f"a model of {count:,} parameters in float32")
     rng = np.random.default_rng(seed)
     return {
         name: _draw(config, name, shape, rng).astype(np.float32)
