@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sessa_common.config import SessaConfig
 from sessa_torch.cache import SessaLayerCache
-from sessa_torch.feedback.cuda import MOST_SEQUENCES, unavailable_reason
+from sessa_torch.cuda.device import MOST_SEQUENCES, unavailable_reason
 
 Rope = tuple[Tensor, Tensor]
 
@@ -45,7 +45,7 @@ def apply_rope(x: Tensor, rope: Rope) -> Tensor:
 
 def _has_kernel(x: Tensor, cos: Tensor) -> bool:
     few = x.shape[0] * x.shape[1] <= MOST_SEQUENCES
-    return few and cos.dtype == torch.float32 and unavailable_reason(x, x) is None
+    return few and cos.dtype == torch.float32 and unavailable_reason(x.device, x.dtype) is None
 
 
 def causal_attention(

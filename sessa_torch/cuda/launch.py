@@ -1,7 +1,7 @@
-"""Tensors that Triton kernels read in blocks, and launches that inspect no argument again.
+"""Launches of Triton kernels, and the layouts of the tensors that they take.
 
-For a short solve Triton's own launch takes longer on the host than the kernel on the GPU, most of
-it to find the compiled kernel.
+For a short solve Triton's own launch takes longer on the host than the kernel on the GPU; most of
+that time is spent on finding the compiled kernel. `Prepared` finds it with one look-up.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Of each kind: a program that has seen very many shapes forgets them.
+# Upper limit of cached kernels and plans per kind; the cache is cleared when it is reached.
 MOST_COMPILED = 4096
 
-# What tensor memory descriptors ask of addresses and strides.
+# Tensor memory descriptors need addresses and strides that are multiples of this.
 DESCRIPTOR_BYTES = 16
 
 
@@ -24,7 +24,7 @@ DESCRIPTOR_BYTES = 16
 class Blocks:
     """A tensor that a kernel reads in blocks, by a tensor memory descriptor.
 
-    It has what a launch reads of Triton's TensorDescriptor, which takes longer to make.
+    It has the fields of Triton's TensorDescriptor that a launch reads, and is faster to make.
     """
 
     base: Tensor
@@ -57,14 +57,24 @@ def aligned(tensor: Tensor) -> Tensor:
     return aligned_empty(*tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
+def rows_contiguous(tensor: Tensor) -> Tensor:
+    """The tensor with unit stride along its last axis, copied only where it has another."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def mask_bytes(mask: Tensor | None) -> Tensor | None:
+    """A boolean mask as contiguous bytes."""
+    return None if mask is None else mask.contiguous().view(torch.uint8)
+
+
 class Prepared:
-    """A kernel with its constants; a launch finds what is compiled with one look-up."""
+    """A kernel with its constants; a launch finds the compiled kernel with one look-up."""
 
     def __init__(self, kernel: Any, constants: dict[str, Any]) -> None:
         self.kernel, self.constants = kernel, constants
-        # By all that Triton specialises for: device, numbers and types.
+        # The keys are everything that Triton specialises for: device, numbers and types.
         self.compiled: dict[tuple, Any] = {}
-        # Which of the numbers are among these; known at the first launch.
+        # Places of the numbers that Triton specialises for; known at the first launch.
         self.special: list[int] | None = None
 
     @functools.cached_property
@@ -87,7 +97,7 @@ class Prepared:
             with torch.cuda.device(device):
                 self.launch(grid, tensors, descriptors, numbers)
             return
-        # Triton compiles anew for pointers that are not aligned to 16 bytes; they are rare.
+        # For pointers that are not aligned to 16 bytes Triton compiles anew; they are rare.
         if device.type != "cuda" or pointers % 16:
             self._launch_by_triton(grid, tensors, descriptors, numbers)
             return

@@ -20,7 +20,7 @@ ROWS = tl.constexpr(32)
 def rotate_kernel(
     x, cos, sin, out, sxb, sxh, sxt, sob, soh, sot, H, T, each,
     d: tl.constexpr, WIDE: tl.constexpr, BACK: tl.constexpr,
-):  # fmt: skip
+):
     """Rotate the pairs of x (B, H, T, d), BACK by the negative angles, into out.
 
     cos and sin are contiguous rows of d, each apart from one sequence to the next.
@@ -73,5 +73,5 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> Tensor
     prepared(rotate_kernel, d=d, WIDE=wide, BACK=back, num_warps=4).launch(
         (-(-T // ROWS.value), B * H), (x, cos, sin, out), (),
         (*x.stride()[:3], *out.stride()[:3], H, T, each),
-    )  # fmt: skip
+    )
     return out

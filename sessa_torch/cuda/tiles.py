@@ -33,7 +33,7 @@ def log2_prob(s, scale, lse):
 @triton.jit
 def load_block(
     x, b, row, col, ROWS: tl.constexpr, COLS: tl.constexpr, USE_TMA: tl.constexpr
-):  # fmt: skip
+):
     """A block (ROWS, COLS) of sequence b from row and col on; what is outside is zero.
 
     x is (pointer, strides of sequences and rows, rows, columns, descriptor), of which USE_TMA
@@ -54,7 +54,7 @@ def load_block(
 def score_tile(
     q, k, b, row, col, width, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """Products (BM, BN) in float32 of the rows of q from row on with those of k from col on.
 
     q and k are as in load_block. width is K, passed at run time so that the loop is not unrolled.
@@ -82,7 +82,7 @@ def accumulate_tile(
     acc, p, v, at, b, begin, end, first, columns,
     BM: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr, REVERSE: tl.constexpr,
     USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """acc + columns begin to end of a row tile times these rows of v, BD columns from first on.
 
     p is (pointer, descriptor) of (cells / BK, BK), in which the tile starts at row at; v is as in

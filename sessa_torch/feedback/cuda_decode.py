@@ -1,19 +1,68 @@
-"""Triton kernels for a few new rows behind a long past: every cached key and state is read once.
+"""The solve of a few new rows behind a long past on CUDA: every cached key and state is read once.
 
-The past is split over time so that one sequence fills the device. Each program keeps the softmax of
-its part (maximum, sum, weighted states); a second kernel adds the parts in a fixed order and solves
-the few new rows among themselves.
+The past is split over time so that one sequence fills the device. Each program computes the softmax
+of its part (maximum, sum, weighted states); a second kernel adds the parts in a fixed order and
+solves the few new rows among themselves.
 """
 
 from __future__ import annotations
 
+import math
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from sessa_torch.cuda.device import num_sms
+from sessa_torch.cuda.launch import mask_bytes, prepared, rows_contiguous
 from sessa_torch.cuda.tiles import NOTHING, log_sum
+from sessa_torch.feedback.cuda_sizes import DECODE_ROWS, gradient_tiles, precision
 
-# Rows of a tile; decoding takes at most this many new rows.
-ROWS = tl.constexpr(16)
+# Rows of a tile.
+ROWS = tl.constexpr(DECODE_ROWS)
+
+
+def solve_few_rows(
+    f: Tensor,  # (B, T, D)
+    q: Tensor,  # (B, T, K)
+    k: Tensor,  # (B, P+T, K)
+    gamma: Tensor,  # (B, T)
+    past_s: Tensor,  # (B, P, D)
+    key_mask: Tensor | None,  # (B, P+T)
+) -> tuple[Tensor, Tensor]:
+    """`cuda.solve_forward` for at most DECODE_ROWS rows behind a past."""
+    dtype = torch.promote_types(f.dtype, q.dtype)
+    q, k = q.to(dtype), k.to(dtype)
+    (B, T, D), P, K = f.shape, past_s.shape[1], q.shape[2]
+    f, q, k, past_s = (rows_contiguous(x) for x in (f, q, k, past_s))
+    seen, gamma = mask_bytes(key_mask), gamma.contiguous()
+    wide = 1 << max(D - 1, 15).bit_length()
+    block = max(16, min(64, 2**16 // (wide * q.element_size())))
+    # At most 128 shares, so that the second kernel holds one row of all of them.
+    splits = max(1, min(128, num_sms(q.device) // B, -(-P // block)))
+    share = -(-P // (splits * block)) * block
+    splits = -(-P // share)
+    sums = torch.empty(B, splits, 2, ROWS.value, dtype=torch.float32, device=f.device)
+    parts = torch.empty(B, splits, T, D, dtype=torch.float32, device=f.device)
+    s = torch.empty(B, T, D, dtype=f.dtype, device=f.device)
+    lse = torch.empty(B, T, dtype=torch.float64, device=f.device)
+    # One wide piece of K would be buffered whole for every stage, beyond the shared memory.
+    inner = gradient_tiles(q.dtype, q.device).inner
+    inner = min(inner, 1 << max(K - 1, 15).bit_length())
+    common = {"K": K, "D": D, "BK": inner, "SCALE": K**-0.5 * math.log2(math.e)}
+    common |= {"MASKED": key_mask is not None, "PRECISION": precision(q.dtype)}
+    seen = q if seen is None else seen
+    prepared(past_kernel, BN=block, BD=wide, num_warps=8, **common).launch(
+        (splits, B), (q, k, past_s, seen, sums, parts), (),
+        (*q.stride()[:2], *k.stride()[:2], *past_s.stride()[:2], T, P, share),
+    )
+    most = max(16, 1 << (splits - 1).bit_length())
+    prepared(combine_kernel, BD=32, SPLITS=most, num_warps=4, **common).launch(
+        (-(-D // 32), B), (f, q, k, gamma, seen, sums, parts, s, lse), (),
+        (*f.stride()[:2], *q.stride()[:2], *k.stride()[:2], T, P, splits),
+    )
+    return s, lse
 
 
 @triton.jit(do_not_specialize=["T", "P", "share"])
@@ -21,7 +70,7 @@ def past_kernel(
     q, k, past, mask, sums, parts, sqb, sqt, skb, skt, spb, spt, T, P, share,
     K: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
     SCALE: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """Softmax of the rows over one share of the past: sums (B, splits, 2, ROWS) takes maximum and
     sum, parts (B, splits, T, D) the states weighted by exp2(score - maximum)."""
     split = tl.program_id(0)
@@ -67,7 +116,7 @@ def combine_kernel(
     f, q, k, gamma, mask, sums, parts, s, lse, sfb, sft, sqb, sqt, skb, skt, T, P, splits,
     K: tl.constexpr, D: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, SPLITS: tl.constexpr,
     SCALE: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """Add the shares of the past and solve the new rows among themselves, for BD columns of s."""
     b = tl.program_id(1).to(tl.int64)
     rows = tl.arange(0, ROWS)

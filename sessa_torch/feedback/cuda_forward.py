@@ -1,117 +1,175 @@
-"""The feedback solve as one Triton kernel, forward in time and, for the gradient, backward in time.
+"""The solve kernel on CUDA: forward in time for s and, for the gradient of f, backward in time.
 
-Rows are cut into tiles. A program draws a ticket and does one task; a task waits only for tasks of
+`solve_forward` is the forward pass; cuda_backward.py runs the same kernel in reverse.
+
+Rows are cut into tiles. A program draws a ticket and does one task. A task waits only for tasks of
 lower tickets, which are running or done, so the order of the tickets excludes a deadlock:
 
     scores   exp2(score - m) of one row tile over a chunk of columns, into a ring of row tiles
-    inverse  softmax sums of a row tile; X = (I - N_ii)^-1 and Y_ij = X N_ij of the LINKS tiles j
-             before i, in the place of N in the ring
+    inverse  softmax sums of a row tile; X = (I - N_ii)^-1, and Y_ij = X N_ij for the LINKS tiles j
+             before i, which replaces N_ij in the ring
     mix      z = X (f + N s over the tiles before those), then s_i = z + Y s, for a slice of D
 
-Only the product with Y waits for the tiles just before, so the chain through time is one small
-product a tile, and the scores run ahead of it as far as the ring allows. What a mix reads of other
-tiles needs no inverse, so both are computed at once.
+The first two tasks are in cuda_weights.py. Only the product with Y waits for the tiles just before,
+so the chain through time is one small product per tile, and the scores run ahead of it as far as
+the ring allows. The part of a mix that reads other tiles needs no inverse, so both are computed at
+the same time.
 
-Backward in time the same system is u = ds + N^T u. Rows are then keys, columns are queries, both
-counted from the last position, the probabilities are known (lse), and the values are w = gamma u.
-In memory all keeps the order of the sequence: tiles lie last one first, and N_ii is upper
+Backward in time the same system is u = ds + N^T u. The rows are then keys and the columns queries,
+both counted from the last position; the probabilities are known (lse), and the values are
+w = gamma u. Memory keeps the order of the sequence: the tiles lie last one first, and N_ii is upper
 triangular.
 """
 
 from __future__ import annotations
 
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from sessa_torch.cuda.tiles import (
-    NOTHING,
-    accumulate_tile,
-    log2_prob,
-    row_sums,
-    score_tile,
-    signal,
-    tile_column,
-    tile_offsets,
-    wait,
+from sessa_torch.cuda.device import has_tma, is_interpreter, num_sms
+from sessa_torch.cuda.launch import (
+    MOST_COMPILED,
+    Prepared,
+    aligned,
+    aligned_empty,
+    blocks,
+    mask_bytes,
+    prepared,
+    rows_contiguous,
 )
-from sessa_torch.feedback.cuda_inverse import LINKS, inverse_task
+from sessa_torch.cuda.tiles import accumulate_tile, signal, tile_column, tile_offsets, wait
+from sessa_torch.feedback.cuda_sizes import Tiles, precision, solve_tiles
+from sessa_torch.feedback.cuda_weights import LINKS, inverse_task, scores_task
+from sessa_torch.feedback.outputs import from_row
 
+# The scores run LAG row tiles ahead of the solve. From LAG_COLUMNS columns on they run fewer ahead,
+# since the ring would take memory for a gain of 1 %. The least is SHORT_LAG, which is also taken
+# for SEQUENCES sequences or more.
+LAG, LAG_COLUMNS, SHORT_LAG, SEQUENCES = 40, 2**15, 5, 16
 # Steps of the schedule that are tried at once: as many as a warp has threads.
 SEARCH = tl.constexpr(32)
 
 
-@triton.jit
-def scores_task(
-    q, k, lse, mask, p, stats, ref_ring, ref_done, scores_done, b, row, chunk, T, P, NP, NW, width,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, CHUNK: tl.constexpr,
-    USE_TMA: tl.constexpr,
-    SCALE: tl.constexpr, HEADROOM: tl.constexpr, SHIFT: tl.constexpr,
-    REVERSE: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Windows of BN columns, counted down from the diagonal, of the probabilities of one row tile.
+def solve_forward(
+    f: Tensor,  # (B, T, D)
+    q: Tensor,  # (B, T, K)
+    k: Tensor,  # (B, P+T, K)
+    gamma: Tensor,  # (B, T)
+    past_s: Tensor | None,  # (B, P, D)
+    key_mask: Tensor | None,  # (B, P+T)
+) -> tuple[Tensor, Tensor]:
+    """`cuda.solve_forward` for any number of rows."""
+    B, T, D = f.shape
+    P = k.shape[1] - T
+    dtype = torch.promote_types(f.dtype, q.dtype)
+    states = aligned_empty(B, P + T, D, dtype=dtype, device=f.device)
+    if past_s is not None:
+        states[:, :P] = past_s
+    lse = torch.empty(B, T, dtype=torch.float64, device=f.device)
+    right, (q, k) = rows_contiguous(f.to(dtype)), (aligned(x.to(dtype)) for x in (q, k))
+    gain, mask = gamma.contiguous(), mask_bytes(key_mask)
+    run_solve(right, q, k, gain, mask, lse, states, reverse=False)
+    return from_row(states, P, f.dtype), lse
 
-    A window is stored relative to the row's maximum in window 1, which all rows see, or to its own
-    where that is more than HEADROOM higher: few rows need rescaling and none overflows. Window 1
-    comes first, and the other chunks have their first product ready before they wait for it.
+
+def run_solve(
+    f: Tensor,
+    q: Tensor,
+    k: Tensor,
+    gamma: Tensor,
+    mask: Tensor | None,
+    lse: Tensor,
+    out: Tensor,
+    *,
+    reverse: bool,
+) -> None:
+    """Run the solve kernel on f and write its solution to out (B, P+T, D).
+
+    Forward in time the first P rows of out hold the past states. In reverse the kernel solves for
+    the gradient u: f is the gradient of s, q are the keys and k the queries.
     """
-    local, inner = tl.arange(0, BM), tl.arange(0, BN)
-    cells_at = tile_offsets(local, inner, BM, BK)
-    columns = T if REVERSE else P + T
-    rows = row * BM + (BM - 1 - local if REVERSE else local)
-    # What rows outside give is masked or unused.
-    first_row = P + T - (row + 1) * BM if REVERSE else row * BM - P
-    end = tl.minimum((row + 1) * BM, NP)
-    windows = tl.cdiv(end, BN)
-    ref = tl.full((BM,), NOTHING, tl.float32)
-    if REVERSE:
-        rows_ok = rows < P + T
-        if MASKED:
-            rows_ok = rows_ok & (tl.load(mask + tl.maximum(P + T - 1 - rows, 0)) != 0)
-    for turn in range(chunk * CHUNK, tl.minimum((chunk + 1) * CHUNK, windows)):
-        window = tl.where(turn < tl.minimum(windows, 2) - 1, 1, tl.where(turn == 1, 0, turn))
-        first = end - (window + 1) * BN
-        cols = first + (BN - 1 - inner if REVERSE else inner)
-        near_cols = tl.minimum(tl.maximum(cols, 0), columns - 1)
-        if REVERSE:
-            near_cols = T - 1 - near_cols
-        first_col = T - BN - first if REVERSE else first
-        if REVERSE and PRECISION == "tf32x3":
-            # Operands change places, so that float32 scores are those of the forward pass.
-            s = score_tile(k, q, b, first_col, first_row, width, BN, BM, BK, USE_TMA, PRECISION)
-            s = tl.trans(s)
-        else:
-            s = score_tile(q, k, b, first_row, first_col, width, BM, BN, BK, USE_TMA, PRECISION)
-        if REVERSE:
-            s = log2_prob(s, SCALE, tl.load(lse + near_cols)[None, :])
-            s = tl.where(rows_ok[:, None], s, float("-inf"))
-        elif MASKED:
-            s = tl.where((tl.load(mask + near_cols) != 0)[None, :], s, float("-inf"))
-        if (first < 0) | (first + BN > tl.minimum(row * BM, columns)):
-            seen = (cols >= 0) & (cols < columns)
-            s = tl.where((cols[None, :] < rows[:, None]) & seen[None, :], s, float("-inf"))
-        if REVERSE:
-            s += SHIFT
-        else:
-            if (chunk > 0) & (turn == chunk * CHUNK):
-                wait(ref_done, 1)
-                ref = tl.load(ref_ring + local)
-            top = tl.max(s, 1) * SCALE
-            m = tl.where(top > ref + HEADROOM, top, ref)
-            s = tl.fma(s, SCALE, -m[:, None])
-        rounded = tl.exp2(s).to(p.dtype.element_ty)
-        at = p + (NP - BN - first if REVERSE else first) * BM
-        # cols >= 0, in a form in which the compiler sees that neighbours agree.
-        kept = inner < first + BN if REVERSE else first + inner >= 0
-        tl.store(at + cells_at, rounded, mask=kept[None, :])
-        if not REVERSE:
-            # The sum of what is multiplied, so that the weights of a row add up to one.
-            tl.store(stats + window * BM + local, m)
-            tl.store(stats + (NW + window) * BM + local, row_sums(rounded, BN))
-            ref = tl.where(ref == NOTHING, m, ref)
-            if turn == 0:
-                tl.store(ref_ring + local, ref)
-                signal(ref_done)
-    signal(scores_done)
+    (B, T, D), K, rows = f.shape, q.shape[2], out.shape[1]
+    plan = solve_plan(B, T, rows, D, K, q.dtype, q.device, reverse, mask is not None)
+    t, values = plan.tiles, out
+    if reverse:
+        values = aligned_empty(B, plan.columns, D, dtype=q.dtype, device=q.device)
+    p = q.new_empty(plan.cells, t.inner)
+    work = q.new_empty(plan.work, dtype=torch.float32)
+    flags = torch.zeros(plan.flags, dtype=torch.int32, device=q.device)
+    plan.kernel.launch(
+        (plan.tasks,),
+        (f, q, k, gamma, q if mask is None else mask, lse, values, out, p, work, flags),
+        (blocks(q, 1, t.rows, t.inner), blocks(k, 1, t.columns, t.inner),
+         blocks(p, t.rows, t.inner), blocks(values, 1, t.inner, t.width)),
+        (*f.stride()[:2], *q.stride()[:2], *k.stride()[:2], out.stride(1), *plan.numbers),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SolvePlan:
+    """Everything about a solve that follows from its shapes and types.
+
+    columns is the padded number of score columns. cells (rows of `tiles.inner` elements), work and
+    flags are the sizes of the workspaces, tasks is the number of programs, and numbers are the
+    kernel's last arguments.
+    """
+
+    tiles: Tiles
+    columns: int
+    cells: int
+    work: int
+    flags: int
+    tasks: int
+    numbers: tuple[int, ...]
+    kernel: Prepared
+
+
+@functools.lru_cache(MOST_COMPILED)
+def solve_plan(
+    B: int, T: int, rows: int, D: int, K: int, dtype: torch.dtype, device: torch.device,
+    reverse: bool, masked: bool,
+) -> SolvePlan:
+    """The plan of a solve of T rows, whose solution has `rows` rows with the past."""
+    t = solve_tiles(dtype, device, min(D, K))
+    columns = T if reverse else rows
+    tiles, parts = -(-rows // t.rows), -(-D // t.width)
+    padded = -(-columns // t.rows) * t.rows
+    windows = -(-padded // t.columns)
+    # With many sequences or columns one step keeps the device busy until the next.
+    lag = 0 if B >= SEQUENCES else min(LAG, LAG * LAG_COLUMNS // columns)
+    lag = min(tiles, max(lag, SHORT_LAG))
+    first = 0 if reverse else (rows - T) // t.rows
+    # The chunks of scores are those that chunks_before counts.
+    per, most = t.columns * t.chunk // t.rows, padded // t.rows
+    chunks = sum(-(-min(row + 1, most) // per) for row in range(first, tiles))
+    ring = min(tiles, lag + 2 + num_sms(device) // (B * parts))
+    half = dtype == torch.float16
+    kernel = prepared(
+        solve_kernel,
+        D=D, BM=t.rows, BN=t.columns, BK=t.inner, BD=t.width, CHUNK=t.chunk,
+        DOUBLINGS=t.rows.bit_length() - 3,
+        SCALE=K**-0.5 * math.log2(math.e), HEADROOM=14.0 if half else 60.0,
+        SHIFT=15.0 if half else 0.0, REVERSE=reverse, MASKED=masked,
+        EXACT="tf32" if dtype.itemsize == 2 else precision(dtype), PRECISION=precision(dtype),
+        USE_TMA=has_tma(device), FENCE=has_tma(device) and not is_interpreter(),
+        num_warps=t.warps, num_stages=t.stages,
+    )
+    return SolvePlan(
+        tiles=t,
+        columns=padded,
+        cells=B * ring * t.rows * padded // t.inner,
+        work=B * ring * t.rows * (2 * windows + 3),
+        flags=1 + 3 * B * tiles + B * parts,
+        tasks=B * (chunks + (tiles - first) * (1 + parts)),
+        numbers=(B, T, rows - T, ring, (lag + 1) // 2, lag, K),
+        kernel=kernel,
+    )
 
 
 @triton.jit
@@ -119,7 +177,7 @@ def read_solved(
     acc, p, v, at, b, solved, known, begin, end, first, NP, BM: tl.constexpr, BD: tl.constexpr,
     BK: tl.constexpr, REVERSE: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
     FENCE: tl.constexpr,
-):  # fmt: skip
+):
     """acc + the columns of tiles begin to end times v, as far as solved at a time; see product."""
     done = begin
     while done < end:
@@ -132,7 +190,7 @@ def read_solved(
         acc = accumulate_tile(
             acc, p, v, at, b, done * BM, ready * BM, first, NP,
             BM, BD, BK, REVERSE, USE_TMA, PRECISION,
-        )  # fmt: skip
+        )
         done = tl.maximum(ready, done)
     return acc
 
@@ -143,7 +201,7 @@ def mix_task(
     T, P, NP,
     D: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr,
     REVERSE: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr, FENCE: tl.constexpr,
-):  # fmt: skip
+):
     """Solve one row tile for BD columns of the states; solved counts the tiles done, in order."""
     local = tl.arange(0, BM)
     rows = row * BM + (BM - 1 - local if REVERSE else local)
@@ -159,7 +217,7 @@ def mix_task(
     acc = read_solved(
         acc, p_blocks, v_blocks, at, b, solved, known, 0, before, part * BD, NP,
         BM, BD, BK, REVERSE, USE_TMA, PRECISION, FENCE,
-    )  # fmt: skip
+    )
     # Only now: it would take registers from the loop.
     f_ok = ((f_rows >= 0) & (f_rows < T))[:, None] & d_ok
     f_at = f + (f_rows.to(tl.int64) * sft)[:, None] + d[None, :]
@@ -180,7 +238,7 @@ def mix_task(
     z = read_solved(
         z, p_blocks, v_blocks, at, b, solved, known, before, tiles, part * BD, NP,
         BM, BD, BK, REVERSE, USE_TMA, PRECISION, FENCE,
-    )  # fmt: skip
+    )
     if row * BM > NP:
         wait(solved, row - known)
     tl.store(out_at, z.to(out.dtype.element_ty), mask=out_ok)
@@ -224,7 +282,7 @@ def solve_kernel(
     BD: tl.constexpr, CHUNK: tl.constexpr, DOUBLINGS: tl.constexpr, SCALE: tl.constexpr,
     HEADROOM: tl.constexpr, SHIFT: tl.constexpr, REVERSE: tl.constexpr, MASKED: tl.constexpr,
     USE_TMA: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, FENCE: tl.constexpr,
-):  # fmt: skip
+):
     """Draw a ticket: step by step the chunks of scores, an inverse and the mixes, of each sequence.
 
     gamma, lse (B, T) and mask (B, P+T) are contiguous, out (B, P+T, D) and v too but for the stride
@@ -284,12 +342,12 @@ def solve_kernel(
             lse, mask + wide * (P + T), p, work, ref_ring, ref_done, scores_done,
             b, row, task, T, P, NP, NW, width, BM, BN, BK, CHUNK, USE_TMA,
             SCALE, HEADROOM, SHIFT, REVERSE, MASKED, PRECISION,
-        )  # fmt: skip
+        )
     elif task < chunks + inverses:
         inverse_task(
             p, work, lse, gamma + wide * T, gain, scores_done, inverse_done, row, T, P, NP, NW,
             BM, BN, BK, CHUNK, DOUBLINGS, SHIFT, REVERSE, EXACT, PRECISION,
-        )  # fmt: skip
+        )
     else:
         part = task - chunks - inverses
         # w is padded.
@@ -300,4 +358,4 @@ def solve_kernel(
             ring_blocks, (v, each, sv, v_rows, D, v_blocks), slot * (NP // BK * BM), gain,
             inverse_done, solved + part, sft, sv, b, row, part, T, P, NP,
             D, BM, BD, BK, REVERSE, USE_TMA, PRECISION, FENCE,
-        )  # fmt: skip
+        )

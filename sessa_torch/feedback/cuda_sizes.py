@@ -1,19 +1,20 @@
-"""What the Triton kernels' sizes depend on: the device, the type of the operands, the widths."""
+"""Tile sizes of the Triton kernels, by device, type of the operands and widths."""
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
+
+from sessa_torch.cuda.device import shared_memory
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tiles:
     """Sizes of the kernels' tiles: rows, columns of scores, inner length, columns of s or k.
 
-    A chunk is the windows of scores that one task computes; at least two, since what the second
-    finds is told to the other chunks.
+    A chunk is the number of score windows that one task computes. It is at least two, because the
+    other chunks need the maximum that the first chunk finds in its second window.
     """
 
     rows: int
@@ -25,9 +26,9 @@ class Tiles:
     stages: int = 3
 
 
-# Triton's interpreter runs on the CPU; small tiles give it several of everything.
+# Triton's interpreter runs on the CPU; with small tiles short inputs have several of everything.
 INTERPRETED = Tiles(rows=32, columns=64, inner=32, width=64, chunk=2)
-# 16-bit operands: two programs of HALF share a multiprocessor, one of WIDE reads less a product.
+# 16-bit operands: two programs of HALF share a multiprocessor; WIDE reads less for each product.
 HALF = Tiles(rows=128, columns=128, inner=64, width=128, warps=4, chunk=2)
 WIDE = Tiles(rows=128, columns=256, inner=64, width=256, stages=4)
 WIDE_FROM, WIDE_SHARED = 1024, 200 * 1024
@@ -35,40 +36,8 @@ WIDE_FROM, WIDE_SHARED = 1024, 200 * 1024
 SINGLE = Tiles(rows=64, columns=64, inner=32, width=128, warps=4)
 SINGLE_GRADIENT = Tiles(rows=128, columns=128, inner=32, width=128)
 SINGLE_SHARED = 128 * 1024
-
-
-def is_interpreter() -> bool:
-    """Whether Triton interprets kernels on the CPU (TRITON_INTERPRET=1)."""
-    import triton
-
-    return triton.knobs.runtime.interpret
-
-
-@functools.cache
-def num_sms(device: torch.device) -> int:
-    """Multiprocessors of the device."""
-    if device.type != "cuda":
-        return 4
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-@functools.cache
-def shared_memory(device: torch.device) -> int:
-    """Bytes that a program can have on the device."""
-    from triton.runtime import driver
-
-    return driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
-
-
-@functools.cache
-def capability(device: torch.device) -> tuple[int, int]:
-    """The CUDA compute capability of the device."""
-    return torch.cuda.get_device_capability(device)
-
-
-def has_tma(device: torch.device) -> bool:
-    """Whether kernels read by tensor memory descriptors, which GPUs from Hopper on have."""
-    return device.type != "cuda" or capability(device) >= (9, 0)
+# New rows and columns of s up to which cuda_decode.py solves a few rows behind a past.
+DECODE_ROWS, DECODE_WIDTH = 16, 2048
 
 
 def solve_tiles(dtype: torch.dtype, device: torch.device, width: int) -> Tiles:

@@ -1,14 +1,98 @@
-"""The task of the solve that ends the softmax of a row tile and inverts its diagonal tile."""
+"""The two tasks of the solve kernel that read no solved row: scores, and softmax with inverse."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from sessa_torch.cuda.tiles import NOTHING, log_sum, signal, tile_column, tile_offsets, wait
+from sessa_torch.cuda.tiles import (
+    NOTHING,
+    log2_prob,
+    log_sum,
+    row_sums,
+    score_tile,
+    signal,
+    tile_column,
+    tile_offsets,
+    wait,
+)
 
-# Tiles before its own whose part in a row tile goes through Y.
+# Number of tiles before a row tile whose part in it goes through Y.
 LINKS = tl.constexpr(2)
+
+
+@triton.jit
+def scores_task(
+    q, k, lse, mask, p, stats, ref_ring, ref_done, scores_done, b, row, chunk, T, P, NP, NW, width,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, CHUNK: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    SCALE: tl.constexpr, HEADROOM: tl.constexpr, SHIFT: tl.constexpr,
+    REVERSE: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):
+    """Windows of BN columns, counted down from the diagonal, of the probabilities of one row tile.
+
+    A window is stored relative to the row's maximum in window 1, which all rows see, or to its own
+    where that is more than HEADROOM higher: few rows need rescaling and none overflows. Window 1
+    comes first, and the other chunks have their first product ready before they wait for it.
+    """
+    local, inner = tl.arange(0, BM), tl.arange(0, BN)
+    cells_at = tile_offsets(local, inner, BM, BK)
+    columns = T if REVERSE else P + T
+    rows = row * BM + (BM - 1 - local if REVERSE else local)
+    # What rows outside give is masked or unused.
+    first_row = P + T - (row + 1) * BM if REVERSE else row * BM - P
+    end = tl.minimum((row + 1) * BM, NP)
+    windows = tl.cdiv(end, BN)
+    ref = tl.full((BM,), NOTHING, tl.float32)
+    if REVERSE:
+        rows_ok = rows < P + T
+        if MASKED:
+            rows_ok = rows_ok & (tl.load(mask + tl.maximum(P + T - 1 - rows, 0)) != 0)
+    for turn in range(chunk * CHUNK, tl.minimum((chunk + 1) * CHUNK, windows)):
+        window = tl.where(turn < tl.minimum(windows, 2) - 1, 1, tl.where(turn == 1, 0, turn))
+        first = end - (window + 1) * BN
+        cols = first + (BN - 1 - inner if REVERSE else inner)
+        near_cols = tl.minimum(tl.maximum(cols, 0), columns - 1)
+        if REVERSE:
+            near_cols = T - 1 - near_cols
+        first_col = T - BN - first if REVERSE else first
+        if REVERSE and PRECISION == "tf32x3":
+            # Operands change places, so that float32 scores are those of the forward pass.
+            s = score_tile(k, q, b, first_col, first_row, width, BN, BM, BK, USE_TMA, PRECISION)
+            s = tl.trans(s)
+        else:
+            s = score_tile(q, k, b, first_row, first_col, width, BM, BN, BK, USE_TMA, PRECISION)
+        if REVERSE:
+            s = log2_prob(s, SCALE, tl.load(lse + near_cols)[None, :])
+            s = tl.where(rows_ok[:, None], s, float("-inf"))
+        elif MASKED:
+            s = tl.where((tl.load(mask + near_cols) != 0)[None, :], s, float("-inf"))
+        if (first < 0) | (first + BN > tl.minimum(row * BM, columns)):
+            seen = (cols >= 0) & (cols < columns)
+            s = tl.where((cols[None, :] < rows[:, None]) & seen[None, :], s, float("-inf"))
+        if REVERSE:
+            s += SHIFT
+        else:
+            if (chunk > 0) & (turn == chunk * CHUNK):
+                wait(ref_done, 1)
+                ref = tl.load(ref_ring + local)
+            top = tl.max(s, 1) * SCALE
+            m = tl.where(top > ref + HEADROOM, top, ref)
+            s = tl.fma(s, SCALE, -m[:, None])
+        rounded = tl.exp2(s).to(p.dtype.element_ty)
+        at = p + (NP - BN - first if REVERSE else first) * BM
+        # cols >= 0, in a form in which the compiler sees that neighbours agree.
+        kept = inner < first + BN if REVERSE else first + inner >= 0
+        tl.store(at + cells_at, rounded, mask=kept[None, :])
+        if not REVERSE:
+            # The sum of what is multiplied, so that the weights of a row add up to one.
+            tl.store(stats + window * BM + local, m)
+            tl.store(stats + (NW + window) * BM + local, row_sums(rounded, BN))
+            ref = tl.where(ref == NOTHING, m, ref)
+            if turn == 0:
+                tl.store(ref_ring + local, ref)
+                signal(ref_done)
+    signal(scores_done)
 
 
 @triton.jit
@@ -44,7 +128,7 @@ def softmax_sums(stats, p, windows, end, NW, BM: tl.constexpr, BN: tl.constexpr,
 
 
 @triton.jit
-def load_score_block(
+def load_coupling(
     p, gain, colgain, row, col, SIZE: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr
 ):
     """gain p colgain (SIZE, SIZE) from row and column of a tile, in float32."""
@@ -57,7 +141,7 @@ def load_score_block(
 def invert_tile(
     p, gain, colgain, BM: tl.constexpr, BK: tl.constexpr, DOUBLINGS: tl.constexpr,
     REVERSE: tl.constexpr, EXACT: tl.constexpr,
-):  # fmt: skip
+):
     """Replace N = gain p colgain, strictly triangular, by X - I with X = (I - N)^-1.
 
     N is lower triangular, with REVERSE upper. Its diagonal halves have the inverses X1 and X2, each
@@ -69,12 +153,12 @@ def invert_tile(
     SIZE: tl.constexpr = BM // 2
     i = tl.arange(0, SIZE)
     eye = i[:, None] == i[None, :]
-    power1 = load_score_block(p, gain, colgain, 0, 0, SIZE, BM, BK)
-    power2 = load_score_block(p, gain, colgain, SIZE, SIZE, SIZE, BM, BK)
+    power1 = load_coupling(p, gain, colgain, 0, 0, SIZE, BM, BK)
+    power2 = load_coupling(p, gain, colgain, SIZE, SIZE, SIZE, BM, BK)
     if REVERSE:
-        beside = load_score_block(p, gain, colgain, 0, SIZE, SIZE, BM, BK).to(operand)
+        beside = load_coupling(p, gain, colgain, 0, SIZE, SIZE, BM, BK).to(operand)
     else:
-        beside = load_score_block(p, gain, colgain, SIZE, 0, SIZE, BM, BK).to(operand)
+        beside = load_coupling(p, gain, colgain, SIZE, 0, SIZE, BM, BK).to(operand)
     X1 = tl.where(eye, 1.0, power1)
     X2 = tl.where(eye, 1.0, power2)
     for doubling in tl.static_range(DOUBLINGS + 1):
@@ -106,7 +190,7 @@ def inverse_task(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, CHUNK: tl.constexpr,
     DOUBLINGS: tl.constexpr, SHIFT: tl.constexpr, REVERSE: tl.constexpr, EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """Gain of a row tile, and lse when forward; X - I takes the place of N_ii, Y of N_{i,i-1}.
 
     inverse_done is 1 once the gain and all other columns can be read, 2 at the end.
