@@ -85,6 +85,11 @@ def is_weight_file(name: str) -> bool:
     return fnmatchcase(name, "model*.safetensors")
 
 
+def is_model_file(name: str) -> bool:
+    """Whether a file of a checkpoint folder holds weights or is their index, by its name."""
+    return is_weight_file(name) or name == INDEX
+
+
 def _indexed_files(index: Path) -> list[Path]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -217,7 +222,7 @@ def save_weights(
     write_json(folder / "config.json", {**config.to_dict(), **(extra_config or {})})
     write_manifest(folder, names)
     for path in folder.iterdir():
-        if (is_weight_file(path.name) or path.name == INDEX) and path.name not in names:
+        if is_model_file(path.name) and path.name not in names:
             path.unlink()
 
 

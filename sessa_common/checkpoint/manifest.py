@@ -18,8 +18,9 @@ from sessa_common.errors import SessaError
 from sessa_common.json_files import read_json
 
 FORMAT = 1
-# A save of a run, inside the run folder.
-SAVE_FOLDER = re.compile(r"checkpoints/step-\d{8,}")
+# The saves of a run, inside the run folder.
+SAVES = "checkpoints"
+SAVE_FOLDER = re.compile(SAVES + r"/step-\d{8,}")
 CHUNK = 1 << 20
 
 T = TypeVar("T")

@@ -43,7 +43,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     Nothing but the finished file ever appears as `path`. A link of that name is replaced, not
     followed.
     """
-    with _scratch(path.parent) as scratch:
+    with _scratch(path.parent) as (scratch, _):
         yield scratch / path.name
         (scratch / path.name).chmod(_default_mode(scratch))
         sync(scratch / path.name)
@@ -93,6 +93,8 @@ def lock_folder(folder: Path | str) -> Iterator[int]:
     Raises SessaError when another process holds the lock.
     """
     folder = Path(folder)
+    if not folder.is_dir():
+        raise SessaError(f"{folder}: no such folder")
     descriptor = _try_lock(folder)
     if descriptor is None:
         raise SessaError(f"{folder}: another sessa command is writing into this folder")
@@ -100,10 +102,14 @@ def lock_folder(folder: Path | str) -> Iterator[int]:
         sweep(folder)
         yield descriptor
     finally:
-        # The folder may have been replaced by one that another process has locked since.
-        if _is_lock_of(descriptor, folder):
-            (folder / LOCK).unlink()
-        os.close(descriptor)
+        _unlock(descriptor, folder)
+
+
+def _unlock(descriptor: int, folder: Path) -> None:
+    # The folder may have been replaced by one that another process has locked since.
+    if _is_lock_of(descriptor, folder):
+        (folder / LOCK).unlink()
+    os.close(descriptor)
 
 
 def sweep(folder: Path) -> None:
@@ -174,19 +180,24 @@ def is_ours(folder: Path) -> bool:
 
 @contextmanager
 def new_folder(
-    path: Path | str, *, force: bool = False, inputs: Iterable[Path | str] = ()
+    path: Path | str,
+    *,
+    force: bool = False,
+    inputs: Iterable[Path | str] = (),
+    lock_until: ExitStack | None = None,
 ) -> Iterator[Path]:
     """Yield a scratch folder that becomes `path` if the block ends well and vanishes if not.
 
-    An existing empty folder is filled; `force` replaces one that this program wrote. Raises
-    SessaError before anything is written for every other folder, for one that holds any of
-    `inputs`, and at the end when something was put into the folder meanwhile.
+    An existing empty folder is filled; `force` replaces one that this program wrote. The folder
+    stays locked until the stack `lock_until` is closed. Raises SessaError before anything is
+    written for every other folder, for one that holds any of `inputs`, and at the end when
+    something was put into the folder meanwhile.
     """
     path, inputs = Path(path), tuple(inputs)
     target = Path(os.path.realpath(path))
     with ExitStack() as stack:
         if target.is_dir():
-            stack.enter_context(lock_folder(target))
+            (lock_until or stack).enter_context(lock_folder(target))
         check_new_folder(path, force=force, inputs=inputs)
         before = _entries(target)
         fill = target.is_dir() and not before
@@ -194,7 +205,7 @@ def new_folder(
             if not fill:
                 _make_folder(target.parent)
                 sweep(target.parent)
-            scratch = stack.enter_context(_scratch(target if fill else target.parent))
+            scratch, lock = stack.enter_context(_scratch(target if fill else target.parent))
         except OSError as error:
             raise SessaError(f"{path}: cannot be created ({error.strerror})") from None
         yield scratch
@@ -210,6 +221,17 @@ def new_folder(
         else:
             scratch.chmod(_folder_mode(scratch))
             _put_in_place(scratch, target, replace=bool(before))
+            if lock_until is None:
+                (target / LOCK).unlink()
+            else:
+                lock_until.callback(_unlock, os.dup(lock), target)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder; a reader finds all of it or nothing."""
+    with _scratch(path.parent) as (scratch, _):
+        os.rename(path, scratch / path.name)
+        sync(path.parent)
 
 
 def _put_in_place(scratch: Path, target: Path, *, replace: bool) -> None:
@@ -221,12 +243,10 @@ def _put_in_place(scratch: Path, target: Path, *, replace: bool) -> None:
             raise SessaError(f"{target}: appeared meanwhile ({error.strerror})") from None
     elif not _exchange(scratch, target):
         # Without an exchange there is a moment without either; `sweep` then restores the old one.
-        with _scratch(target.parent, ".old") as old:
+        with _scratch(target.parent, ".old") as (old, _):
             os.rename(target, old / target.name)
             os.rename(scratch, target)
             sync(target.parent)
-    (target / LOCK).unlink(missing_ok=True)
-    sync(target)
     sync(target.parent)
 
 
@@ -276,8 +296,8 @@ def _make_folder(folder: Path) -> None:
 
 
 @contextmanager
-def _scratch(parent: Path, suffix: str = ".tmp") -> Iterator[Path]:
-    """Make a locked folder that only its owner may enter; what is left in it is removed."""
+def _scratch(parent: Path, suffix: str = ".tmp") -> Iterator[tuple[Path, int]]:
+    """Make a folder that only its owner may enter, and its lock; what is left in it is removed."""
     descriptor = None
     while descriptor is None:  # A sweep may take a folder away before it is locked.
         scratch = parent / f".sessa-{secrets.token_hex(8)}{suffix}"
@@ -285,7 +305,7 @@ def _scratch(parent: Path, suffix: str = ".tmp") -> Iterator[Path]:
         with contextlib.suppress(FileNotFoundError):
             descriptor = _try_lock(scratch)
     try:
-        yield scratch
+        yield scratch, descriptor
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
         os.close(descriptor)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -205,6 +206,20 @@ def test_folder_has_one_writer(tmp_path):
         with pytest.raises(SessaError, match="another sessa command"):
             make(tmp_path, "a")
     assert names(tmp_path) == []
+
+
+def test_folder_stays_locked_from_its_first_moment(tmp_path):
+    make(tmp_path / "ours", "old")
+    (tmp_path / "empty").mkdir()
+    for name in ("new", "ours", "empty"):
+        with ExitStack() as stack:
+            with new_folder(tmp_path / name, force=True, lock_until=stack):
+                pass
+            with pytest.raises(SessaError, match="another"), lock_folder(tmp_path / name):
+                pass
+        with lock_folder(tmp_path / name):
+            pass
+        assert names(tmp_path / name) == [MANIFEST]
 
 
 def test_lock_is_not_taken_through_a_link(tmp_path):

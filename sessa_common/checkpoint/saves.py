@@ -1,0 +1,97 @@
+"""The saves of a run: each a whole checkpoint folder below the run folder, the last also on top.
+
+A save is written to checkpoints/step-N and synced. Then the manifest of the run folder names it,
+which decides that it is the model now. Then its files get their names at the top of the run folder
+too, as hard links, so that other programs find one ordinary checkpoint there, and the manifest
+names those. A kill leaves the old save or the new one; `finish` completes the names on top.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from sessa_common.checkpoint.folder import is_model_file
+from sessa_common.checkpoint.manifest import (
+    SAVES,
+    Manifest,
+    manifest_files,
+    put_manifest,
+    read_manifest,
+    write_manifest,
+)
+from sessa_common.checkpoint.storage import atomic_path, new_folder, remove_folder
+
+# Files of a checkpoint folder that say how to use the weights; every save has its own copy.
+BESIDE = ("config.json", "generation_config.json", "tokenizer*.json", "training.json")
+
+
+def add_save(
+    folder: Path,
+    write: Callable[[Path], Iterable[str]],
+    *,
+    step: int,
+    validation_loss: float | None = None,
+    keep: int,
+) -> None:
+    """Add the save of a step to a run folder, make it the model and remove saves that are too old.
+
+    `write` writes the files of the save into a folder and returns their names. The last `keep`
+    saves stay, and the one with the lowest validation loss.
+    """
+    if validation_loss is not None and not math.isfinite(validation_loss):
+        validation_loss = None
+    save = folder / SAVES / f"step-{step:08d}"
+    with new_folder(save, force=True) as scratch:
+        for path in (path for pattern in BESIDE for path in folder.glob(pattern)):
+            shutil.copyfile(path, scratch / path.name)
+        names = write(scratch)
+        manifest = write_manifest(scratch, names, step=step, validation_loss=validation_loss)
+    put_manifest(folder, dataclasses.replace(manifest, folder=f"{SAVES}/{save.name}"))
+    finish(folder)
+    for old in old_saves(folder, keep):
+        remove_folder(old)
+
+
+def finish(folder: Path) -> None:
+    """Give the files of a new save their names at the top of the run folder, if they lack them."""
+    manifest = read_manifest(folder)
+    if manifest is None or manifest.folder == ".":
+        return
+    for file in manifest_files(folder, manifest):
+        _link(file, folder / file.name)
+    for path in list(folder.iterdir()):
+        if is_model_file(path.name) and path.name not in manifest.files:
+            path.unlink()
+    put_manifest(folder, dataclasses.replace(manifest, folder="."))
+
+
+def list_saves(folder: Path) -> dict[Path, Manifest]:
+    """The whole saves of a run folder and their manifests, oldest first."""
+    found = {}
+    for path in sorted((folder / SAVES).glob("step-*")):
+        if (manifest := read_manifest(path)) is not None and manifest.step is not None:
+            found[path] = manifest
+    return dict(sorted(found.items(), key=lambda item: item[1].step or 0))
+
+
+def old_saves(folder: Path, keep: int) -> list[Path]:
+    """The saves that are neither among the last `keep` nor the best by validation loss."""
+    saves = list_saves(folder)
+    losses = {path: m.validation_loss for path, m in saves.items() if m.validation_loss is not None}
+    best = min(losses, key=losses.__getitem__, default=None)
+    return [path for path in list(saves)[:-keep] if path != best]
+
+
+def _link(file: Path, name: Path) -> None:
+    if name.exists() and name.samefile(file):
+        return
+    with atomic_path(name) as scratch:
+        try:
+            os.link(file, scratch)
+        except OSError:  # A file system without hard links.
+            shutil.copyfile(file, scratch)
