@@ -1,14 +1,14 @@
-"""Errors of the feedback solve and its gradients, over those of the T x T way in the same dtype.
+"""Measure the solve's errors and divide them by those of the T x T way in the same dtype.
 
     python benchmarks/errors.py [--device cuda] [--dtype bfloat16] [--save NAME]
                                 [--shapes 2x777x0x96x80 ...] [--seeds 1] [--gains] [--sharp]
 
 A shape is BxTxPxDxK.
-Both are compared with the blocked solve in float64 on the same inputs. A sixth of the gains is
-0, the others lie between -0.999 and 0.999; they are float32, with --gains of the type of the rest.
-Logits are the largest score, with --sharp that of every row, which then sees hardly more than one
-key; a mask hides 30 % of the keys. With several seeds the errors are root mean squares over them:
-one draw of a few rows says little.
+Both are compared, outputs and gradients, with the blocked solve in float64 on the same inputs. A
+sixth of the gains is 0, the others are between -0.999 and 0.999. Gains are float32, with --gains of
+the type of the other inputs. "Logits" is the largest score; with --sharp it is the largest score of
+every row, so that a row sees hardly more than one key. A mask hides 30 % of the keys. With several
+seeds the errors are root mean squares over them, because one draw of a few rows varies a lot.
 """
 
 from __future__ import annotations
@@ -76,13 +76,15 @@ def draw_errors(
     inputs[3], ds = gamma.to(dtype) if options.gains else gamma, ds.to(dtype)
     exact = [x if x is None else x.double() for x in inputs]
     wanted = results(solved("blocked"), exact, mask, ds)
-    return torch.tensor([
-        [((x.double() - y).norm() / y.norm().clamp_min(1e-30)).item() for x, y in pairs]
-        for pairs in (
-            list(zip(results(way, inputs, mask, ds), wanted, strict=True))
-            for way in (solved("auto"), naive)
-        )
-    ])  # fmt: skip
+    return torch.tensor(
+        [
+            [((x.double() - y).norm() / y.norm().clamp_min(1e-30)).item() for x, y in pairs]
+            for pairs in (
+                list(zip(results(way, inputs, mask, ds), wanted, strict=True))
+                for way in (solved("auto"), naive)
+            )
+        ]
+    )
 
 
 def case(options: argparse.Namespace, shape: tuple[int, ...], logits: float, masked: bool) -> Any:
@@ -99,10 +101,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--shapes", nargs="+", help="these instead of all")
+    parser.add_argument("--shapes", nargs="+", help="shapes to measure instead of all")
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--gains", action="store_true", help="gains in --dtype, not in float32")
-    parser.add_argument("--sharp", action="store_true", help="rows that see hardly more than a key")
+    parser.add_argument(
+        "--gains", action="store_true", help="draw the gains in --dtype instead of float32"
+    )
+    parser.add_argument(
+        "--sharp", action="store_true", help="draw rows that see hardly more than one key"
+    )
     parser.add_argument("--save", help="name of the file under benchmarks/results")
     options = parser.parse_args()
     print(machine(), flush=True)

@@ -1,10 +1,10 @@
-"""A whole exported model in ONNX Runtime against PyTorch: prefill, decode, load time, size.
+"""Time an exported model in ONNX Runtime and in PyTorch: prefill, decode, load time, size.
 
 python benchmarks/exported_model.py [--preset sessa-9m] [--tokens 1024] [--rounds 7]
 
-Every export passed the float64 check of `sessa export` before it is timed, and on the timed
-tokens the float32 ones are compared with PyTorch once more. All runtimes take turns in every round
-and use the same number of threads; figures are medians over the rounds, ratios those of one run.
+Every export passes the float64 check of `sessa export` before it is timed, and the float32
+exports are compared with PyTorch on the timed tokens too. All runtimes take turns in every round
+and use the same number of threads. Figures are medians over the rounds.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from sessa_torch.decoding import load_decoder as load_torch
 STEPS = 16
 LOADS = 5
 BASE = "PyTorch eager"
-# The threads of a runtime that has just run keep a core busy for a moment.
+# After a run, the runtime's threads keep a core busy for a moment.
 REST_SECONDS = 0.05
 
 
@@ -106,7 +106,7 @@ def measure(runtimes: list[Runtime], length: int, rounds: int) -> list[dict[str,
     tokens = np.random.default_rng(0).integers(0, vocab_size, (1, length))
     require_agreement(decoders, tokens)
     times: dict[Runtime, list] = {runtime: [] for runtime in runtimes}
-    # The first round warms up.
+    # The first round is a warm-up.
     for turn in range(rounds + 1):
         for runtime, decoder in decoders.items():
             found = time_once(decoder, tokens)

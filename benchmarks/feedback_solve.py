@@ -1,9 +1,9 @@
-"""The feedback solve against the T x T way, fused causal attention and the product ceiling.
+"""Time the feedback solve, the T x T way, fused causal attention and a large matrix product.
 
     python benchmarks/feedback_solve.py [--quick | --shapes 8x2048x512 ...] [--out FOLDER]
 
-A shape is BxTxD; what there is is saved after every case.
-Every case is first compared with float64, outputs and gradients; a case that fails is not timed.
+A shape is BxTxD. Results are saved after every case. Every case is first compared with float64,
+outputs and gradients; a case that fails is not timed.
 On CUDA the times are medians of several calls in a row between two events, in bfloat16; "graph"
 is the same call replayed from a CUDA graph, without the host's share. Attention has the same T,
 width and dtype: cuDNN with heads of 128, flash with heads of 64.
@@ -33,7 +33,8 @@ SWEEP = [(1, 2**n, 1024) for n in (9, 10, 11, 12, 13, 15, 16, 17)]
 CPU_CASES = [(1, T, 512) for T in (512, 1024, 2048, 4096)]
 # The T x T way holds several float32 matrices of T x T.
 NAIVE_UP_TO = 16384 if CUDA else 4096
-# Rows compared where T is longer: with no gradient behind them they do not depend on the rest.
+# First rows that are compared where T is longer; without upstream gradients of later rows they do
+# not depend on those.
 PREFIX = 16384 if CUDA else 4096
 LIMIT = 1e-2 if CUDA else 1e-5
 
@@ -46,7 +47,7 @@ def naive(
     past_s: Tensor | None = None,
     key_mask: Tensor | None = None,
 ) -> Tensor:
-    """The way of the author's release: T x T matrices in float32, a general triangular solver."""
+    """Solve as the author's release does: T x T matrices in float32, a triangular solver."""
     T, P = q.shape[1], k.shape[1] - q.shape[1]
     seen = torch.ones(T, P + T, dtype=torch.bool, device=q.device).tril(P - 1)
     if key_mask is not None:
@@ -165,7 +166,7 @@ def case(B: int, T: int, D: int, backward: bool, rate: float) -> dict[str, Any]:
         worst = max(2 * max(other), 1e-6)
     if not max(ours) <= worst:
         return row | {"ms": "error too large, not timed"}
-    # Long enough that the host's start after a pause is not what is measured.
+    # Long enough that the start of the host after a pause hardly counts.
     calls = max(1, min(200 if CUDA else 10, 2**32 // (B * T * T)))
     run = steps(feedback_solve, args, backward)
     took = timed(run, calls, 5 if T <= 2**17 else 1)
@@ -186,7 +187,7 @@ def case(B: int, T: int, D: int, backward: bool, rate: float) -> dict[str, Any]:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Time and memory against T for batch 1, both axes logarithmic."""
+    """Draw time and memory against T for batch 1, both axes logarithmic."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -213,7 +214,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def write(name: str, rows: list[dict[str, Any]], rate: float, folder: Path) -> None:
-    """The rows as JSON and as a table."""
+    """Write the rows as JSON and as a table."""
     save(name, rows, folder)
     head = ", ".join(f"{key} {value}" for key, value in machine().items())
     text = f"{head}, {rate / 1e12:.2f} TFLOP/s in a product, {DTYPE}\n\n{table(rows)}\n"
@@ -222,8 +223,8 @@ def write(name: str, rows: list[dict[str, Any]], rate: float, folder: Path) -> N
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="the three main cases only")
-    parser.add_argument("--shapes", nargs="+", help="these instead, as BxTxD")
+    parser.add_argument("--quick", action="store_true", help="time only the three main cases")
+    parser.add_argument("--shapes", nargs="+", help="shapes to time instead, as BxTxD")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     rate = ceiling()

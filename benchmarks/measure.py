@@ -1,4 +1,4 @@
-"""What every benchmark needs: the machine in words, medians, peak memory, a results file."""
+"""Helpers of every benchmark: description of the machine, medians, peak memory, results file."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def median_ms(run: Callable[[], Any], repeats: int = 5, warm: int = 2) -> float:
 
 
 def peak_mib(run: Callable[[], Any]) -> float:
-    """Memory that run() takes at its peak above what is held before it, in MiB."""
+    """Peak memory of run() above the memory held before it, in MiB."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -67,7 +67,7 @@ def peak_mib(run: Callable[[], Any]) -> float:
         run()
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - before) / MIB
-    # Linux: free pages go back first, then writing 5 resets the high-water mark.
+    # On Linux, writing 5 resets the high-water mark; free pages are returned first.
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     before = _resident("VmRSS")

@@ -1,20 +1,31 @@
-"""What the Metal path should take on Apple GPUs: counted and divided by public rates, not measured.
+"""Compute the times of the Metal path on Apple GPUs: counts divided by public rates.
 
-python benchmarks/metal_roofline.py prints the table of docs/metal.md.
+    python benchmarks/metal_roofline.py
+
+It prints the table of docs/metal.md. Nothing is measured.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Rows of a block row, and of a tile inside it, as in the Metal text.
+# Rows of a block row, and of a tile in it, as in the Metal source.
 BLOCK, TILE = 256, 32
 BANDWIDTH = 400e9  # bytes/s, the same on the three
 # Multiply-adds of 8x8 matrices: 102 of a core's 128 lanes, measured by others on M1 and M2.
 LANES, MATRIX_LANES = 128, 102
-# Assumed: one command in MLX's stream, one load-multiply-barrier turn, one diagonal tile.
+# Assumed seconds of a command in MLX's stream, of a load, multiply and barrier, of a diagonal tile.
 LAUNCH, TURN, DIAGONAL = 4e-6, 0.65e-6, 1.35e-6
 LAUNCHES = {"forward": 6, "backward": 14}
+COLUMNS = (
+    "forward products",
+    "forward passes",
+    "chain",
+    "forward",
+    "backward products",
+    "backward passes",
+    "backward",
+)
 
 
 @dataclass(frozen=True)
@@ -58,9 +69,8 @@ def times(chip: Chip, T: int, D: int) -> dict[str, float]:
         result[f"{kind} products"] = operations[kind] / chip.matrix_rate
         result[f"{kind} passes"] = (bytes_of[kind] * seen + sums[kind]) / BANDWIDTH
         launches = rows * LAUNCHES[kind] * LAUNCH
-        result[kind] = chain + launches + sum(
-            result[f"{kind} {part}"] for part in ("products", "passes")
-        )  # fmt: skip
+        parts = result[f"{kind} products"] + result[f"{kind} passes"]
+        result[kind] = chain + launches + parts
     return result | {"chain": chain}
 
 
@@ -75,9 +85,7 @@ def main() -> None:
     for chip in CHIPS:
         for T, D in ((4096, 512), (4096, 1024), (16384, 1024)):
             t = {name: f"{1e3 * seconds:.3g}" for name, seconds in times(chip, T, D).items()}
-            cells = [chip.name, T, D, t["forward products"], t["forward passes"], t["chain"],
-                     t["forward"], t["backward products"], t["backward passes"],
-                     t["backward"]]  # fmt: skip
+            cells = [chip.name, T, D, *(t[column] for column in COLUMNS)]
             print("| " + " | ".join(map(str, cells)) + " |")
     for P, D in ((4096, 512), (4096, 1024), (16384, 1024)):
         print(f"decode step at P {P}, D {D}: {1e6 * step_time(P, D):.0f} us")

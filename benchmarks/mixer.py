@@ -1,11 +1,11 @@
-"""The whole Sessa mixer, forward and forward+backward, against the T x T way of the release.
+"""Time the whole Sessa mixer and the T x T way of the release, forward and forward+backward.
 
 python benchmarks/mixer.py [--device cpu|cuda] [--dtype float32|bfloat16] [--shapes 1x4096x512x8]
                            [--compile]
 
-A shape is BxTxDxH. A case is timed only after its output and every gradient passed against the
-T x T way in float64 at T <= 1024 (the same weights), at most twice the error of the T x T way in
-the same dtype.
+A shape is BxTxDxH. A case is timed only after its output and every gradient were compared with the
+T x T way in float64, at T <= 1024 with the same weights: the error may be at most twice that of the
+T x T way in the same dtype.
 """
 
 from __future__ import annotations
@@ -73,13 +73,13 @@ def worst_error(got: dict[str, Tensor], want: dict[str, Tensor]) -> tuple[str, f
 
 
 def check(mix: Mix, mixer: SessaMixer, a: Tensor, ds: Tensor) -> dict[str, Any]:
-    """Errors against float64; raises when those of mix are more than twice the T x T way's."""
+    """Compare with float64; raise when the errors of mix are above twice those of the T x T way."""
     a, ds = a[:, :CHECK_LENGTH], ds[:, :CHECK_LENGTH]
     exact = SessaMixer(mixer.config).to(a.device, torch.float64)
     exact.load_state_dict(mixer.state_dict())
     want = gradients(dense, exact, a.double(), ds.double())
     got, other = (gradients(way, mixer, a, ds) for way in (mix, dense))
-    # A key bias shifts a whole score row: its exact gradient is 0 and what is there is rounding.
+    # A key bias shifts a whole row of scores, so its exact gradient is 0 and only rounding is left.
     rounding = ("k_proj.bias", "proj_fb.bias")
     name, error = worst_error(got, {k: v for k, v in want.items() if k not in rounding})
     limit = max(2 * worst_error(other, {name: want[name]})[1], 1e-6)

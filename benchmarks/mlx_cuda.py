@@ -1,4 +1,4 @@
-"""The MLX twin on an NVIDIA GPU: right against float64 and PyTorch, in O(T D) memory, how fast.
+"""Check and time the MLX twin on an NVIDIA GPU: errors, O(T D) memory, speed.
 
 python benchmarks/mlx_cuda.py (needs mlx[cuda13] or mlx[cuda12], and torch with CUDA)
 
@@ -24,7 +24,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-# MLX reads it once; without it float32 products take 11-bit operands on the matrix units.
+# MLX reads the variable once; without it float32 products use 11-bit operands.
 os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
 import mlx.core as mx
@@ -101,7 +101,7 @@ def check_operator() -> None:
             ds = mx.array(given.pop("ds")).astype(dtype)
             run, arrays = mlx_solve(given, dtype)
             outputs, gradients = mx.vjp(run, arrays, [ds])
-            # The judge sees the numbers after rounding to the type.
+            # The reference computes with the numbers as rounded to the type.
             names = [name for name in ("f", "q", "k", "gamma", "past_s") if name in given]
             exact = {name: to_float64(a) for name, a in zip(names, arrays, strict=True)}
             exact |= {"key_mask": given["key_mask"]} if "key_mask" in given else {}
@@ -115,7 +115,7 @@ def check_operator() -> None:
 
 
 def check_streams() -> None:
-    """No call in the package names a stream or a device, so all run on the default GPU stream."""
+    """Check that no call in the package names a stream or a device: all run on the default GPU."""
     folder = Path(sessa_mlx.__file__).parent
     named = [
         f"{path.name}:{call.lineno}"
@@ -131,14 +131,14 @@ def tokens(B: int, T: int, seed: int = 0) -> np.ndarray:
 
 
 def learners(precision: str = "float32") -> tuple[mlx_train.TrainBackend, torch_train.TrainBackend]:
-    """The same initial weights in both frameworks, on the same GPU."""
+    """Models with the same initial weights in both frameworks, on the same GPU."""
     settings, weights = TrainConfig(precision=precision), initial_weights(CONFIG, 0)
     on_mlx = mlx_train.TrainBackend(CONFIG, settings, weights, "gpu")
     return on_mlx, torch_train.TrainBackend(CONFIG, settings, weights, "cuda")
 
 
 def check_model() -> None:
-    """Logits, every gradient and ten training steps of one model in both frameworks."""
+    """Compare logits, every gradient and ten training steps of one model in both frameworks."""
     on_mlx, on_torch = learners()
     ids = tokens(2, 320)
     got = mlx_train.logits_function(on_mlx.model)(ids)
@@ -162,7 +162,7 @@ def check_model() -> None:
 
 
 def check_decoding(folder: Path) -> None:
-    """Cached steps equal the full pass; both frameworks continue a prompt with the same tokens."""
+    """Compare cached steps with the full pass, and the greedy tokens of both frameworks."""
     weights = initial_weights(CONFIG, 3)
     model = mlx_checkpoint.build_model(CONFIG, weights, device="gpu")
     save_weights(folder, CONFIG, mlx_checkpoint.model_weights(model))
@@ -174,8 +174,8 @@ def check_decoding(folder: Path) -> None:
     decoder = mlx_generate.Decoder(model)
     pieces = [decoder.logits(ids[:, :270])]
     pieces += [decoder.logits(ids[:, t : t + 1]) for t in range(270, 300)]
-    expect("cached decoding against the full pass",
-           relative_error(np.concatenate(pieces, 1), full), 1e-4)  # fmt: skip
+    cached = np.concatenate(pieces, 1)
+    expect("cached decoding against the full pass", relative_error(cached, full), 1e-4)
     prompts = [list(map(int, row)) for row in (ids[0, :40], ids[1, :25])]
     greedy = SamplingConfig(temperature=0)
     texts = [
@@ -187,7 +187,7 @@ def check_decoding(folder: Path) -> None:
 
 
 def mlx_peak_mib(run: Callable[[], Any]) -> float:
-    """Memory above what is held before, at its peak."""
+    """Peak memory above the memory held before."""
     mx.clear_cache()
     mx.reset_peak_memory()
     before = mx.get_active_memory()
@@ -200,7 +200,7 @@ def with_gradients(run: Callable[..., mx.array], arrays: list[mx.array], ds: mx.
 
 
 def check_memory() -> None:
-    """Doubling T may little more than double the memory of a forward and backward pass."""
+    """Check that twice the T needs little more than twice the memory, forward and backward."""
     peaks = []
     for T in (4096, 8192, 16384):
         given = operator_inputs(1, T, 512)
@@ -243,7 +243,7 @@ def mlx_ms(run: Callable[[], Any], seconds: float = 0.3) -> float:
 
 
 def torch_ms(run: Callable[[], Any], seconds: float = 0.3) -> float:
-    """As `mlx_ms`: wall time, so that both pay for their launches."""
+    """Median wall time, as in `mlx_ms`, so that both times include the launches."""
     times: list[float] = []
     for _ in range(3):
         run()

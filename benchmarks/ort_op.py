@@ -1,11 +1,12 @@
-"""The native ONNX Runtime operator against its body in standard operators and PyTorch's blocks.
+"""Time the native ONNX Runtime operator, its body in standard operators and PyTorch's blocks.
 
 python benchmarks/ort_op.py [--rows 2048] [--past 1024] [--width 512] [--rounds 7] [--save NAME]
 
-Prefill solves --rows rows without a past, decode one row after --past rows; B is 1 and K is D.
-Each round runs every way once, so that a busy machine is as busy for all of them; ratios are
-medians over the rounds. MiB is what a first call adds to the process. Nothing is timed that is
-further than 1e-5 from the float64 reference. The row loop is the body with blocks of one row.
+Prefill solves --rows rows without a past, decode one row after --past rows; B is 1 and K is D. Each
+round runs every way once, so that other work on the machine slows all of them alike; ratios are
+medians over the rounds. MiB is the memory that a first call adds to the process. A way that is
+further than 1e-5 from the float64 reference is not timed. The row loop is the body with blocks of
+one row.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def operands(T: int, P: int, D: int) -> Arrays:
 
 
 def operator_model(names: list[str], block: int) -> onnx.ModelProto:
-    """A model of one node without a mask, with its body, of `block` rows a turn, as a function."""
+    """A model with one node, without a mask; its body is a function with `block` rows a turn."""
     infos = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names]
     output = helper.make_tensor_value_info("s", TensorProto.FLOAT, None)
     node = helper.make_node("FeedbackSolve", names, ["s"], domain="sessa")
@@ -65,7 +66,7 @@ def session(model: onnx.ModelProto, threads: int, *, registered: bool = False) -
 
 
 def bound(run: Any, arrays: Arrays) -> Way:
-    """A call of a session on arrays that are bound once, as a client with caches does it."""
+    """A call of a session whose arrays are bound once, as in a client with caches."""
     binding = run.io_binding()
     for name, value in arrays.items():
         binding.bind_cpu_input(name, value)
@@ -113,7 +114,7 @@ def products_alone(arrays: Arrays, threads: int) -> Way:
 
 
 def check(ways: dict[str, Way], arrays: Arrays) -> dict[str, dict[str, str]]:
-    """Each way's error against float64 and memory; ends the program when an error is too large."""
+    """Measure each way's error and memory; end the program when an error is too large."""
     want = reference.feedback_solve(**arrays)
     found: dict[str, dict[str, str]] = {}
     for name, way in ways.items():
@@ -159,7 +160,7 @@ def main() -> None:
         operands(options.rows, 0, options.width),
         operands(1, options.past, options.width),
     )
-    # Loads what each way loads once.
+    # A first call, because each way loads something once.
     for way in make_ways(operands(2, 0, 8), options.threads).values():
         way()
     rows = compare("prefill", prefill, options.threads, options.rounds)

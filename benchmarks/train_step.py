@@ -1,4 +1,4 @@
-"""One training step of the small models: eager against compiled, and how much of it is the device.
+"""Time one training step of the small models, eager and compiled, and the share of the device.
 
     python benchmarks/train_step.py [--device cuda] [--models sessa-1m,mamba2-1m] [--tokens 378]
 
@@ -37,7 +37,7 @@ def learner(name: str, tokens: int, device: str, compile: bool) -> TrainBackend:
 
 
 def median_ms(step: Callable[[], Any], repeats: int) -> float:
-    """Wall time; a step ends with a transfer, so the device has done its work."""
+    """Wall time of a step; it ends with a transfer, so the device has finished."""
     times = []
     for _ in range(repeats):
         start = time.perf_counter()

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train a small model, move it between the frameworks, export it, prove the numbers agree, read its text.
+# Train a small model, convert it, export it, compare all runtimes, and generate text with each.
 set -euo pipefail
 out=${1:-demo}
 prompt="The"

@@ -1,12 +1,12 @@
 """Selective retrieval (Theorem 12 of arXiv 2604.18580) by Sessa layers with weights set by hand.
 
 One position tau* is marked. S(t, tau) is the derivative of the output at t by the value at tau, and
-the margin M(t) = S(t, tau*) - sum of |S(t, tau)| over the other tau. The theorem wants
+the margin is M(t) = S(t, tau*) - sum of |S(t, tau)| over the other tau. The theorem asks for
 M(tau* + l) >= c (1 + l)^nu with nu = k (1 - beta) - 1 and c independent of the horizon H: memory
 fades for nu < 0, is frozen for nu = 0 and grows for nu > 0.
 
 Every layer is the project's own SessaLayer in float64 with LayerNorm replaced by the identity. GELU
-drops out exactly because gelu(x) - gelu(-x) = x. There are 3 + 2k layers, the same for every H:
+cancels exactly because gelu(x) - gelu(-x) = x. There are 3 + 2k layers, the same for every H:
 
 - writer: f = 1 under uniform feedback gives the increasing code of Lemma 4.10. A key that is a
   large multiple of it makes attention read the newest visible row: forward attention the row
@@ -39,7 +39,7 @@ from sessa_torch.model import SessaLayer
 MARK, VALUE, CODE, COUNT, CARRIED, AMPLIFIED = range(6)  # channels of the residual stream
 POSITIONS = 256
 WRITER_BIAS = 1.0  # the gain at initialisation, 0.999 tanh(1)
-SHARPNESS = 40.0  # logits between neighbouring rows: what leaks is below exp(-40)
+SHARPNESS = 40.0  # logit gap of neighbouring rows: a leak below exp(-40)
 CONFIG = SessaConfig(
     hidden_size=6, num_attention_heads=1, use_forward_rope=False, dtype="float64", vocab_size=1
 )
@@ -56,13 +56,13 @@ def blank_layer(gain: float = 0.0) -> SessaLayer:
 
 
 def feedback(layer: SessaLayer) -> SessaMixer:
-    """The layer's mixer, which is one with feedback."""
+    """The mixer of a layer with feedback."""
     assert isinstance(layer.mixer, SessaMixer)
     return layer.mixer
 
 
 def key_scale() -> float:
-    """What multiplies the code so that neighbours differ by SHARPNESS at the last position."""
+    """The factor of the code that makes neighbours differ by SHARPNESS at the last position."""
     gain, t = CONFIG.gamma_max * math.tanh(WRITER_BIAS), POSITIONS - 1
     # The gap c_t - c_{t-1} of Lemma 4.10 is gain^2 Gamma(t - 1 + gain) / (Gamma(1 + gain) t!).
     log_gap = math.lgamma(t - 1 + gain) - math.lgamma(1 + gain) - math.lgamma(t + 1)
@@ -70,13 +70,13 @@ def key_scale() -> float:
 
 
 def feed(layer: SessaLayer, row: int, channel: int) -> None:
-    """Rows `row` and `row` + 1 of the mixer's input become gelu(x) and gelu(-x) of a channel."""
+    """Set rows `row` and `row` + 1 of the mixer's input to gelu(x) and gelu(-x) of a channel."""
     layer.W_in.weight[row, channel] = 1
     layer.W_in.weight[row + 1, channel] = -1
 
 
 def read_itself(layer: SessaLayer, channel: int) -> None:
-    """Mixer column 0 becomes the channel at the row itself."""
+    """Set mixer column 0 to the channel at the row itself."""
     feed(layer, 0, CODE)
     feed(layer, 2, channel)
     layer.mixer.q_proj.bias[0] = CONFIG.hidden_size**0.5
@@ -94,7 +94,7 @@ def write(layer: SessaLayer, column: int, channel: int, gate: int | None, sign: 
 
 
 def clear(layer: SessaLayer, column: int, channel: int) -> None:
-    """Subtract a channel from itself; needs a gain of 0, so that a mixed 1 stays 1."""
+    """Subtract a channel from itself. The gain must be 0, so that the mixer keeps a 1."""
     layer.mixer.v_proj.bias[column] = 1
     write(layer, column, channel, gate=channel, sign=-1)
 
@@ -146,7 +146,7 @@ def diffuse(beta: float) -> SessaLayer:
 
 
 def network(beta: float, k: int) -> nn.Sequential:
-    """The 3 + 2k layers; 1 - gamma_max <= beta < 1 and k >= 1, else a SessaError."""
+    """Build the 3 + 2k layers; SessaError unless 1 - gamma_max <= beta < 1 and k >= 1."""
     if not 1 - CONFIG.gamma_max <= beta < 1 or k < 1:
         raise SessaError(f"beta {beta}, k {k}: expected 0.001 <= beta < 1 and k of at least 1")
     macro = [layer for _ in range(k) for layer in (amplify(), diffuse(beta))]
@@ -154,7 +154,7 @@ def network(beta: float, k: int) -> nn.Sequential:
 
 
 def influence(layers: nn.Module, tau: int, T: int, seed: int = 0) -> Tensor:
-    """S (T, T): derivative of the output at t by the value at each position, with tau marked.
+    """Compute S (T, T), the derivative of the output at t by each value, with tau marked.
 
     A SessaError when tau is not one of T positions or T is beyond what the layers are made for.
     """
@@ -178,7 +178,7 @@ def margins(S: Tensor, tau: int) -> Tensor:
 
 
 def smallest_ratios(beta: float, k: int, tau: int, horizons: tuple[int, ...]) -> list[float]:
-    """The least M(tau + l) / (1 + l)^nu over lags 0 ... H, for each horizon H.
+    """Compute the least M(tau + l) / (1 + l)^nu over lags 0 ... H, for each horizon H.
 
     The network is causal and the same for all, so the longest run holds the shorter ones.
     """

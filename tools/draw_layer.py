@@ -46,8 +46,8 @@ def draw(output: Path) -> None:
     for name, (x, y, width, text) in BOXES.items():
         colour = LOOP if name in ("sum", "feedback") else PLAIN
         style = {"boxstyle": "round,pad=0.12", "facecolor": colour, "edgecolor": "#444444"}
-        axes.add_patch(matplotlib.patches.FancyBboxPatch((x - width / 2, y - 0.34), width, 0.68,
-                                                         **style))  # fmt: skip
+        corner = (x - width / 2, y - 0.34)
+        axes.add_patch(matplotlib.patches.FancyBboxPatch(corner, width, 0.68, **style))
         axes.text(x, y, text, ha="center", va="center")
     for start, end, label in ARROWS:
         left = BOXES[start][0] + BOXES[start][2] / 2 + 0.12
