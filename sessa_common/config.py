@@ -292,7 +292,7 @@ class TrainConfig:
             value = getattr(self, name)
             _require(0 <= value < 1, f"{name} is {value!r}, expected from 0 to below 1")
         _require(self.task is not None or not self.task_options,
-                 "task options are given without a task; give --task too")  # fmt: skip
+                 "task options are given without a task; give `task` too")  # fmt: skip
         _require(len(self.data) > 0, "data is empty, expected at least one file, folder or name")
         _require(self.precision in PRECISIONS,
                  f"precision is {self.precision!r}, expected {', '.join(PRECISIONS)}")  # fmt: skip

@@ -1,16 +1,28 @@
-"""The errors that the command line shows as one line."""
+"""Errors that the command line shows as one line, and the checks that raise them."""
+
+from __future__ import annotations
 
 
 class SessaError(ValueError):
-    """What the user gave cannot be used; the message says what was expected and what to do."""
+    """Input that cannot be used: the message says what was given, what was expected, what to do.
+
+    A message names a field or an argument in backticks, as in `batch_size`. The command line shows
+    such a name as the option that sets it.
+    """
 
 
 class DivergedError(SessaError):
     """Training met a loss or a gradient that is not finite."""
 
 
+def expect(ok: bool, name: str, value: object, expected: str) -> None:
+    """Raise SessaError "name is value, expected ..." unless `ok`."""
+    if not ok:
+        raise SessaError(f"{name} is {value!r}, expected {expected}")
+
+
 def check_text(text: str, where: str) -> str:
-    """The text; SessaError when it holds half of a surrogate pair, which no UTF-8 file can."""
+    """Return the text; SessaError when it holds half of a surrogate pair, which UTF-8 cannot."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -12,13 +12,13 @@ from mlx.utils import tree_flatten
 
 from sessa_common.checkpoint.folder import check_weights, load_weights
 from sessa_common.checkpoint.initialization import initial_weights
-from sessa_common.config import SessaConfig
-from sessa_common.errors import SessaError
+from sessa_common.config import DTYPES, SessaConfig
+from sessa_common.errors import SessaError, expect
 from sessa_mlx.model import SessaForCausalLM
 
 
 def choose_device(name: str | None) -> str:
-    """The device of that name, or MLX's default one (the GPU where there is one)."""
+    """Return the device of that name, or MLX's default device (the GPU where there is one)."""
     gpu = mx.is_available(mx.gpu)
     if name is None:
         return "gpu" if gpu and mx.default_device() == mx.Device(mx.gpu) else "cpu"
@@ -32,11 +32,12 @@ def choose_device(name: str | None) -> str:
 def load_model(
     folder: Path | str, *, dtype: str | None = None, device: str | None = None
 ) -> SessaForCausalLM:
-    """The model of a checkpoint folder, in the dtype of its config unless another is asked for.
+    """Load the model of a checkpoint folder, in the dtype of its config unless another is given.
 
-    device is "cpu" or "gpu"; see `choose_device`. Raises SessaError for a folder that is not one
-    and a device that is not there.
+    device is "cpu" or "gpu"; see `choose_device`. Raises SessaError for a folder that is no
+    checkpoint and a device that is not there.
     """
+    _check_dtype(dtype)
     config, weights = load_weights(folder)
     return build_model(config, weights, dtype=dtype, device=device)
 
@@ -44,8 +45,12 @@ def load_model(
 def new_model(
     config: SessaConfig, seed: int = 0, *, dtype: str | None = None, device: str | None = None
 ) -> SessaForCausalLM:
-    """A model with the initial weights that both frameworks draw from `seed`."""
+    """Make a model with the initial weights that both frameworks draw from `seed`."""
     return build_model(config, initial_weights(config, seed), dtype=dtype, device=device)
+
+
+def _check_dtype(dtype: str | None) -> None:
+    expect(dtype is None or dtype in DTYPES, "dtype", dtype, f"one of {', '.join(DTYPES)}")
 
 
 def build_model(
@@ -55,10 +60,11 @@ def build_model(
     dtype: str | None = None,
     device: str | None = None,
 ) -> SessaForCausalLM:
-    """A model with the given weights, cast to `dtype` (the config's by default).
+    """Make a model with the given weights, cast to `dtype` (the config's by default).
 
-    MLX has one default device a process: the one that is chosen becomes it.
+    MLX has one default device for a process; the chosen device becomes the default.
     """
+    _check_dtype(dtype)
     mx.set_default_device(mx.Device(getattr(mx, choose_device(device))))
     model = SessaForCausalLM(config)
     model.set_dtype(getattr(mx, dtype or config.dtype))

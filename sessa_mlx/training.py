@@ -1,8 +1,10 @@
-"""The MLX side of `sessa_common.training.trainer`: forward pass, loss, gradients, AdamW."""
+"""Training in MLX: forward pass, loss, gradients, AdamW."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -11,12 +13,14 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from sessa_common.config import SessaConfig, TrainConfig
 from sessa_common.data.batches import Batch
-from sessa_common.training.trainer import MOMENTS, decays
+from sessa_common.training.backend import MOMENTS, decays
+from sessa_common.training.preparation import TrainRequest
+from sessa_common.training.session import TrainResult, run_session
+from sessa_common.training.trainer import Reporter
 from sessa_mlx.checkpoint import build_model, choose_device, to_numpy, to_tensor
-from sessa_mlx.model import SessaForCausalLM
 
 Arrays = dict[str, mx.array]
-# The scalars of gains and decays, which no low precision rounds.
+# Parameters of gains and decays: low precision does not round them.
 EXACT = ("gamma_bias", "dt_bias", "A_log", "mixer.D")
 
 
@@ -27,17 +31,43 @@ def choose_precision(precision: str, device: str) -> str:
     return "bfloat16" if device == "gpu" else "float32"
 
 
-def logits_function(model: SessaForCausalLM) -> Callable[[np.ndarray], np.ndarray]:
-    """A function from token ids (B, T) to logits (B, T, V) float32, both NumPy."""
+def train(
+    out: Path | str | None = None,
+    *,
+    preset: str | None = None,
+    config: SessaConfig | Path | str | None = None,
+    init: Path | str | None = None,
+    train_config: TrainConfig | Path | str | None = None,
+    resume: Path | str | None = None,
+    force: bool = False,
+    device: str | None = None,
+    reporter: Reporter | None = None,
+    **fields: Any,
+) -> TrainResult:
+    """Train a new run in the folder `out`, or go on with the run in the folder `resume`.
 
-    def logits(ids: np.ndarray) -> np.ndarray:
-        return to_numpy(model(mx.array(ids)).astype(mx.float32))
-
-    return logits
+    The model is a named size (`preset`, "demo" if nothing is named), a `config` (or the path of a
+    config.json) or the checkpoint folder `init` to fine-tune; the settings are `train_config` (or
+    the path of a training.json). Further keyword arguments are fields of SessaConfig and
+    TrainConfig that replace theirs, as in train("runs/a", data="notes.txt", steps=200). `force`
+    replaces a folder that is not empty; `reporter` receives the progress. Raises SessaError before
+    anything is written for input that cannot train, DivergedError when a loss is not finite.
+    """
+    request = TrainRequest(
+        out=out,
+        preset=preset,
+        config=config,
+        init=init,
+        train_config=train_config,
+        resume=resume,
+        force=force,
+        fields=fields,
+    )
+    return run_session(TrainBackend, request, choose_device(device), reporter)
 
 
 class TrainBackend:
-    """A `sessa_common.training.trainer.TrainBackend` in MLX.
+    """A `sessa_common.training.backend.TrainBackend` in MLX.
 
     Master weights, gradients and AdamW are float32. With bfloat16 the forward pass runs on a
     bfloat16 copy of the weights (not of the scalars that decide gains and decays), with softmax,
@@ -69,7 +99,7 @@ class TrainBackend:
 
     def step(self, batches: Sequence[Batch], learning_rate: float) -> tuple[float, float]:
         """Take one AdamW step on the weighted mean loss of all rows; (nats, gradient norm)."""
-        # An array, since compiled code would hold a Python number for a constant.
+        # An array, because compiled code takes a Python number for a constant.
         total = mx.array(sum(float(batch.weights.sum()) for batch in batches))
         loss = mx.array(0.0)
         grads: Arrays = {}
@@ -85,7 +115,7 @@ class TrainBackend:
         return float(loss), float(norm)
 
     def evaluate(self, batch: Batch) -> tuple[float, np.ndarray]:
-        """The weighted sum of the losses of a batch, in nats, and what `predict` gives for it."""
+        """Return the weighted sum of the losses of a batch, in nats, and its `predict`."""
         inputs, targets, weights = _arrays(batch)
         logits = self._logits(self.parameters, inputs)
         return float(_cross_entropy(logits, targets, weights)), _likeliest(logits)

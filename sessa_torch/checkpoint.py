@@ -12,13 +12,16 @@ from torch import Tensor
 
 from sessa_common.checkpoint.folder import check_weights, load_weights
 from sessa_common.checkpoint.initialization import initial_weights
-from sessa_common.config import SessaConfig
-from sessa_common.errors import SessaError
+from sessa_common.config import DTYPES, SessaConfig
+from sessa_common.errors import SessaError, expect
 from sessa_torch.model import SessaForCausalLM
 
 
 def choose_device(name: str | None) -> str:
-    """The device of that name, made the current one, or CUDA, MPS or the CPU, the first there."""
+    """Return the device of that name, or the first of CUDA, MPS and the CPU that is there.
+
+    A CUDA device that is named becomes the current one.
+    """
     if name is None:
         usable = (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available()))
         return next((device for device, there in usable if there), "cpu")
@@ -36,11 +39,12 @@ def choose_device(name: str | None) -> str:
 def load_model(
     folder: Path | str, *, dtype: str | None = None, device: str | None = None
 ) -> SessaForCausalLM:
-    """The model of a checkpoint folder, in the dtype of its config unless another is asked for.
+    """Load the model of a checkpoint folder, in the dtype of its config unless another is given.
 
     device is a name such as "cpu", "cuda" or "mps"; see `choose_device`. Raises SessaError for a
-    folder that is not one and a device that is not there.
+    folder that is no checkpoint and a device that is not there.
     """
+    _check_dtype(dtype)
     config, weights = load_weights(folder)
     return build_model(config, weights, dtype=dtype, device=device)
 
@@ -48,8 +52,12 @@ def load_model(
 def new_model(
     config: SessaConfig, seed: int = 0, *, dtype: str | None = None, device: str | None = None
 ) -> SessaForCausalLM:
-    """A model with the initial weights that both frameworks draw from `seed`."""
+    """Make a model with the initial weights that both frameworks draw from `seed`."""
     return build_model(config, initial_weights(config, seed), dtype=dtype, device=device)
+
+
+def _check_dtype(dtype: str | None) -> None:
+    expect(dtype is None or dtype in DTYPES, "dtype", dtype, f"one of {', '.join(DTYPES)}")
 
 
 def build_model(
@@ -59,7 +67,8 @@ def build_model(
     dtype: str | None = None,
     device: str | None = None,
 ) -> SessaForCausalLM:
-    """A model with the given weights, cast to `dtype` (the config's by default) on `device`."""
+    """Make a model with the given weights on `device`, in `dtype` (the config's by default)."""
+    _check_dtype(dtype)
     device = choose_device(device)
     with torch.device("meta"):
         model = SessaForCausalLM(config)

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 
+from sessa_common.errors import SessaError
+from sessa_common.fields import build, split_fields
+from sessa_common.inference.generation import generate_texts
+from sessa_common.inference.model_tokenizer import ModelTokenizer
+from sessa_common.inference.sampling import SamplingConfig
 from sessa_torch.cache import SessaCache
 from sessa_torch.checkpoint import load_model
 from sessa_torch.model import SessaForCausalLM
@@ -46,3 +54,41 @@ def load_decoder(
 ) -> Decoder:
     """A decoder on the model of a checkpoint folder; arguments and errors as in `load_model`."""
     return Decoder(load_model(folder, dtype=dtype, device=device))
+
+
+def generate(
+    model: SessaForCausalLM | Path | str,
+    prompts: str | Sequence[str],
+    *,
+    tokenizer: Tokenizer | Path | str | None = None,
+    max_tokens: int | None = None,
+    parse_special_tokens: bool = False,
+    on_text: Callable[[int, str], None] | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    **sampling: Any,
+) -> list[str]:
+    """Continue prompts with a model or with the model of a checkpoint folder; one text a prompt.
+
+    A model in memory needs a `tokenizer` (or a folder that has one). `max_tokens` is 200, or what
+    the context has room for; `on_text(row, piece)` receives the text while it is written.
+    `parse_special_tokens` reads the name of a special token in a prompt as the token. Further
+    keyword arguments are fields of SamplingConfig, as in generate("runs/a", "The", temperature=0).
+    Raises SessaError.
+    """
+    (fields,) = split_fields(sampling, SamplingConfig)
+    rules = build(SamplingConfig, fields)
+    if isinstance(model, (Path, str)):
+        tokenizer = model if tokenizer is None else tokenizer
+        model = load_model(model, dtype=dtype, device=device)
+    elif dtype is not None or device is not None:
+        raise SessaError("`dtype` and `device` are for a folder; the model in memory has its own")
+    found = generate_texts(
+        Decoder(model),
+        ModelTokenizer.open(tokenizer, model.config, parse_special_tokens),
+        [prompts] if isinstance(prompts, str) else prompts,
+        rules,
+        max_tokens=max_tokens,
+        on_text=on_text,
+    )
+    return [continuation.text for continuation in found]

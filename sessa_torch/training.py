@@ -1,10 +1,11 @@
-"""The PyTorch side of `sessa_common.training.trainer`: forward pass, loss, gradients, AdamW."""
+"""Training in PyTorch: forward pass, loss, gradients, AdamW."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,10 @@ from torch import Tensor, nn
 
 from sessa_common.config import SessaConfig, TrainConfig
 from sessa_common.data.batches import Batch
-from sessa_common.training.trainer import MOMENTS, decays
+from sessa_common.training.backend import MOMENTS, decays
+from sessa_common.training.preparation import TrainRequest
+from sessa_common.training.session import TrainResult, run_session
+from sessa_common.training.trainer import Reporter
 from sessa_torch.checkpoint import (
     build_model,
     choose_device,
@@ -22,7 +26,6 @@ from sessa_torch.checkpoint import (
     to_numpy,
     to_tensor,
 )
-from sessa_torch.model import SessaForCausalLM
 
 MOMENT_KEYS = dict(zip(MOMENTS, ("exp_avg", "exp_avg_sq"), strict=True))
 # Of a batch: inputs, targets, weights.
@@ -39,19 +42,43 @@ def choose_precision(precision: str, device: str) -> str:
     return "bfloat16" if fast else "float32"
 
 
-def logits_function(model: SessaForCausalLM) -> Callable[[np.ndarray], np.ndarray]:
-    """A function from token ids (B, T) to logits (B, T, V) float32, both NumPy."""
-    device = next(model.parameters()).device
+def train(
+    out: Path | str | None = None,
+    *,
+    preset: str | None = None,
+    config: SessaConfig | Path | str | None = None,
+    init: Path | str | None = None,
+    train_config: TrainConfig | Path | str | None = None,
+    resume: Path | str | None = None,
+    force: bool = False,
+    device: str | None = None,
+    reporter: Reporter | None = None,
+    **fields: Any,
+) -> TrainResult:
+    """Train a new run in the folder `out`, or go on with the run in the folder `resume`.
 
-    @torch.inference_mode()
-    def logits(ids: np.ndarray) -> np.ndarray:
-        return to_numpy(model(torch.as_tensor(ids, dtype=torch.long, device=device)).float())
-
-    return logits
+    The model is a named size (`preset`, "demo" if nothing is named), a `config` (or the path of a
+    config.json) or the checkpoint folder `init` to fine-tune; the settings are `train_config` (or
+    the path of a training.json). Further keyword arguments are fields of SessaConfig and
+    TrainConfig that replace theirs, as in train("runs/a", data="notes.txt", steps=200). `force`
+    replaces a folder that is not empty; `reporter` receives the progress. Raises SessaError before
+    anything is written for input that cannot train, DivergedError when a loss is not finite.
+    """
+    request = TrainRequest(
+        out=out,
+        preset=preset,
+        config=config,
+        init=init,
+        train_config=train_config,
+        resume=resume,
+        force=force,
+        fields=fields,
+    )
+    return run_session(TrainBackend, request, choose_device(device), reporter)
 
 
 class TrainBackend:
-    """A `sessa_common.training.trainer.TrainBackend` in PyTorch.
+    """A `sessa_common.training.backend.TrainBackend` in PyTorch.
 
     Master weights, gradients and AdamW are float32. With bfloat16 the forward pass runs under
     autocast: matrix products in bfloat16; norms, softmax, the feedback solve's sums and the loss in
@@ -112,7 +139,7 @@ class TrainBackend:
 
     @torch.inference_mode()
     def evaluate(self, batch: Batch) -> tuple[float, np.ndarray]:
-        """The weighted sum of the losses of a batch, in nats, and what `predict` gives for it."""
+        """Return the weighted sum of the losses of a batch, in nats, and its `predict`."""
         inputs, targets, weights = self._on_device(batch)
         logits = self._logits(inputs)
         return _cross_entropy(logits, targets, weights).item(), _likeliest(logits)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from sessa_cli.common import make_console, print_json, say
+from sessa_cli.common import Stopwatch, make_console, print_json, say
 
 
 def build_op(
@@ -30,9 +29,9 @@ def build_op(
     """
     from sessa_export.native import build
 
-    started = time.perf_counter()
+    watch = Stopwatch()
     path = build(force=force)
-    seconds = time.perf_counter() - started
+    seconds = watch.seconds
     if output is not None:
         path = _copy(path, output)
     if json_output:

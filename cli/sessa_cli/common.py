@@ -1,58 +1,42 @@
-"""What the commands share: a framework's choice, the console, JSON for scripts, exit codes."""
+"""Helpers that several commands use: the console, JSON for scripts, exit codes, a stopwatch."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import importlib.util
 import json
 import math
-import platform
-import sys
-from types import ModuleType
+import time
 from typing import Any
 
 from rich.console import Console
 
-from sessa_common.errors import SessaError
+# The other helpers import these from here.
+from sessa_common.frameworks import BACKENDS as BACKENDS
+from sessa_common.frameworks import choose_backend as choose_backend
+from sessa_common.frameworks import framework as framework
+from sessa_common.frameworks import is_installed as is_installed
 
-BACKENDS = ("auto", "mlx", "torch")
 # Exit codes: runs of a comparison failed; bad input; a loss that is not finite; Ctrl-C.
 FAILED, BAD_INPUT, DIVERGED, INTERRUPTED = 1, 2, 3, 130
 
 
-def is_installed(name: str) -> bool:
-    """Whether a package can be imported, without importing it."""
-    return importlib.util.find_spec(name) is not None
+def given_fields(params: dict[str, Any], *classes: type) -> dict[str, Any]:
+    """The command's options that were given and that are fields of one of the classes."""
+    names = {field.name for cls in classes for field in dataclasses.fields(cls)}
+    given = {name: value for name, value in params.items() if name in names}
+    return {name: value for name, value in given.items() if value not in (None, [], ())}
 
 
-def choose_backend(name: str | None) -> str:
-    """Resolve None and "auto": MLX on Apple silicon, else PyTorch, else what is installed."""
-    name = name or "auto"
-    if name not in BACKENDS:
-        raise SessaError(f"backend is {name!r}, expected one of {', '.join(BACKENDS)}")
-    if name == "auto":
-        apple = sys.platform == "darwin" and platform.machine() == "arm64"
-        order = ("mlx", "torch") if apple else ("torch", "mlx")
-        name = next((backend for backend in order if is_installed(backend)), "")
-        if not name:
-            raise SessaError("neither mlx nor torch is installed; pip install one of them")
-    if not is_installed(name):
-        raise SessaError(f"backend {name} is not installed; pip install {name}")
-    return name
+class Stopwatch:
+    """Measures the seconds since it was made."""
 
+    def __init__(self) -> None:
+        self.began = time.perf_counter()
 
-def framework(backend: str, module: str) -> ModuleType:
-    """Import a module of one of the twins: ("torch", "train") gives sessa_torch.training."""
-    return importlib.import_module(f"sessa_{backend}.{module}")
-
-
-def given_fields(params: dict[str, Any], cls: type) -> dict[str, Any]:
-    """The command's options that were given and that are fields of a configuration class."""
-    names = {field.name for field in dataclasses.fields(cls)}
-    given = {name: params[name] for name in names & params.keys()}
-    given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
-    return {name: value for name, value in given.items() if value not in (None, ())}
+    @property
+    def seconds(self) -> float:
+        """Seconds until now."""
+        return time.perf_counter() - self.began
 
 
 def make_console(json_output: bool = False) -> Console:
@@ -64,12 +48,12 @@ def make_console(json_output: bool = False) -> Console:
 
 
 def say(console: Console, text: str) -> None:
-    """Print a line as it is: not wrapped, not coloured, nothing in it read as markup."""
+    """Print a line unchanged: not wrapped, not coloured, nothing in it read as markup."""
     console.print(text, soft_wrap=True, highlight=False, markup=False)
 
 
 def print_json(value: dict[str, Any]) -> None:
-    """Print one JSON object on stdout; a number that JSON has no word for becomes null."""
+    """Print one JSON object on stdout; a number that is not finite becomes null."""
     print(json.dumps(_finite(value), ensure_ascii=False, allow_nan=False))
 
 

@@ -2,29 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import typer
-from tokenizers import Tokenizer
 
 from sessa_cli.common import choose_backend, framework, make_console, print_json, say
-from sessa_common.checkpoint.folder import load_config
-from sessa_common.config import DTYPES, SessaConfig
-from sessa_common.data.corpus import check_ids
-from sessa_common.data.sources import ReadCounts, TextSource, read_documents
-from sessa_common.data.tokenizer import (
-    DroppedText,
-    check_fits,
-    encode_documents,
-    end_token_id,
-    parse_special_tokens,
-    read_tokenizer,
-)
-from sessa_common.errors import SessaError
-from sessa_common.inference.evaluation import Score, score_documents
+from sessa_common.inference.evaluation import Score
 
 
 # Named eval on the command line; the function's name leaves Python's eval alone.
@@ -38,7 +22,7 @@ def evaluate(
     subset: Annotated[
         str | None, typer.Option(help="Configuration of a Hugging Face data set.")
     ] = None,
-    special_tokens: Annotated[
+    parse_special_tokens: Annotated[
         bool,
         typer.Option(
             "--parse-special-tokens",
@@ -64,62 +48,34 @@ def evaluate(
     ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Loss, perplexity and bits per byte of texts; a window slides over the long ones.
+    """Measure loss, perplexity and bits per byte of texts; a window slides over the long ones.
 
-    Every token is scored exactly once, the first of a document from the end token before it.
+    Every token is scored exactly once. The first token of a document is predicted from the end
+    token that precedes documents in training.
 
     Example: sessa eval runs/pydoc --data notes.txt --stride 64 --json
     """
     backend = choose_backend(backend)
-    if dtype is not None and dtype not in DTYPES:
-        raise SessaError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
-    config = load_config(checkpoint)
-    tokenizer = read_tokenizer(checkpoint)
-    parse_special_tokens(tokenizer, special_tokens)
-    check_fits(tokenizer, config, str(checkpoint))
-    context = config.max_position_embeddings
-    if sequence_length is not None and not 0 < sequence_length <= context:
-        raise SessaError(
-            f"sequence_length is {sequence_length}, expected from 1 to the model's context "
-            f"of {context}"
-        )
-    source = TextSource(
-        text_field=text_field, split=split, subset=subset, max_documents=max_documents
-    )
-    counts, dropped = ReadCounts(), DroppedText()
-    texts = read_documents(data, source, counts)
-    training = framework(backend, "training")
-    model = framework(backend, "checkpoint").load_model(
-        checkpoint, dtype=dtype, device=training.choose_device(device)
-    )
-    score = score_documents(
-        training.logits_function(model),
-        _documents(tokenizer, config, texts, dropped),
-        start_id=_start_id(checkpoint, config),
-        context=sequence_length or context,
+    score = framework(backend, "evaluation").evaluate(
+        checkpoint,
+        data,
+        text_field=text_field,
+        split=split,
+        subset=subset,
+        max_documents=max_documents,
+        parse_special_tokens=parse_special_tokens,
+        sequence_length=sequence_length,
         stride=stride,
         batch_size=batch_size,
+        dtype=dtype,
+        device=device,
     )
-    _show(score, counts, dropped, json_output, backend)
+    _show(score, json_output, backend)
 
 
-def _documents(
-    tokenizer: Tokenizer, config: SessaConfig, texts: Iterator[str], dropped: DroppedText
-) -> Iterator[tuple[np.ndarray, int]]:
-    for ids, size in encode_documents(tokenizer, texts, dropped):
-        check_ids(ids, config, "the evaluation text")
-        yield ids, size
-
-
-def _start_id(folder: Path, config: SessaConfig) -> int:
-    return config.eos_token_id if config.eos_token_id is not None else end_token_id(folder)
-
-
-def _show(
-    score: Score, counts: ReadCounts, dropped: DroppedText, json_output: bool, backend: str
-) -> None:
+def _show(score: Score, json_output: bool, backend: str) -> None:
     console = make_console(json_output)
-    for note in counts.notes() + dropped.notes():
+    for note in score.notes:
         say(console, note)
     values: dict[str, Any] = {
         "loss": score.loss,
@@ -128,9 +84,9 @@ def _show(
         "tokens": score.tokens,
         "bytes": score.bytes,
         "documents": score.documents,
-        "skipped_rows": counts.null_rows,
-        "skipped_documents": counts.blank + dropped.documents,
-        "dropped_bytes": dropped.bytes,
+        "skipped_rows": score.skipped_rows,
+        "skipped_documents": score.skipped_documents,
+        "dropped_bytes": score.dropped_bytes,
     }
     if json_output:
         return print_json({**values, "backend": backend})

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sessa_cli.common import given_fields, make_console, print_json, say
+from sessa_cli.common import Stopwatch, given_fields, make_console, print_json, say
 
 if TYPE_CHECKING:
     from sessa_export.exporter import Report
@@ -35,7 +34,7 @@ def export(
     ] = False,
     data: Annotated[
         list[str] | None,
-        typer.Option(help="Text that tells what fewer bits cost, as in `sessa train`; repeatable."),
+        typer.Option(help="Text to measure the cost of fewer bits on; repeatable."),
     ] = None,
     opset: Annotated[
         int | None, typer.Option(help="Standard operators: 23, or 21 or 22 for old runtimes.")
@@ -47,14 +46,15 @@ def export(
 
     Example: sessa export runs/first exported --dtype int4 --for genai,web
     """
-    from sessa_export.exporter import Options, export_checkpoint
+    from sessa_export import export as export_folder
+    from sessa_export.exporter import Options
 
     given = given_fields(context.params, Options)
     if clients is not None:
         given["clients"] = tuple(name.strip() for name in clients.split(",") if name.strip())
-    started = time.perf_counter()
-    report = export_checkpoint(checkpoint, folder, Options(**given), force=force)
-    seconds = time.perf_counter() - started
+    watch = Stopwatch()
+    report = export_folder(checkpoint, folder, force=force, **given)
+    seconds = watch.seconds
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     if json_output:
         print_json({"folder": str(folder), "bytes": size, "seconds": seconds, **_as_json(report)})

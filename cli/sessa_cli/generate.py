@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from tokenizers import Tokenizer
 
-from sessa_cli.common import choose_backend, framework, given_fields, print_json
-from sessa_common.config import SessaConfig
-from sessa_common.data.tokenizer import check_fits, parse_special_tokens, read_tokenizer
+from sessa_cli.common import Stopwatch, choose_backend, framework, given_fields, print_json
 from sessa_common.errors import SessaError
-from sessa_common.inference import generation
-from sessa_common.inference.generation import Decoder, TextStream, encode_prompt, stop_tokens
+from sessa_common.fields import build
+from sessa_common.inference.generation import Continuation, Decoder, generate_texts
+from sessa_common.inference.model_tokenizer import ModelTokenizer
 from sessa_common.inference.sampling import SamplingConfig
 
 
@@ -46,7 +42,7 @@ def generate(
     min_p: Annotated[
         float | None, typer.Option(help="Drop tokens below this share of the likeliest one's.")
     ] = None,
-    special_tokens: Annotated[
+    parse_special_tokens: Annotated[
         bool,
         typer.Option(
             "--parse-special-tokens",
@@ -69,33 +65,48 @@ def generate(
 
     Example: sessa generate runs/first --prompt "The list of" --max-tokens 100
     """
-    sampling = SamplingConfig(**given_fields(context.params, SamplingConfig))
+    sampling = build(SamplingConfig, given_fields(context.params, SamplingConfig))
     prompts = _prompts(prompt, prompt_file)
-    decoder, tokenizer = _load(checkpoint, backend, device, native)
-    parse_special_tokens(tokenizer, special_tokens)
-    ids = [encode_prompt(tokenizer, text, decoder.config) for text in prompts]
-    stop = stop_tokens(checkpoint, decoder.config)
-    started = time.perf_counter()
-    steps = generation.generate(decoder, ids, sampling, max_tokens=max_tokens, stop=stop)
+    decoder = _load(checkpoint, backend, device, native)
+    tokenizer = ModelTokenizer.open(checkpoint, decoder.config, parse_special_tokens)
     live = not json_output and len(prompts) == 1
-    if live:
-        _write(prompts[0])
-    texts, counts = _collect(steps, tokenizer, ids, live)
-    seconds = time.perf_counter() - started
+    # The prompt is written before its first continuation, so after the check of the request.
+    unwritten = [prompts[0]] if live else []
+
+    def write(row: int, piece: str) -> None:
+        _write("".join([*unwritten, piece]))
+        unwritten.clear()
+
+    watch = Stopwatch()
+    found = generate_texts(
+        decoder,
+        tokenizer,
+        prompts,
+        sampling,
+        max_tokens=max_tokens,
+        on_text=write if live else None,
+    )
     if json_output:
-        rows = [{"prompt": p, "text": t, "tokens": n}
-                for p, t, n in zip(prompts, texts, counts, strict=True)]  # fmt: skip
-        print_json({"texts": rows, "seconds": seconds, "tokens_per_second": sum(counts) / seconds})
+        print_json(_as_json(prompts, found, watch.seconds))
     elif live:
-        _write("\n")
+        _write("".join([*unwritten, "\n"]))
     else:
-        for number, (given, text) in enumerate(zip(prompts, texts, strict=True), 1):
-            _write(f"[{number}] {given}{text}\n")
+        for number, (given, made) in enumerate(zip(prompts, found, strict=True), 1):
+            _write(f"[{number}] {given}{made.text}\n")
+
+
+def _as_json(prompts: list[str], found: list[Continuation], seconds: float) -> dict:
+    rows = [
+        {"prompt": prompt, "text": made.text, "tokens": made.tokens}
+        for prompt, made in zip(prompts, found, strict=True)
+    ]
+    speed = sum(made.tokens for made in found) / seconds
+    return {"texts": rows, "seconds": seconds, "tokens_per_second": speed}
 
 
 def _prompts(prompt: list[str] | None, prompt_file: Path | None) -> list[str]:
     if prompt_file is not None and prompt:
-        raise SessaError("give --prompt or --prompt-file, not both")
+        raise SessaError("give `prompt` or `prompt_file`, not both")
     if prompt_file is not None and str(prompt_file) != "-":
         try:
             return [prompt_file.read_text(encoding="utf-8")]
@@ -107,50 +118,20 @@ def _prompts(prompt: list[str] | None, prompt_file: Path | None) -> list[str]:
     return [sys.stdin.read() if text == "-" else text for text in given]
 
 
-def _load(
-    checkpoint: Path, backend: str | None, device: str | None, native: bool
-) -> tuple[Decoder, Tokenizer]:
+def _load(checkpoint: Path, backend: str | None, device: str | None, native: bool) -> Decoder:
     from sessa_export.runtime import find_model, load_decoder
 
     if not checkpoint.is_dir():
         raise SessaError(f"{checkpoint}: no such checkpoint folder")
-    tokenizer = read_tokenizer(checkpoint)
     exported = find_model(checkpoint) is not None
-    decoder: Decoder
     if backend == "onnx" or (backend in (None, "auto") and exported):
         if device not in (None, "cpu"):
             raise SessaError(f"device is {device!r}; ONNX Runtime runs on the cpu here")
-        decoder = load_decoder(checkpoint, native=native)
-    elif native:
-        raise SessaError("--native is for a folder that `sessa export` wrote")
-    else:
-        twin = framework(choose_backend(backend), "decoding")
-        decoder = twin.load_decoder(checkpoint, device=device)
-    config: SessaConfig = decoder.config
-    check_fits(tokenizer, config, str(checkpoint))
-    return decoder, tokenizer
-
-
-def _collect(
-    steps: Iterator[list[int | None]], tokenizer: Tokenizer, prompts: list[list[int]], live: bool
-) -> tuple[list[str], list[int]]:
-    """Drain the generator into a text and a count a row; `live` writes pieces as they come."""
-    streams = [TextStream(tokenizer, prompt) for prompt in prompts]
-    texts, counts = [""] * len(prompts), [0] * len(prompts)
-    for step in steps:
-        for row, token in enumerate(step):
-            if token is not None:
-                piece = streams[row].push(token)
-                texts[row] += piece
-                counts[row] += 1
-                if live:
-                    _write(piece)
-    for row, stream in enumerate(streams):
-        piece = stream.finish()
-        texts[row] += piece
-        if live:
-            _write(piece)
-    return texts, counts
+        return load_decoder(checkpoint, native=native)
+    if native:
+        raise SessaError("`native` is for a folder that `sessa export` wrote")
+    twin = framework(choose_backend(backend), "decoding")
+    return twin.load_decoder(checkpoint, device=device)
 
 
 def _write(text: str) -> None:

@@ -1,4 +1,4 @@
-"""`sessa info`: what is in a checkpoint folder or a weight file."""
+"""`sessa info`: the contents of a checkpoint folder or a weight file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import typer
 from rich.table import Table
 
 from sessa_cli.common import make_console, print_json, say
-from sessa_cli.torch_file import read_torch_file
 from sessa_common.checkpoint.inspection import Description, describe
 
 
@@ -24,7 +23,7 @@ def info(
 
     Example: sessa info runs/first
     """
-    found = describe(path, read_torch_file(path))
+    found = describe(path)
     if json_output:
         print_json(dataclasses.asdict(found))
         return
@@ -48,7 +47,7 @@ def _architecture(found: Description) -> Table:
             table.add_row(key, ", ".join(value) if several else str(value))
     attends = found.architecture["mixer"] != "mamba2"
     if attends and "num_attention_heads" not in found.architecture:
-        table.add_row("num_attention_heads", "not told by the weights")
+        table.add_row("num_attention_heads", "not settled by the weights")
     return table
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
 import typer
+from typer.main import get_command
 
 from sessa_cli.build_op import build_op
 from sessa_cli.check import check
@@ -18,9 +19,11 @@ from sessa_cli.export import export
 from sessa_cli.generate import generate
 from sessa_cli.influence import influence
 from sessa_cli.info import info
+from sessa_cli.messages import name_options, options_of
 from sessa_cli.old_options import rename_options
 from sessa_cli.selftest import selftest
 from sessa_cli.train import train
+from sessa_common import __version__
 from sessa_common.errors import DivergedError, SessaError
 
 app = typer.Typer(
@@ -28,7 +31,7 @@ app = typer.Typer(
     help="Train, convert, generate with and deploy Sessa sequence models.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(train)
 app.command()(data)
@@ -44,18 +47,35 @@ app.command("build-op")(build_op)
 app.command()(selftest)
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"sessa {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options_of_all(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line: bad input is one line on stderr and exit code 2, Ctrl-C is 130.
 
     Training that met a loss which is not finite is one line and exit code 3.
     """
+    given = sys.argv[1:] if arguments is None else arguments
     try:
-        given = sys.argv[1:] if arguments is None else arguments
         app(args=rename_options(given), prog_name="sessa")
-    except DivergedError as error:
-        _refuse(str(error), DIVERGED)
     except SessaError as error:
-        _refuse(str(error))
+        code = DIVERGED if isinstance(error, DivergedError) else BAD_INPUT
+        _refuse(name_options(str(error), _options(given)), code)
     # A disk that is full or a folder that may not be written is no fault of the program either.
     except OSError as error:
         _refuse(f"{error.filename or 'input or output'}: {error.strerror or error}")
@@ -64,6 +84,13 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
+
+
+def _options(arguments: list[str]) -> dict[str, str]:
+    """The options of the command that was called, by field."""
+    commands = getattr(get_command(app), "commands", {})
+    command = commands.get(arguments[0]) if arguments else None
+    return {} if command is None else options_of(command)
 
 
 def _refuse(message: str, code: int = BAD_INPUT) -> NoReturn:

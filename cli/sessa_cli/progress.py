@@ -10,19 +10,22 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-# Share of the newest step in the shown loss and speed, so that they can be read while they move.
+from sessa_cli.common import say
+from sessa_common.inference.evaluation import perplexity
+
+# Share of the newest step in the shown loss and speed, which makes them steady enough to read.
 SMOOTHING = 0.1
 
 
 class TerminalReporter:
-    """A `trainer.Reporter` with a rich progress bar, used as a context manager.
+    """A `sessa_common.training.trainer.Reporter` with a progress bar, used as a context manager.
 
     Shows step, training loss and perplexity (smoothed over some ten steps), tokens per second and
     the remaining time; every evaluation leaves a line, on a terminal or in a log.
     """
 
-    def __init__(self, console: Console, steps: int, first_step: int = 0) -> None:
-        self.console = console
+    def __init__(self, console: Console, backend: str) -> None:
+        self.console, self.backend = console, backend
         self.progress = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
@@ -32,11 +35,10 @@ class TerminalReporter:
             console=console,
             transient=True,
         )
-        self.task = self.progress.add_task("", total=steps, completed=first_step, status="")
+        self.task = self.progress.add_task("", status="")
         self.loss = self.speed = math.nan
 
     def __enter__(self) -> TerminalReporter:
-        self.progress.start()
         return self
 
     def __exit__(
@@ -45,7 +47,21 @@ class TerminalReporter:
         error: BaseException | None,
         where: TracebackType | None,
     ) -> None:
-        self.progress.stop()
+        if self.progress.live.is_started:
+            self.progress.stop()
+
+    def started(self, record: Mapping[str, Any]) -> None:
+        """Print a line about the run and show the bar."""
+        say(
+            self.console,
+            f"{record['parameters']:,} parameters, {record['data']}, "
+            f"vocabulary {record['vocab_size']:,}; {self.backend} on {record['device']} "
+            f"in {record['precision']}; writing {record['folder']}",
+        )
+        for note in record["notes"]:
+            say(self.console, note)
+        self.progress.update(self.task, total=record["steps"], completed=record["step"])
+        self.progress.start()
 
     def training(self, record: Mapping[str, Any]) -> None:
         """Move the bar by one step."""
@@ -66,8 +82,10 @@ class TerminalReporter:
         )
 
     def _status(self) -> str:
-        perplexity = math.exp(min(self.loss, 700.0))
-        return f"loss {self.loss:.3f}, perplexity {perplexity:.1f}, {self.speed:,.0f} tokens/s"
+        return (
+            f"loss {self.loss:.3f}, perplexity {perplexity(self.loss):.1f}, "
+            f"{self.speed:,.0f} tokens/s"
+        )
 
 
 def _smooth(old: float, new: float) -> float:

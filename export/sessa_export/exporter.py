@@ -7,12 +7,14 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from sessa_common.checkpoint.folder import load_config, load_weights, new_folder
 from sessa_common.config import SessaConfig
 from sessa_common.errors import SessaError
+from sessa_common.fields import build, split_fields
 from sessa_common.reference.parity import Result, compare, make_cases, require_ok, tolerance_of
 from sessa_export.cache_layout import require_supported
 from sessa_export.perplexity import Cost, Document, measure_cost, read_text, require_cost
@@ -26,9 +28,13 @@ Weights = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What to export. external_data_bytes: larger weights go to a file of their own, 2e9 if None.
+    """The form of an exported model.
 
-    data are the texts, named as for `sessa train`, on which the cost of fewer bits is measured.
+    dtype is "fp32", "fp16", "int8" or "int4"; layout (of the caches) "natural", "uniform" or
+    "buffer"; clients are "ort", "genai", "web" and "transformers-js"; native adds the compiled
+    operator; opset is the version of the standard operators. data are texts, named as in training,
+    on which the cost of fewer bits is measured. Weights of more than external_data_bytes (2e9 if
+    None) go to a file of their own.
     """
 
     dtype: str = "fp32"
@@ -42,7 +48,7 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """How well the exported model agrees with its checkpoint, and what its dtype costs."""
+    """Agreement of the exported model with its checkpoint, and the cost of its dtype."""
 
     results: dict[str, list[Result]]  # one list for each way to run the operator
     cost: Cost | None = None  # None with float32 weights, and without a tokenizer
@@ -71,6 +77,16 @@ def write_model(
         path,
         external_data_bytes=EXTERNAL_DATA_BYTES if limit is None else limit,
     )
+
+
+def export(source: Path | str, target: Path | str, *, force: bool = False, **fields: Any) -> Report:
+    """Export a checkpoint folder to a new ONNX folder, checked before it appears.
+
+    Keyword arguments are fields of Options, as in export("runs/a", "onnx", dtype="int8").
+    `force` replaces a folder that is there. Returns and raises what `export_checkpoint` does.
+    """
+    (given,) = split_fields(fields, Options)
+    return export_checkpoint(source, target, build(Options, given), force=force)
 
 
 def export_checkpoint(

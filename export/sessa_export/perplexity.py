@@ -84,6 +84,6 @@ def require_cost(cost: Cost, dtype: str, where: str) -> None:
     if not cost.growth <= MOST_GROWTH[dtype]:
         raise SessaError(
             f"{where}: {dtype} raises the perplexity from {cost.fp32:.3f} to {cost.exported:.3f}, "
-            f"expected at most {MOST_GROWTH[dtype]:g} times; use another --dtype; "
+            f"expected at most {MOST_GROWTH[dtype]:g} times; use another `dtype`; "
             "nothing was written"
         )

@@ -69,7 +69,7 @@ def _store_half(model: onnx.ModelProto) -> None:
 def _to_half(value: np.ndarray, name: str) -> np.ndarray:
     largest = float(np.abs(value).max())
     if not largest <= LARGEST_HALF:
-        raise SessaError(f"{name} holds {largest:.3g}, which float16 cannot; use --dtype fp32")
+        raise SessaError(f"{name} holds {largest:.3g}, which float16 cannot; use `dtype` fp32")
     return value.astype(np.float16)
 
 

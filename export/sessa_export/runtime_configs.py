@@ -13,7 +13,7 @@ from typing import Any
 from sessa_common.checkpoint.folder import write_json
 from sessa_common.config import SessaConfig, parameter_count
 from sessa_common.errors import SessaError
-from sessa_common.inference.generation import stop_tokens
+from sessa_common.inference.model_tokenizer import stop_tokens
 from sessa_export.cache_layout import kv_layers
 from sessa_export.runtime import MODEL_FILE
 
@@ -59,7 +59,7 @@ def require_tokenizer(source: Path, config: SessaConfig, clients: Collection[str
     text_clients = [name for name in clients if name != "ort"]
     if text_clients and not (source / "tokenizer.json").is_file():
         raise SessaError(f"{source}: no tokenizer.json, which {text_clients[0]} needs; "
-                         "put it there, or export with --for ort")  # fmt: skip
+                         "put it there, or export with `clients` ort")  # fmt: skip
     if text_clients and not stop:
         raise SessaError(f"{source}: no eos_token_id in generation_config.json or config.json, "
                          f"which {text_clients[0]} needs to stop")  # fmt: skip
@@ -147,7 +147,7 @@ def _web(folder: Path, exported: Exported) -> dict[str, Any]:
     """web.json, which the page of `../web` reads first."""
     path = folder / exported.model
     if path.with_name(path.name + "_data").is_file() or path.stat().st_size > WEB_BYTES:
-        raise SessaError("the model is too large for a page (2 GB); use a smaller --dtype")
+        raise SessaError("the model is too large for a page (2 GB); use a smaller `dtype`")
     ids = _token_ids(exported)
     return {
         "model": exported.model,

@@ -18,6 +18,7 @@ from sessa_common.checkpoint.folder import (
     SHARD_SIZE,
     channels_first,
     channels_last,
+    check_new_folder,
     check_weights,
     load_weights,
     new_folder,
@@ -33,13 +34,15 @@ from sessa_common.checkpoint.import_weights import (
 )
 from sessa_common.checkpoint.mamba2_names import mamba2_config, mamba2_names
 from sessa_common.checkpoint.quantization import dequantize_weights, is_quantized, quantize_weights
+from sessa_common.checkpoint.run_files import STATE
 from sessa_common.checkpoint.storage import MANIFEST
-from sessa_common.config import FOREIGN_KEYS, SessaConfig, parameter_shapes
-from sessa_common.errors import SessaError
+from sessa_common.config import DTYPES, FOREIGN_KEYS, SessaConfig, parameter_shapes
+from sessa_common.errors import SessaError, expect
+from sessa_common.fields import split_fields
 from sessa_common.json_files import read_json
-from sessa_common.training.trainer import STATE
 
 FRAMEWORKS = {"torch": "pt", "mlx": "mlx"}
+UNITS = {"GB": 10**9, "MB": 10**6, "KB": 10**3, "B": 1, "": 1}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,16 +84,10 @@ class Report:
         )
 
 
-def read_source(
-    path: Path,
-    tensors: Mapping[str, np.ndarray] | None = None,
-    given: Mapping[str, Any] | None = None,
-    seed: int = 0,
-) -> Source:
+def read_source(path: Path, given: Mapping[str, Any] | None = None, seed: int = 0) -> Source:
     """Read a checkpoint folder or a weight file in any form that this project knows.
 
-    tensors are the file's arrays when the caller has read it (a PyTorch pickle needs PyTorch);
-    given are keys of config.json that the weights cannot tell; seed draws a missing embedding.
+    given are keys of config.json that the weights do not settle; seed draws a missing embedding.
     Raises SessaError that names the file and what is wrong or missing.
     """
     given = given or {}
@@ -99,7 +96,7 @@ def read_source(
     if not path.is_file():
         raise SessaError(f"{path}: no such file or folder")
     settings = _settings_beside(path)
-    found = map_names(read_arrays(path) if tensors is None else tensors, settings, str(path))
+    found = map_names(read_arrays(path), settings, str(path))
     known = {key: value for key, value in settings.items() if key not in FOREIGN_KEYS}
     config = find_config(found, {**known, **given}, str(path))
     complete(found, config, seed)
@@ -170,45 +167,72 @@ def cast(weights: Mapping[str, np.ndarray], dtype: str) -> Tensors:
 
 
 def convert(
-    source: Source,
-    target: Path,
+    source: Source | Path | str,
+    target: Path | str,
     *,
-    framework: str = "torch",
+    framework: str | None = None,
     dtype: str | None = None,
     bits: int | None = None,
     group_size: int = 64,
-    shard_size: int = SHARD_SIZE,
+    shard_size: int | str = SHARD_SIZE,
+    config: Mapping[str, Any] | Path | str | None = None,
+    seed: int = 0,
     force: bool = False,
+    **fields: Any,
 ) -> Report:
     """Write `source` as a checkpoint folder, read it back and compare it with the source.
 
-    framework is "torch" or "mlx", which decides the layout of convolutions; dtype None keeps each
-    tensor's; bits quantises in MLX's affine format; shard_size is in bytes. Raises SessaError
-    before the folder appears.
+    The source is a checkpoint folder or a weight file. framework is "torch" or "mlx", which decides
+    the layout of convolutions (by default mlx with `bits`, else torch); dtype None keeps each
+    tensor's; bits quantises in MLX's affine format with one scale for group_size numbers;
+    shard_size is in bytes, or a text such as "500MB". For a weight file, config (or the path of a
+    config.json) and further keyword arguments are fields of SessaConfig that the weights do not
+    settle, and seed draws a missing embedding. Raises SessaError before the folder appears.
     """
+    target, size = Path(target), parse_size(shard_size)
+    expect(framework in (None, *FRAMEWORKS), "`framework`", framework, f"{' or '.join(FRAMEWORKS)}")
+    expect(dtype in (None, *DTYPES), "`dtype`", dtype, f"one of {', '.join(DTYPES)}")
+    framework = framework or ("mlx" if bits else "torch")
+    check_new_folder(target, force=force)
+    if not isinstance(source, Source):
+        (given,) = split_fields(fields, SessaConfig)
+        keys = read_json(Path(config)) if isinstance(config, (Path, str)) else dict(config or {})
+        source = read_source(Path(source), keys | given, seed)
     _refuse_overlap(source.folder, target)
     weights = cast(source.weights, dtype) if dtype else dict(source.weights)
     if framework == "mlx" and any(value.dtype == np.float64 for value in weights.values()):
-        raise SessaError("MLX cannot read float64 from safetensors; add --dtype float32")
+        raise SessaError("MLX cannot read float64 from safetensors; choose `dtype` float32")
     extra = {k: v for k, v in source.settings.items() if k in FOREIGN_KEYS and k not in _REWRITTEN}
     stored, changed = weights, dtype is not None
     if bits:
         if framework != "mlx":
-            raise SessaError("quantised weights are MLX's format; add --to mlx")
+            raise SessaError("quantised weights are MLX's format; choose `framework` mlx")
         stored, changed = quantize_weights(weights, bits, group_size), True
         settings = {"group_size": group_size, "bits": bits, "mode": "affine"}
         extra |= {"quantization": settings, "quantization_config": settings}
     if framework == "mlx":
         stored = channels_last(stored)
-    config = dataclasses.replace(source.config, dtype=dtype or source.config.dtype)
+    stored_config = dataclasses.replace(source.config, dtype=dtype or source.config.dtype)
     with new_folder(target, force=force) as scratch:
         carried = _carry_files(source.folder, scratch, with_state=not changed)
-        save_weights(scratch, config, stored, shard_size=shard_size,
+        save_weights(scratch, stored_config, stored, shard_size=size,
                      framework=FRAMEWORKS[framework], extra_config=extra)  # fmt: skip
         _compare_stored(read_tensors(scratch), stored, target)
         _, back = load_weights(scratch)
         files = sorted(path.name for path in scratch.iterdir() if path.name not in carried)
     return _report(source, back, stored, files, carried)
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes of a size such as "5GB", "500MB" or 1000000; SessaError for anything else."""
+    text = str(size).strip().upper()
+    number = text.rstrip("KMGB")
+    try:
+        found = int(float(number) * UNITS[text[len(number) :]])
+    except (KeyError, ValueError, OverflowError):
+        found = 0
+    expect(found >= 1, "`shard_size`", size, "a size such as 5GB or 500MB")
+    return found
 
 
 _REWRITTEN = {"architectures", "torch_dtype", "quantization", "quantization_config"}

@@ -19,6 +19,7 @@ from sessa_common.checkpoint.initialization import initial_weights
 from sessa_common.checkpoint.quantization import dequantize_weights, is_quantized
 from sessa_common.config import SessaConfig, parameter_shapes
 from sessa_common.errors import SessaError
+from sessa_common.frameworks import framework, is_installed
 from sessa_common.input_files import require_modest_archive
 
 Tensors = dict[str, np.ndarray]
@@ -34,6 +35,8 @@ NPZ_DAMAGE = (
     zlib.error,
 )
 
+# Files that torch.save wrote.
+TORCH_SUFFIXES = {".pt", ".pth", ".bin", ".ckpt"}
 LAYER = re.compile(
     r"(?:(?P<prefix>.*?)\.)??(?P<tensor>(?:ln|ln_mlp|W_in|W_out|mlp\.(?:up|down)_proj"
     r"|mixer\.(?:[qkv]_proj|proj_fb|out_proj|conv1d))\.(?:weight|bias)"
@@ -66,9 +69,13 @@ class ImportedWeights:
 
 
 def read_arrays(path: Path) -> Tensors:
-    """Every array of a .safetensors or .npz file, as it is stored."""
+    """Every array of a .safetensors, .npz or PyTorch file, as it is stored."""
     if path.suffix == ".safetensors":
         return read_safetensors(path)
+    if path.suffix in TORCH_SUFFIXES:
+        if not is_installed("torch"):
+            raise SessaError(f"{path}: reading it needs PyTorch; pip install torch")
+        return framework("torch", "state_dict_file").read_state_dict(path)
     if path.suffix != ".npz":
         raise SessaError(f"{path}: expected a checkpoint folder, .safetensors, .npz, .pt or .pth")
     require_modest_archive(path)
@@ -156,15 +163,15 @@ def find_config(found: ImportedWeights, given: Mapping[str, Any], where: str) ->
         config = {"num_attention_heads": 1, "use_forward_rope": False, **config}
     missing = []
     if "num_attention_heads" not in config:
-        missing.append("--heads N (the number of attention heads)")
+        missing.append("`num_attention_heads`")
     if "use_forward_rope" not in config:
-        missing.append("--rope or --no-rope")
+        missing.append("`use_forward_rope`")
     if "vocab_size" not in config:
-        missing.append("--vocab-size N (it has no embedding: one is drawn from --seed)")
+        missing.append("`vocab_size` (it has no embedding: one is drawn from `seed`)")
     if missing:
         raise SessaError(
             f"{where}: the weights do not say everything; add {', '.join(missing)}, "
-            "or --config FILE with a config.json"
+            "or a config.json as `config`"
         )
     heads = _positive(config, "num_attention_heads")
     if keys:

@@ -52,17 +52,16 @@ class Description:
     tokenizer: str = "none"
 
 
-def describe(path: Path, tensors: Mapping[str, np.ndarray] | None = None) -> Description:
+def describe(path: Path) -> Description:
     """Describe a checkpoint folder from its headers, or a weight file from its tensors.
 
-    tensors are the file's arrays when the caller has read it. Raises SessaError for what is not a
-    Sessa checkpoint or lacks a tensor.
+    Raises SessaError for a path that is not a Sessa checkpoint or lacks a tensor.
     """
     if path.is_dir():
         return _describe_folder(path)
     if not path.is_file():
         raise SessaError(f"{path}: no such file or folder")
-    tensors = read_arrays(path) if tensors is None else tensors
+    tensors = read_arrays(path)
     found = map_names(tensors, {}, str(path))
     return Description(
         kind=f"{path.suffix} file{' (quantised)' if is_quantized(tensors) else ''}",

@@ -76,5 +76,5 @@ def mamba2_config(
     notes = []
     if "max_position_embeddings" not in given:
         notes.append(f"assumed max_position_embeddings = {CONTEXT}; the layers have no limit "
-                     "(--config FILE sets another)")  # fmt: skip
+                     "(`config` sets another)")  # fmt: skip
     return {**keys, "max_position_embeddings": CONTEXT, **given}, notes

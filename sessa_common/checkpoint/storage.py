@@ -152,7 +152,7 @@ def check_new_folder(
     if not _entries(target):
         return
     if not force:
-        raise SessaError(f"{path}: the folder is not empty; choose another or add --force")
+        raise SessaError(f"{path}: the folder is not empty; choose another or add `force`")
     _check_replaceable(path, target, inputs)
 
 

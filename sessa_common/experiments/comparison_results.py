@@ -8,12 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sessa_common.checkpoint.run_files import STATE, TRAINING
 from sessa_common.config import SessaConfig, parameter_count
 from sessa_common.experiments.comparison import ComparedModel, Comparison
+from sessa_common.inference.evaluation import perplexity
 from sessa_common.json_files import read_json
 from sessa_common.training.metrics import read_metrics, tokens_per_second
-from sessa_common.training.run_folder import RESULT
-from sessa_common.training.trainer import STATE, TRAINING, read_state_facts
+from sessa_common.training.run_folder import RESULT, read_state_metadata
 
 # The folder of a run does not depend on its learning rate, so any rate serves to find the folder.
 ANY_RATE = 1.0
@@ -37,7 +38,7 @@ def read_result(folder: Path, steps: int) -> dict[str, Any] | None:
         "parameters": parameter_count(SessaConfig.from_dict(read_json(folder / "config.json"))),
         "tokens_per_second": tokens_per_second(records),
         "validation_loss": losses[-1],
-        "perplexity": math.exp(min(losses[-1], 700.0)),
+        "perplexity": perplexity(losses[-1]),
     }
 
 
@@ -181,7 +182,7 @@ def runs_on_other_data(out: Path, comparison: Comparison) -> list[str]:
             if not (folder / STATE).exists():
                 continue
             config = read_json(folder / "config.json")
-            _, fingerprint = read_state_facts(folder)
+            _, fingerprint = read_state_metadata(folder)
             key = config["vocab_size"], config["max_position_embeddings"]
             if first.setdefault(key, fingerprint) != fingerprint:
                 different.append(job.name)

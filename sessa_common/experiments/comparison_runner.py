@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sessa_common.checkpoint.folder import write_json
+from sessa_common.checkpoint.run_files import STATE
 from sessa_common.errors import SessaError
 from sessa_common.experiments.comparison import (
     PLAN,
@@ -29,7 +30,7 @@ from sessa_common.experiments.comparison import (
 from sessa_common.experiments.comparison_report import write_report
 from sessa_common.experiments.comparison_results import best_rate, control_result, read_result
 from sessa_common.json_files import read_json
-from sessa_common.training.trainer import STATE, stop_signal
+from sessa_common.training.trainer import stop_signal
 
 LOCK = "lock"
 LOG_LINES = 12

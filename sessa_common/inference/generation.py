@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from sessa_common.config import SessaConfig
-from sessa_common.data.tokenizer import encode_text
-from sessa_common.errors import SessaError
+from sessa_common.errors import SessaError, expect
+from sessa_common.inference.model_tokenizer import ModelTokenizer
 from sessa_common.inference.sampling import Sampler, SamplingConfig
-from sessa_common.json_files import read_json
 
-# Used when the caller names no number and the context has room for it.
+# Tokens to write when the caller gives no number and the context has room for them.
 MAX_TOKENS = 200
 PREFILL_CHUNK = 512
 
@@ -23,8 +22,9 @@ PREFILL_CHUNK = 512
 class Decoder(Protocol):
     """A model with its cache, as each runtime provides it: token ids in, float32 logits out.
 
-    Every call appends T tokens to the P that the cache holds. tokens (B, T) int64; mask (B, P+T),
-    nonzero for a real token, may be left out: what was given before stands, new tokens are real.
+    Every call appends T tokens to the P that the cache holds. tokens are (B, T) int64. mask is
+    (B, P+T), nonzero for a real token; without it the mask of the past stays and the new tokens are
+    real.
     """
 
     config: SessaConfig
@@ -40,12 +40,11 @@ class Decoder(Protocol):
 
 
 def token_budget(config: SessaConfig, longest: int, max_tokens: int | None) -> int:
-    """How many tokens may follow `longest` ones; SessaError when the context is too short."""
+    """The number of tokens to write after `longest` ones; SessaError when there is no room."""
     room = config.max_position_embeddings - longest
     if max_tokens is None:
         max_tokens = min(MAX_TOKENS, max(room, 1))
-    if max_tokens < 1:
-        raise SessaError(f"max_tokens is {max_tokens}, expected at least 1")
+    expect(max_tokens >= 1, "max_tokens", max_tokens, "at least 1")
     if max_tokens > room:
         raise SessaError(
             f"the prompt has {longest} tokens and {max_tokens} more were asked for, but the model "
@@ -58,7 +57,10 @@ def token_budget(config: SessaConfig, longest: int, max_tokens: int | None) -> i
 def left_pad(
     prompts: Sequence[Sequence[int]], pad_id: int = 0
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Prompts as one int64 array (B, T), shorter ones filled on the left, and its mask or None."""
+    """Return prompts as one int64 array (B, T), padded on the left, and its mask.
+
+    The mask is None when all prompts have the same length.
+    """
     longest = max(map(len, prompts))
     tokens = np.full((len(prompts), longest), pad_id, np.int64)
     mask = np.zeros(tokens.shape, np.int64)
@@ -99,8 +101,7 @@ def generate(
         if min(prompt) < 0 or max(prompt) >= decoder.config.vocab_size:
             wrong = next(i for i in prompt if not 0 <= i < decoder.config.vocab_size)
             raise SessaError(f"token id {wrong} is out of range 0..{decoder.config.vocab_size - 1}")
-    if prefill_chunk < 1:
-        raise SessaError(f"prefill_chunk is {prefill_chunk}, expected at least 1")
+    expect(prefill_chunk >= 1, "prefill_chunk", prefill_chunk, "at least 1")
     budget = token_budget(decoder.config, max(map(len, prompts)), max_tokens)
     return _generate(decoder, prompts, sampling, budget, stop, prefill_chunk)
 
@@ -130,6 +131,49 @@ def _generate(
             logits = decoder.step(np.array(picked, np.int64)[:, None])
 
 
+@dataclass(frozen=True)
+class Continuation:
+    """A text that a model wrote after a prompt, and the number of its tokens."""
+
+    text: str
+    tokens: int
+
+
+def generate_texts(
+    decoder: Decoder,
+    tokenizer: ModelTokenizer,
+    prompts: Sequence[str],
+    sampling: SamplingConfig,
+    *,
+    max_tokens: int | None = None,
+    on_text: Callable[[int, str], None] | None = None,
+) -> list[Continuation]:
+    """Continue prompts until an end token or `max_tokens` (200, or what the context has room for).
+
+    `on_text(row, piece)` is called with each piece of text as soon as it is certain. Raises
+    SessaError, before the model runs, as `generate` does.
+    """
+    ids = [tokenizer.encode(prompt) for prompt in prompts]
+    steps = generate(decoder, ids, sampling, max_tokens=max_tokens, stop=tokenizer.stop_ids)
+    streams = [TextStream(tokenizer.tokenizer, prompt) for prompt in ids]
+    pieces: list[list[str]] = [[] for _ in prompts]
+    counts = [0] * len(prompts)
+
+    def add(row: int, piece: str) -> None:
+        pieces[row].append(piece)
+        if on_text is not None and piece:
+            on_text(row, piece)
+
+    for step in steps:
+        for row, token in enumerate(step):
+            if token is not None:
+                counts[row] += 1
+                add(row, streams[row].push(token))
+    for row, stream in enumerate(streams):
+        add(row, stream.finish())
+    return [Continuation("".join(p), n) for p, n in zip(pieces, counts, strict=True)]
+
+
 class TextStream:
     """Turns token ids into pieces of text that add up to the whole and never split a character.
 
@@ -147,13 +191,13 @@ class TextStream:
         self.sent = len(self._decode(0))
 
     def push(self, token: int) -> str:
-        """Add one token; returns the text that is now certain, possibly none."""
+        """Add one token and return the text that is now certain, possibly none."""
         self.ids.append(token)
         text = self._decode(self.start)
         waiting = len(text) - len(text.rstrip("\ufffd"))
-        sure = len(text) - min(waiting, self.LONGEST_WAIT)
-        piece = text[self.sent : sure]
-        self.sent = max(self.sent, sure)
+        certain = len(text) - min(waiting, self.LONGEST_WAIT)
+        piece = text[self.sent : certain]
+        self.sent = max(self.sent, certain)
         if not waiting:
             # The last clean piece stays in view: some decoders treat the first token differently.
             self.start, self.clean = self.clean, len(self.ids)
@@ -161,31 +205,8 @@ class TextStream:
         return piece
 
     def finish(self) -> str:
-        """The text that was held back; call it once, at the end."""
+        """Return the text that was held back; to be called once, at the end."""
         return self._decode(self.start)[self.sent :]
 
     def _decode(self, start: int) -> str:
         return self.tokenizer.decode(self.ids[start:], skip_special_tokens=True)
-
-
-def stop_tokens(folder: Path, config: SessaConfig) -> frozenset[int]:
-    """The ids that end a text: eos_token_id of generation_config.json, else of config.json."""
-    path = folder / "generation_config.json"
-    given = read_json(path).get("eos_token_id") if path.is_file() else None
-    given = config.eos_token_id if given is None else given
-    if given is None:
-        return frozenset()
-    ids = given if isinstance(given, list) else [given]
-    if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-        raise SessaError(f"{path}: eos_token_id is {given!r}, expected an id or a list of ids")
-    return frozenset(ids)
-
-
-def encode_prompt(tokenizer: Tokenizer, text: str, config: SessaConfig) -> list[int]:
-    """Token ids of a prompt; the empty prompt becomes the token that begins a text."""
-    if text:
-        return encode_text(tokenizer, text, "the prompt")
-    begin = config.bos_token_id if config.bos_token_id is not None else config.eos_token_id
-    if begin is None:
-        raise SessaError("the prompt is empty and the model has no bos_token_id; give some text")
-    return [begin]

@@ -1,4 +1,4 @@
-"""The choice of the next token from logits, in NumPy, so that every runtime makes the same one."""
+"""Sampling of the next token from logits, in NumPy, so that every runtime draws the same one."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sessa_common.errors import SessaError
+from sessa_common.errors import SessaError, expect
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """How the next token is drawn: temperature, then top-k, top-p and min-p, each on what is left.
+    """Rules for drawing the next token: temperature, then top-k, top-p and min-p, in this order.
 
     temperature 0 takes the likeliest token; top_k 0, top_p 1 and min_p 0 are off. top_p keeps the
     likeliest tokens whose probabilities first reach it; min_p drops tokens below min_p times the
@@ -26,15 +26,13 @@ class SamplingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, ok, expected in (
-            ("temperature", 0 <= self.temperature < math.inf, "0 or more"),
-            ("top_k", self.top_k >= 0, "0 (off) or more"),
-            ("top_p", 0 < self.top_p <= 1, "above 0, at most 1 (off)"),
-            ("min_p", 0 <= self.min_p <= 1, "between 0 (off) and 1"),
-            ("seed", self.seed >= 0, "0 or more"),
-        ):
-            if not ok:
-                raise SessaError(f"{name} is {getattr(self, name)}, expected {expected}")
+        expect(
+            0 <= self.temperature < math.inf, "temperature", self.temperature, "0 or more, finite"
+        )
+        expect(self.top_k >= 0, "top_k", self.top_k, "0 (off) or more")
+        expect(0 < self.top_p <= 1, "top_p", self.top_p, "above 0, at most 1 (off)")
+        expect(0 <= self.min_p <= 1, "min_p", self.min_p, "between 0 (off) and 1")
+        expect(self.seed >= 0, "seed", self.seed, "0 or more")
 
 
 class Sampler:
@@ -45,7 +43,7 @@ class Sampler:
         self.rng = np.random.default_rng([config.seed, row])
 
     def __call__(self, logits: np.ndarray) -> int:
-        """The next token's id, from logits (V,); SessaError when they are not numbers."""
+        """Draw the next token's id from logits (V,); SessaError when they are not finite."""
         scores = np.asarray(logits, np.float64)
         if np.isnan(scores).any() or not np.isfinite(scores.max()):
             raise SessaError("the model's logits are not finite numbers; the weights are damaged")
@@ -57,7 +55,7 @@ class Sampler:
 
 
 def filter_logits(logits: np.ndarray, config: SamplingConfig) -> np.ndarray:
-    """Logits (V,) over the temperature, -inf for the tokens that the three filters drop."""
+    """Divide logits (V,) by the temperature and set those that the filters drop to -inf."""
     scores = (logits - logits.max()) / config.temperature
     if 0 < config.top_k < scores.size:
         scores = np.where(_first(scores, config.top_k), scores, -np.inf)
@@ -72,7 +70,7 @@ def filter_logits(logits: np.ndarray, config: SamplingConfig) -> np.ndarray:
 
 
 def _first(scores: np.ndarray, count: int) -> np.ndarray:
-    """True at the `count` largest scores; of equal ones the lower ids."""
+    """Return True at the `count` largest scores; of equal ones the lower ids count."""
     chosen = np.zeros(scores.shape, bool)
     chosen[np.argsort(-scores, kind="stable")[:count]] = True
     return chosen

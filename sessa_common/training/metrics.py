@@ -1,41 +1,43 @@
-"""metrics.jsonl, one line a record, and the picture of the loss curves."""
+"""The metrics of a run: metrics.jsonl, one record a line, and the picture of its loss curves."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-METRICS = "metrics.jsonl"
-PICTURE = "loss.png"
+from sessa_common.checkpoint.run_files import LOSS_PICTURE, METRICS
+from sessa_common.checkpoint.storage import atomic_path
+
+# The first steps of a run compile kernels, so they do not count in its speed.
+WARM_UP_STEPS = 10
 
 
 class MetricsLog:
-    """Records of one run in metrics.jsonl, each with "step" and "loss" or "validation_loss".
+    """The records of one run, each with "step" and "loss" or "validation_loss".
 
-    Opening it at step n drops the records after n, which a killed run wrote but did not save.
+    Opening the log at step n drops the records after n, which a killed run wrote but did not save.
     """
 
     def __init__(self, folder: Path, step: int) -> None:
         self.path = folder / METRICS
         kept = [record for record in read_metrics(folder) if record["step"] <= step]
-        scratch = self.path.with_name(METRICS + ".tmp")
-        scratch.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-        os.replace(scratch, self.path)
+        lines = "".join(json.dumps(record) + "\n" for record in kept)
+        with atomic_path(self.path) as scratch:
+            scratch.write_text(lines, encoding="utf-8")
 
-    def write(self, record: dict[str, Any]) -> None:
+    def write(self, record: Mapping[str, Any]) -> None:
         """Append one record."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The whole records of a run; a last line that a crash cut short is left out."""
+    """Read the whole records of a run; a last line that a crash cut short is left out."""
     path = folder / METRICS
     if not path.exists():
         return []
@@ -43,10 +45,15 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
+def last_metrics(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """The newest value of every name that the records have."""
+    return {name: value for record in records for name, value in record.items()}
+
+
 def tokens_per_second(records: Sequence[Mapping[str, Any]]) -> float:
-    """The median speed of a run's steps; the first ten, which compile kernels, are left out."""
+    """The median speed of a run's steps after the first WARM_UP_STEPS."""
     speeds = [r["tokens"] / r["seconds"] for r in records if r.get("seconds")]
-    return round(float(np.median(speeds[10:] or speeds or [0])))
+    return round(float(np.median(speeds[WARM_UP_STEPS:] or speeds or [0])))
 
 
 def draw_losses(folder: Path) -> bool:
@@ -66,7 +73,6 @@ def draw_losses(folder: Path) -> bool:
     axes.set(xlabel="step", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
-    scratch = folder / (PICTURE + ".tmp")
-    figure.savefig(scratch, format="png", dpi=120)
-    os.replace(scratch, folder / PICTURE)
+    with atomic_path(folder / LOSS_PICTURE) as scratch:
+        figure.savefig(scratch, format="png", dpi=120)
     return True

@@ -1,259 +1,135 @@
-"""From the options of `sessa train` to a run folder: model, tokenizer, data and first weights."""
+"""The run folder: the one place that makes it, saves into it and reads it to resume."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
-from sessa_common.checkpoint.folder import (
-    check_new_folder,
-    load_config,
-    load_weights,
-    new_folder,
-    save_weights,
-    write_json,
+from sessa_common.checkpoint.folder import read_safetensors, save_weights, write_safetensors
+from sessa_common.checkpoint.run_files import RESULT, STATE, TRAINING
+from sessa_common.checkpoint.storage import new_folder, write_json
+from sessa_common.config import (
+    SessaConfig,
+    TrainConfig,
+    parameter_count,
+    parameter_shapes,
 )
-from sessa_common.checkpoint.initialization import initial_weights
-from sessa_common.config import PRESETS, SessaConfig, TrainConfig, parameter_count
-from sessa_common.data.corpus import TextBatches, read_text_batches, training_sequence_length
-from sessa_common.data.sources import TextSource, read_documents
-from sessa_common.data.task_registry import load_data
-from sessa_common.data.tasks import TaskBatches, options_of
-from sessa_common.data.tokenizer import (
-    check_fits,
-    choose_tokenizer,
-    end_token_id,
-    parse_special_tokens,
-    read_tokenizer,
-    vocabulary_size,
-    word_tokenizer,
-    write_tokenizer,
-)
+from sessa_common.data.batches import BatchSource
+from sessa_common.data.tokenizer import write_tokenizer
 from sessa_common.errors import SessaError
 from sessa_common.json_files import read_json
-from sessa_common.training.metrics import read_metrics, tokens_per_second
-from sessa_common.training.trainer import STATE, TRAINING, TrainBackend
-
-# What a finished run on a task measured on the test examples.
-RESULT = "result.json"
-
-# What a tokenizer may decide, so not what makes an architecture another one.
-TOKEN_FIELDS = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", "dtype")
-# What may change in a resumed run; that the data give the same tokens is checked for itself.
-FREE_ON_RESUME = ("steps", "evaluate_every", "evaluate_batches", "checkpoint_every", "data",
-                  "validation_data", "text_field", "split", "subset", "max_documents")  # fmt: skip
-# A BPE is trained on the first characters of the data; more of them hardly change it.
-BPE_CHARACTERS = 100_000_000
+from sessa_common.training.backend import MOMENTS, TrainBackend
+from sessa_common.training.metrics import last_metrics, read_metrics, tokens_per_second
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A run folder that is ready to train in, or to go on in."""
+    """A training run with everything that it needs besides a backend.
+
+    `weights` are the float32 weights to build the backend with. `resumed` says that the folder
+    exists and holds a saved state to go on from.
+    """
 
     folder: Path
     config: SessaConfig
     settings: TrainConfig
     weights: dict[str, np.ndarray]
-    source: TextBatches | TaskBatches
+    source: BatchSource
     tokenizer: Tokenizer
+    end_id: int
+    resumed: bool = False
 
 
-def choose_config(
-    given: Mapping[str, Any],
-    *,
-    preset: str | None = None,
-    file: Path | None = None,
-    init: Path | None = None,
-) -> SessaConfig:
-    """The architecture of a preset ("demo"), a config.json or a checkpoint, then `given`."""
-    named = [name for name in (preset, file, init) if name is not None]
-    if len(named) > 1:
-        raise SessaError("--preset, --config and --init each name a model; give only one of them")
-    if preset is not None and preset not in PRESETS:
-        raise SessaError(f"preset is {preset!r}, expected one of {', '.join(PRESETS)}")
-    base = PRESETS[preset or "demo"]
-    if file is not None:
-        base = SessaConfig.from_dict(read_json(file), str(file))
-    if init is not None:
-        base = load_config(init)
-        refuse_changes(base, given, f"--init {init}")
-    return override(base, given)
+def create_run_folder(run: Run, backend: TrainBackend, *, force: bool = False) -> None:
+    """Make the folder of a new run, whole, with the backend's first weights as step 0.
 
-
-def override(config: SessaConfig, given: Mapping[str, Any]) -> SessaConfig:
-    """Replace fields; head width and full key/value heads follow a new width or head count."""
-    values = dict(given)
-    if {"hidden_size", "num_attention_heads"} & values.keys():
-        values.setdefault("head_dim", 0)
-        if config.num_key_value_heads == config.num_attention_heads:
-            values.setdefault("num_key_value_heads", 0)
-        if config.intermediate_size == 4 * config.hidden_size:
-            values.setdefault("intermediate_size", 0)
-    return dataclasses.replace(config, **values)
-
-
-def refuse_changes(config: SessaConfig, given: Mapping[str, Any], where: str) -> None:
-    """Raise SessaError when a given field differs from the architecture that is there."""
-    for name, value in given.items():
-        if (there := getattr(config, name)) != value:
-            raise SessaError(f"{where}: another architecture: {name} is {there}, {value} was given")
-
-
-def start_run(
-    folder: Path,
-    config: SessaConfig,
-    settings: TrainConfig,
-    *,
-    fixed_vocabulary: bool = False,
-    fixed_context: bool = False,
-    init: Path | None = None,
-    force: bool = False,
-) -> Run:
-    """Read the data, make the tokenizer and write a new run folder with the first weights.
-
-    The embedding gets the tokenizer's size, unless the vocabulary is fixed (by a config file or by
-    the checkpoint `init`). A task brings its own vocabulary, and its context unless that is fixed.
-    Raises SessaError, with nothing written, for anything that cannot train.
+    It appears under its name when everything in it is written, so a failure leaves what was there
+    before. Raises SessaError when the folder is not empty, unless `force`.
     """
-    if settings.task is not None:
-        return _start_task(folder, config, settings, fixed_context, init, force)
-    with new_folder(folder, force=force) as scratch:
-        training_sequence_length(config, settings)
-        if init is not None and settings.tokenizer is None:
-            tokenizer, end = read_tokenizer(init), end_token_id(init)
-        else:
-            spec = settings.tokenizer or str(config.vocab_size)
-            tokenizer, end = choose_tokenizer(spec, _bpe_sample(settings))
-        parse_special_tokens(tokenizer, settings.parse_special_tokens)
-        if not (fixed_vocabulary or init is not None):
-            config = dataclasses.replace(config, vocab_size=vocabulary_size(tokenizer))
-        check_fits(tokenizer, config, settings.tokenizer or str(init or folder))
-        config = dataclasses.replace(
-            config, dtype="float32", bos_token_id=end, eos_token_id=end, pad_token_id=end
+    with new_folder(run.folder, force=force) as scratch:
+        write_tokenizer(scratch, run.tokenizer, run.end_id, run.config.max_position_embeddings)
+        save_run(scratch, run, backend, step=0)
+
+
+def save_run(folder: Path, run: Run, backend: TrainBackend, *, step: int) -> None:
+    """Write the weights, the training state after `step` steps and the settings into a folder."""
+    save_weights(folder, run.config, backend.weights())
+    about = json.dumps({"step": step, "fingerprint": run.source.fingerprint})
+    # One file, so that no crash can leave halves of two steps.
+    write_safetensors(folder / STATE, backend.state(), {"training": about})
+    write_json(folder / TRAINING, run.settings.to_dict())
+
+
+def restore_run(run: Run, backend: TrainBackend) -> int:
+    """Give the backend the saved state of a run and return its step.
+
+    Raises SessaError when the state belongs to another architecture or to other data.
+    """
+    path = run.folder / STATE
+    state = read_safetensors(path)
+    step, fingerprint = read_state_metadata(run.folder)
+    _check_state(state, run.config, path)
+    if fingerprint != run.source.fingerprint:
+        raise SessaError(
+            f"{run.folder}: the data are not those that this run began with; give it the same "
+            "`data` or `task`, or start a new run with `init`"
         )
-        source = read_text_batches(tokenizer, end, config, settings)
-        weights = _write_start(scratch, config, settings, tokenizer, end, init)
-    return Run(folder=folder, config=config, settings=settings, weights=weights, source=source,
-               tokenizer=tokenizer)  # fmt: skip
+    backend.restore(state, step)
+    return step
 
 
-def _start_task(
-    folder: Path,
-    config: SessaConfig,
-    settings: TrainConfig,
-    fixed_context: bool,
-    init: Path | None,
-    force: bool,
-) -> Run:
-    refuse_text_options(settings)
-    check_new_folder(folder, force=force)
-    data = load_data(settings.task or "", settings.task_options)
-    words, tokenizer = data.task.vocabulary, word_tokenizer(data.task.vocabulary)
-    if init is not None and read_tokenizer(init).get_vocab() != tokenizer.get_vocab():
-        raise SessaError(f"--init {init}: its tokenizer is not the vocabulary of {data.task.name}")
-    if not (fixed_context or init is not None):
-        config = dataclasses.replace(config, max_position_embeddings=data.task.context)
-    config = dataclasses.replace(config, dtype="float32", vocab_size=len(words), eos_token_id=0,
-                                 bos_token_id=words.index("<bos>"), pad_token_id=0)  # fmt: skip
-    source = TaskBatches(data, config, settings)
-    with new_folder(folder, force=force) as scratch:
-        weights = _write_start(scratch, config, settings, tokenizer, 0, init)
-    return Run(folder=folder, config=config, settings=settings, weights=weights, source=source,
-               tokenizer=tokenizer)  # fmt: skip
-
-
-def refuse_text_options(settings: TrainConfig) -> None:
-    """Raise SessaError for settings that are about text, where a task is trained on."""
-    defaults = TrainConfig()
-    for name in ("data", "validation_data", "validation_fraction", "text_field", "split", "subset",
-                 "max_documents", "tokenizer", "parse_special_tokens",
-                 "sequence_length"):  # fmt: skip
-        if getattr(settings, name) != getattr(defaults, name):
-            option = name.replace("_", "-")
+def _check_state(state: Mapping[str, np.ndarray], config: SessaConfig, path: Path) -> None:
+    expected = {
+        f"{kind}.{name}": shape
+        for kind in ("weights", *MOMENTS)
+        for name, shape in parameter_shapes(config).items()
+    }
+    for name in sorted(expected.keys() | state.keys()):
+        found = tuple(state[name].shape) if name in state else "missing"
+        if found != expected.get(name):
             raise SessaError(
-                f"--{option} is about text; it does not go with --task {settings.task}"
+                f"{path}: saved by another architecture: {name} is {found}, "
+                f"config.json expects {expected.get(name, 'no such tensor')}"
             )
 
 
-def _write_start(
-    scratch: Path,
-    config: SessaConfig,
-    settings: TrainConfig,
-    tokenizer: Tokenizer,
-    end: int,
-    init: Path | None,
-) -> dict[str, np.ndarray]:
-    weights = _first_weights(config, settings, init)
-    save_weights(scratch, config, weights)
-    write_tokenizer(scratch, tokenizer, end, config.max_position_embeddings)
-    write_json(scratch / TRAINING, settings.to_dict())
-    return weights
+def read_state_metadata(folder: Path) -> tuple[int, str]:
+    """Step and data fingerprint of the saved state, without reading its arrays."""
+    path = folder / STATE
+    try:
+        with safe_open(str(path), framework="np") as file:
+            about = json.loads((file.metadata() or {})["training"])
+        return int(about["step"]), str(about["fingerprint"])
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise SessaError(f"{path}: not a training state ({error})") from None
 
 
-def write_result(run: Run, learner: TrainBackend) -> dict[str, Any]:
-    """Measure a finished run on its task's test examples, write result.json and return it."""
-    assert isinstance(run.source, TaskBatches)
+def write_task_result(run: Run, measures: Mapping[str, Any], task: str, options: Any) -> None:
+    """Write result.json of a finished run on a task, with its measures on the test examples."""
     records = read_metrics(run.folder)
-    last = {name: value for record in records for name, value in record.items()}
-    task = run.source.data.task
-    result: dict[str, Any] = {
-        "task": task.name,
-        "task_options": options_of(task),
+    last = last_metrics(records)
+    names = ("validation_loss", "validation_accuracy")
+    result = {
+        "task": task,
+        "task_options": options,
         "parameters": parameter_count(run.config),
         "tokens_per_second": tokens_per_second(records),
         "steps": run.settings.steps,
-        **{name: last[name] for name in ("validation_loss", "validation_accuracy") if name in last},
-        "test": run.source.test(learner.predict),
+        **{name: last[name] for name in names if name in last},
+        "test": measures,
     }
     write_json(run.folder / RESULT, result)
-    return result
 
 
-def resume_run(folder: Path, config_given: Mapping[str, Any], given: Mapping[str, Any]) -> Run:
-    """Open a run folder to go on; SessaError when an option would make it another run."""
-    config = load_config(folder)
-    refuse_changes(config, config_given, str(folder))
-    settings = TrainConfig.from_dict(read_json(folder / TRAINING), str(folder / TRAINING))
-    for name, value in given.items():
-        if name not in FREE_ON_RESUME and getattr(settings, name) != value:
-            raise SessaError(
-                f"{folder}: {name} is {getattr(settings, name)} in this run, {value} was given; "
-                "leave it out, or start a new run with --init"
-            )
-    settings = dataclasses.replace(settings, **given)
-    tokenizer, end = read_tokenizer(folder), config.eos_token_id
-    if end is None or not (folder / STATE).is_file():
-        raise SessaError(f"{folder}: no {STATE} in it, so there is no run to resume; use --init")
-    check_fits(tokenizer, config, str(folder))
-    _, weights = load_weights(folder)
-    source: TextBatches | TaskBatches
-    if settings.task is not None:
-        source = TaskBatches(load_data(settings.task, settings.task_options), config, settings)
-    else:
-        parse_special_tokens(tokenizer, settings.parse_special_tokens)
-        source = read_text_batches(tokenizer, end, config, settings)
-    return Run(folder=folder, config=config, settings=settings, weights=weights, source=source,
-               tokenizer=tokenizer)  # fmt: skip
-
-
-def _first_weights(
-    config: SessaConfig, settings: TrainConfig, init: Path | None
-) -> dict[str, np.ndarray]:
-    if init is None:
-        return initial_weights(config, settings.seed)
-    return {name: value.astype(np.float32) for name, value in load_weights(init)[1].items()}
-
-
-def _bpe_sample(settings: TrainConfig) -> Iterator[str]:
-    left = BPE_CHARACTERS
-    for text in read_documents(settings.data, TextSource.of(settings)):
-        yield text[:left]
-        left -= len(text)
-        if left <= 0:
-            return
+def read_task_result(folder: Path, steps: int) -> dict[str, Any] | None:
+    """Return result.json of a run of this many steps, or None when there is none."""
+    path = folder / RESULT
+    result = read_json(path) if path.exists() else {}
+    return result if result.get("steps") == steps else None

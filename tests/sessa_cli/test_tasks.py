@@ -16,10 +16,10 @@ from support.task_cases import (
     tiny,
 )
 
-import sessa_cli.train
 from sessa_common.checkpoint.folder import load_weights
 from sessa_common.data.task_registry import load_data
 from sessa_common.data.tokenizer import read_tokenizer
+from sessa_common.training import session
 from sessa_common.training.metrics import read_metrics
 from sessa_common.training.trainer import Trainer
 
@@ -116,12 +116,12 @@ def test_a_run_killed_before_its_result_is_finished(run_folder, monkeypatch, cap
     assert sessa("train", "--resume", run_folder) == 0
     assert json.loads((run_folder / "result.json").read_text()) == before
 
-    def killed(run, learner):
+    def killed(*_):
         raise SystemExit(137)
 
     # A result of fewer steps is not the result of the longer run.
     with monkeypatch.context() as patch:
-        patch.setattr(sessa_cli.train, "write_result", killed)
+        patch.setattr(session, "write_task_result", killed)
         assert sessa("train", "--resume", run_folder, "--steps", 4) == 137
     assert sessa("train", "--resume", run_folder) == 0
     assert json.loads((run_folder / "result.json").read_text())["steps"] == 4

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from support.in_process import fails, sessa
 
-from sessa_cli.common import choose_backend, framework
 from sessa_common.checkpoint.folder import load_weights
 from sessa_common.checkpoint.initialization import initial_weights
 from sessa_common.checkpoint.storage import MANIFEST
 from sessa_common.config import SessaConfig, TrainConfig
 from sessa_common.data.tokenizer import read_tokenizer
 from sessa_common.errors import SessaError
+from sessa_common.frameworks import choose_backend, framework
 from sessa_common.inference.evaluation import score_documents, token_losses, windows
 from sessa_common.training.metrics import read_metrics
 
@@ -249,7 +249,7 @@ def test_a_run_interrupted_before_its_first_step_leaves_nothing(text, tmp_path, 
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sessa_cli.train.Trainer", interrupted)
+    monkeypatch.setattr("sessa_torch.training.TrainBackend", interrupted)
     assert sessa("train", "--data", text, *TINY, "--out", tmp_path / "run") == 130
     assert not (tmp_path / "run").exists()
 
@@ -258,7 +258,7 @@ def test_a_run_interrupted_before_it_goes_on_stays(run_folder, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sessa_cli.train.Trainer", interrupted)
+    monkeypatch.setattr("sessa_torch.training.TrainBackend", interrupted)
     assert sessa("train", "--resume", run_folder, "--steps", 6) == 130
     assert (run_folder / "training_state.safetensors").exists()
 
@@ -296,7 +296,7 @@ def test_eval_with_stride_1_gives_every_token_the_whole_context(backend, run_fol
                  "--backend", backend) == 0  # fmt: skip
     result = json.loads(capsys.readouterr().out)
     model = framework(backend, "checkpoint").load_model(run_folder)
-    logits = framework(backend, "training").logits_function(model)
+    logits = framework(backend, "evaluation").logits_function(model)
     raw = text.read_bytes()
     losses = by_hand(logits, np.frombuffer(raw, np.uint8).astype(np.int32), 256, 32)
     assert result["tokens"] == result["bytes"] == len(raw)
@@ -376,7 +376,7 @@ def test_backend_auto_prefers_mlx_on_apple_silicon(monkeypatch):
     monkeypatch.setattr("sys.platform", "darwin")
     monkeypatch.setattr("platform.machine", lambda: "arm64")
     assert choose_backend("auto") == "mlx"
-    monkeypatch.setattr("sessa_cli.common.is_installed", lambda name: False)
+    monkeypatch.setattr("sessa_common.frameworks.is_installed", lambda name: False)
     with pytest.raises(SessaError, match="neither mlx nor torch"):
         choose_backend("auto")
     with pytest.raises(SessaError, match="backend mlx is not installed; pip install mlx"):

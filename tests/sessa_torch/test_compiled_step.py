@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 from support.in_process import fails, sessa
+from support.trainers import open_trainer
 
 from sessa_common.checkpoint.initialization import initial_weights
+from sessa_common.checkpoint.run_files import STATE, TRAINING
 from sessa_common.config import SessaConfig, TrainConfig
 from sessa_common.data.batches import Batch
 from sessa_common.errors import SessaError
-from sessa_common.training import trainer as loop
 
 SETTINGS = TrainConfig(steps=9, batch_size=3, gradient_accumulation_steps=2,
                        warmup_steps=2, max_grad_norm=0.3,
@@ -53,7 +54,7 @@ class Source:
         return []
 
 
-def make_learner(framework="torch", compile=True, kind="sessa", device="cpu", **change):
+def make_backend(framework="torch", compile=True, kind="sessa", device="cpu", **change):
     module = importlib.import_module(f"sessa_{framework}.training")
     settings = dataclasses.replace(SETTINGS, compile=compile, **change)
     # Width 64 has heads as wide as those of the smallest preset.
@@ -61,9 +62,9 @@ def make_learner(framework="torch", compile=True, kind="sessa", device="cpu", **
     return module.TrainBackend(config, settings, initial_weights(config, 7), device=device)
 
 
-def steps(learner, numbers):
+def steps(backend, numbers):
     batch = Source().batch
-    return [learner.step([batch(2 * i), batch(2 * i + 1)], 1e-2 / (i + 1)) for i in numbers]
+    return [backend.step([batch(2 * i), batch(2 * i + 1)], 1e-2 / (i + 1)) for i in numbers]
 
 
 def assert_close(left, right):
@@ -96,7 +97,7 @@ def eager(monkeypatch):
 def test_compiled_steps_are_the_eager_ones_in_torch(compiler, kind, monkeypatch):
     monkeypatch.setattr(torch, "compile", COMPILERS[compiler])
     torch._dynamo.reset()
-    plain, compiled = make_learner(compile=False, kind=kind), make_learner(kind=kind)
+    plain, compiled = make_backend(compile=False, kind=kind), make_backend(kind=kind)
     expected, got = steps(plain, range(4)), steps(compiled, range(4))
     assert min(norm for _, norm in expected) > SETTINGS.max_grad_norm
     np.testing.assert_allclose(got, expected, rtol=1e-4)
@@ -112,7 +113,7 @@ def test_compiled_steps_are_the_eager_ones_in_torch(compiler, kind, monkeypatch)
 def test_replayed_graphs_are_the_eager_steps(kind, precision):
     torch._dynamo.reset()
     plain, graphed = (
-        make_learner(compile=compile, kind=kind, device="cuda", precision=precision)
+        make_backend(compile=compile, kind=kind, device="cuda", precision=precision)
         for compile in (False, True)
     )
     tolerance = 1e-3 if precision == "float32" else 5e-2
@@ -131,7 +132,7 @@ def test_replayed_graphs_are_the_eager_steps(kind, precision):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_compiled_steps_are_the_eager_ones_in_mlx(kind):
-    plain, compiled = (make_learner("mlx", compile=c, kind=kind) for c in (False, True))
+    plain, compiled = (make_backend("mlx", compile=c, kind=kind) for c in (False, True))
     np.testing.assert_allclose(steps(compiled, range(4)), steps(plain, range(4)), rtol=1e-4)
     assert_close(compiled.state(), plain.state())
     batch = Source().batch(0)
@@ -140,7 +141,7 @@ def test_compiled_steps_are_the_eager_ones_in_mlx(kind):
 
 
 def test_a_step_that_is_not_finite_changes_nothing(eager):
-    whole, broken = make_learner(), make_learner()
+    whole, broken = make_backend(), make_backend()
     steps(whole, range(2))
     steps(broken, range(2))
     before, good = broken.state(), Source().batch(0)
@@ -155,20 +156,20 @@ def test_a_step_that_is_not_finite_changes_nothing(eager):
 
 
 def test_only_the_gradient_may_overflow(eager):
-    learner = make_learner()
-    steps(learner, range(2))
-    before, batch = learner.state(), Source().batch(0)
-    scales = dict.fromkeys(learner.parameters, 0.0) | {"model.norm.weight": 1e30}
-    learner.compiled.loss_sum = lambda *_: sum(
-        (parameter * scales[name]).sum() for name, parameter in learner.parameters.items()
+    backend = make_backend()
+    steps(backend, range(2))
+    before, batch = backend.state(), Source().batch(0)
+    scales = dict.fromkeys(backend.parameters, 0.0) | {"model.norm.weight": 1e30}
+    backend.compiled.loss_sum = lambda *_: sum(
+        (parameter * scales[name]).sum() for name, parameter in backend.parameters.items()
     )
-    loss, norm = learner.step([batch], 1e-2)
+    loss, norm = backend.step([batch], 1e-2)
     assert np.isfinite(loss) and np.isinf(norm)
-    assert_equal(learner.state(), before)
+    assert_equal(backend.state(), before)
 
 
 def test_warming_up_changes_nothing(eager):
-    warmed, plain = make_learner(), make_learner()
+    warmed, plain = make_backend(), make_backend()
     first = Source().batch(0)
     for numbers in ([0], [1]):
         _, accumulate = warmed.compiled._ready(first.inputs.shape)
@@ -179,35 +180,34 @@ def test_warming_up_changes_nothing(eager):
 
 
 def test_restoring_keeps_every_tensor_where_it_is(eager):
-    learner, other = make_learner(), make_learner()
-    steps(learner, range(2))
-    state = learner.state()
+    backend, other = make_backend(), make_backend()
+    steps(backend, range(2))
+    state = backend.state()
 
     def places():
-        of_optimizer = [t for moments in learner.optimizer.state.values() for t in moments.values()]
-        gradients = [parameter.grad for parameter in learner.parameters.values()]
-        tensors = [*learner.parameters.values(), *of_optimizer, *gradients]
+        of_optimizer = [t for moments in backend.optimizer.state.values() for t in moments.values()]
+        gradients = [parameter.grad for parameter in backend.parameters.values()]
+        tensors = [*backend.parameters.values(), *of_optimizer, *gradients]
         return [tensor.data_ptr() for tensor in tensors]
 
     before = places()
-    steps(learner, [5])
-    learner.restore(state, 2)
+    steps(backend, [5])
+    backend.restore(state, 2)
     assert places() == before
     other.restore(state, 2)
-    assert steps(learner, [2, 3]) == steps(other, [2, 3])
-    assert_equal(learner.state(), other.state())
+    assert steps(backend, [2, 3]) == steps(other, [2, 3])
+    assert_equal(backend.state(), other.state())
 
 
 @pytest.mark.parametrize("stop", [3, 4])
 def test_a_compiled_run_resumes_bit_for_bit(stop, eager, tmp_path):
     def trainer(name):
-        (tmp_path / name).mkdir(exist_ok=True)
-        return loop.Trainer(make_learner(), Source(), make_config(), SETTINGS, tmp_path / name)
+        return open_trainer(tmp_path / name, make_backend(), Source(), make_config(), SETTINGS)
 
-    assert trainer("whole").run()
-    assert not trainer("parts").run(until=stop)
-    assert trainer("parts").run()
-    left, right = ((tmp_path / name / loop.STATE).read_bytes() for name in ("whole", "parts"))
+    assert trainer("whole").train()
+    assert not trainer("parts").train(until=stop)
+    assert trainer("parts").train()
+    left, right = ((tmp_path / name / STATE).read_bytes() for name in ("whole", "parts"))
     assert left == right
 
 
@@ -219,7 +219,7 @@ def test_the_option_is_part_of_the_run(backend, eager, tmp_path, capsys):
             "--steps", "2", "--batch-size", "2", "--evaluate-batches", "1")  # fmt: skip
     run = tmp_path / "run"
     assert sessa("train", *tiny, "--compile", "--backend", backend, "--out", run) == 0
-    assert json.loads((run / loop.TRAINING).read_text())["compile"] is True
+    assert json.loads((run / TRAINING).read_text())["compile"] is True
     again = ("--resume", run, "--backend", backend)
     assert "compile is True in this run" in fails(capsys, "train", *again, "--no-compile")
     assert sessa("train", *again, "--steps", "3") == 0

@@ -11,8 +11,9 @@ from support.frameworks import FRAMEWORKS
 from sessa_common.config import SessaConfig, parameter_shapes
 
 ROOT = Path(__file__).parents[2]
-# Triton runs on CUDA only, and MLX arrays neither share memory nor tell their layout.
-ONE_SIDED = {"cuda/", "feedback/cuda", "feedback/outputs.py"}
+# Triton runs on CUDA only, MLX arrays neither share memory nor tell their layout, and only PyTorch
+# writes pickles.
+ONE_SIDED = {"cuda/", "feedback/cuda", "feedback/outputs.py", "state_dict_file.py"}
 # The name of a module's call differs between the frameworks.
 SAME = {"__call__": "forward"}
 

@@ -12,11 +12,10 @@ import numpy as np
 import pytest
 import typer
 from support.golden_cases import golden_case, relative_error
+from support.in_process import fails
 
-from sessa_cli.convert import parse_size
-from sessa_cli.torch_file import read_torch_file
 from sessa_common.checkpoint import conversion as module
-from sessa_common.checkpoint.conversion import convert, read_source
+from sessa_common.checkpoint.conversion import convert, parse_size, read_source
 from sessa_common.checkpoint.folder import (
     INDEX,
     NUMPY_DTYPES,
@@ -103,7 +102,7 @@ def save_torch(path: Path, tensors: dict[str, np.ndarray]) -> Path:
 
 
 def read(path: Path, seed: int = 0, **given):
-    return read_source(path, read_torch_file(path), given, seed)
+    return read_source(path, given, seed)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -387,8 +386,8 @@ def lone_layer(**change) -> dict[str, np.ndarray]:
 
 
 BAD_TENSORS = {
-    "nothing-told": ({}, {}, "--heads N (the number of attention heads), --rope or --no-rope"),
-    "no-vocabulary": ({}, {"num_attention_heads": 4, "use_forward_rope": True}, "--vocab-size N"),
+    "nothing-told": ({}, {}, "add `num_attention_heads`, `use_forward_rope`"),
+    "no-vocabulary": ({}, {"num_attention_heads": 4, "use_forward_rope": True}, "add `vocab_size`"),
     "heads": ({}, {"num_attention_heads": 5}, "num_attention_heads 5 does not divide"),
     "heads-0": ({}, {"num_attention_heads": 0}, "num_attention_heads is 0"),
     "kv-heads": ({}, {"num_key_value_heads": 4}, "k_proj.weight has shape (32, 64), expected (64"),
@@ -407,7 +406,7 @@ BAD_TENSORS = {
 @pytest.mark.parametrize(("change", "given", "message"), BAD_TENSORS.values(), ids=BAD_TENSORS)
 def test_bad_state_dict_is_named(tmp_path, change, given, message):
     file = save_torch(tmp_path / "layer.pt", lone_layer(**change))
-    if message.startswith("--"):
+    if message.startswith("add `"):
         options = given
     else:
         options = {"num_attention_heads": 4, "use_forward_rope": True, "vocab_size": 9, **given}
@@ -482,7 +481,7 @@ def test_pickled_objects_in_npz_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"bits": 4}, "add --to mlx"),
+        ({"bits": 4, "framework": "torch"}, "choose `framework` mlx"),
         ({"bits": 7, "framework": "mlx"}, "bits 2, 3, 4, 5, 6, 8"),
         ({"bits": 4, "framework": "mlx", "group_size": 128}, "do not divide into groups of 128"),
         ({"dtype": "float64", "framework": "mlx"}, "MLX cannot read float64"),
@@ -514,7 +513,7 @@ def test_sizes_are_read(text, size):
 
 @pytest.mark.parametrize("text", ["", "GB", "0", "-1MB", "5TB", "nan", "inf", "5GBGB"])
 def test_bad_sizes_are_refused(text):
-    with pytest.raises(SessaError, match="--shard-size"):
+    with pytest.raises(SessaError, match="shard_size"):
         parse_size(text)
 
 
@@ -550,12 +549,11 @@ def test_convert_command_takes_a_layer_with_options(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("option", [("--to", "jax"), ("--dtype", "int8"), ("--shard-size", "x")])
-def test_convert_command_refuses_bad_options(tmp_path, option):
-    from sessa_cli.convert import convert as command
-
+def test_convert_command_refuses_bad_options(tmp_path, capsys, option):
     folder = make_folder(tmp_path / "one", weights_in("float32"))
-    with pytest.raises(SessaError, match=option[0]):
-        run_command(command, folder, tmp_path / "two", *option)
+    assert f"{option[0]} is {option[1]!r}" in fails(
+        capsys, "convert", folder, tmp_path / "two", *option
+    )
 
 
 CASES = {
@@ -565,7 +563,7 @@ CASES = {
     "pickle": ("bad.pt", "out", "bad.pt: not a plain state dict"),
     "key": ("key", "out", "unknown key n_layers"),
     "heads": ("heads", "out", "num_attention_heads 5 does not divide hidden_size 64"),
-    "layer": ("layer.pt", "out", "add --heads N (the number of attention heads), --rope"),
+    "layer": ("layer.pt", "out", "add --num-attention-heads, --rope/--no-rope"),
 }
 
 
@@ -615,7 +613,7 @@ def test_info_of_a_weight_file(tmp_path, capsys):
 
     run_command(info, save_torch(tmp_path / "layer.pt", lone_layer()))
     text = capsys.readouterr().out
-    assert "not told by the weights" in text and "hidden_size" in text
+    assert "not settled by the weights" in text and "hidden_size" in text
     run_command(info, save_torch(tmp_path / "layer.pt", lone_layer()), "--json")
     printed = json.loads(capsys.readouterr().out)
     assert printed["architecture"]["num_hidden_layers"] == 1

@@ -23,13 +23,12 @@ from sessa_common.errors import SessaError
 from sessa_common.inference.generation import (
     MAX_TOKENS,
     TextStream,
-    encode_prompt,
     generate,
     left_pad,
     prefill,
-    stop_tokens,
     token_budget,
 )
+from sessa_common.inference.model_tokenizer import encode_prompt, stop_tokens
 from sessa_common.inference.sampling import Sampler, SamplingConfig, filter_logits
 from sessa_common.reference.model import empty_cache, model_logits
 from sessa_export.exporter import export_checkpoint

@@ -12,7 +12,6 @@ import typer
 from support.export_models import MAMBA, lively_weights, small_config, write_checkpoint
 from typer.testing import CliRunner
 
-import sessa_cli.check
 from sessa_cli.check import check
 from sessa_cli.export import export
 from sessa_cli.main import main
@@ -20,6 +19,7 @@ from sessa_common.errors import SessaError
 from sessa_common.inference.evaluation import score_documents
 from sessa_common.reference.model import model_logits
 from sessa_common.reference.parity import TOLERANCE, compare, make_cases, require_ok
+from sessa_export import runtime_check
 from sessa_export.exporter import export_checkpoint
 from sessa_export.runtime import load_decoder
 
@@ -137,7 +137,7 @@ def test_export_of_another_checkpoint_disagrees(folders, tmp_path: Path) -> None
 
 
 def test_missing_runtimes_are_named_and_no_error(folders, monkeypatch) -> None:
-    monkeypatch.setattr(sessa_cli.check, "is_installed", lambda name: name == "torch")
+    monkeypatch.setattr(runtime_check, "is_installed", lambda name: name == "torch")
     code, out = command("check", folders[0], "--json")
     runtimes = json.loads(out)["runtimes"]
     assert code == 0 and runtimes["PyTorch"]
@@ -206,7 +206,7 @@ def test_export_command(tmp_path: Path) -> None:
     answer = json.loads(out)
     assert code == 0 and answer["difference"] < 1e-5
     assert answer["bytes"] == sum(f.stat().st_size for f in (tmp_path / "out").iterdir())
-    with pytest.raises(SessaError, match="--force"):
+    with pytest.raises(SessaError, match="`force`"):
         command("export", tmp_path / "checkpoint", tmp_path / "out")
     code, out = command("export", tmp_path / "checkpoint", tmp_path / "out", "--force")
     assert code == 0 and "ONNX Runtime" in out

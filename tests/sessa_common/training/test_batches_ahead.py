@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from sessa_common.training import trainer as loop
+from sessa_common.training.trainer import made_ahead
 
 
 def test_batches_are_made_ahead_in_order_and_not_too_far():
@@ -18,14 +18,14 @@ def test_batches_are_made_ahead_in_order_and_not_too_far():
             asked.set()
         return number
 
-    batches = loop.made_ahead(make, range(3, 9), 3)
+    batches = made_ahead(make, range(3, 9), 3)
     assert next(batches) == 3 and asked.wait(10)
     assert [number for number, _ in made] == [3, 4, 5, 6]
     assert threading.current_thread().name not in dict(map(reversed, made))
     assert [next(batches) for _ in range(3)] == [4, 5, 6]
     with pytest.raises(ValueError, match="seven"):
         next(batches)
-    short = loop.made_ahead(make, range(3), 3)
+    short = made_ahead(make, range(3), 3)
     assert next(short) == 0
     short.close()
     assert not any(thread.name.startswith("batches") for thread in threading.enumerate())

@@ -1,4 +1,4 @@
-"""Learners against the definition and each other; resumed runs against unbroken ones."""
+"""Backends against the definition and each other; resumed runs against unbroken ones."""
 
 import dataclasses
 import importlib
@@ -9,9 +9,11 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from support.trainers import open_trainer
 
 from sessa_common.checkpoint.folder import load_weights
 from sessa_common.checkpoint.initialization import initial_weights
+from sessa_common.checkpoint.run_files import STATE, TRAINING
 from sessa_common.config import SessaConfig, TrainConfig, parameter_shapes
 from sessa_common.data.batches import Batch
 from sessa_common.data.corpus import TextBatches, pack
@@ -19,7 +21,7 @@ from sessa_common.data.sources import read_documents
 from sessa_common.data.tokenizer import byte_tokenizer, encode_texts
 from sessa_common.errors import SessaError
 from sessa_common.inference.evaluation import token_losses
-from sessa_common.training import trainer as loop
+from sessa_common.training.backend import learning_rate
 from sessa_common.training.metrics import read_metrics
 
 FRAMEWORKS = ("torch", "mlx")
@@ -51,15 +53,15 @@ def tokens():
     return pack(encode_texts(byte_tokenizer(), texts), 256, 0)
 
 
-def make_learner(framework, settings=SETTINGS, config=CONFIG):
+def make_backend(framework, settings=SETTINGS, config=CONFIG):
     module = importlib.import_module(f"sessa_{framework}.training")
     return module.TrainBackend(config, settings, initial_weights(config, 7), device="cpu")
 
 
-def make_trainer(framework, folder, tokens, settings=SETTINGS, config=CONFIG):
-    folder.mkdir(exist_ok=True)
-    source = TextBatches(tokens, config, settings)
-    return loop.Trainer(make_learner(framework, settings, config), source, config, settings, folder)
+def make_trainer(framework, folder, tokens, settings=SETTINGS, config=CONFIG, backend=None):
+    """A trainer of a new run, or of the one that the folder holds."""
+    backend = backend or make_backend(framework, settings, config)
+    return open_trainer(folder, backend, TextBatches(tokens, config, settings), config, settings)
 
 
 def assert_same(left, right):
@@ -77,11 +79,11 @@ def test_fifty_steps_agree_between_the_frameworks(tokens):
     source = TextBatches(tokens, CONFIG, settings)
     losses = {}
     for framework in FRAMEWORKS:
-        learner = make_learner(framework, settings)
+        backend = make_backend(framework, settings)
         losses[framework] = [
-            learner.step([source.batch(2 * i), source.batch(2 * i + 1)], rate)
+            backend.step([source.batch(2 * i), source.batch(2 * i + 1)], rate)
             for i in range(50)
-            for rate in [loop.learning_rate(settings, i)]
+            for rate in [learning_rate(settings, i)]
         ]
     ours, theirs = (np.array(losses[name]) for name in FRAMEWORKS)
     assert abs(ours[:, 0] - theirs[:, 0]).max() < 1e-3
@@ -93,14 +95,14 @@ def test_fifty_steps_agree_between_the_frameworks(tokens):
 @pytest.mark.parametrize("stop", [3, 5, 8, 11], ids=lambda step: f"stop{step}")
 def test_stopped_and_resumed_is_the_unbroken_run(framework, stop, tokens, tmp_path):
     whole = make_trainer(framework, tmp_path / "whole", tokens)
-    assert whole.run()
-    assert not make_trainer(framework, tmp_path / "parts", tokens).run(until=stop)
+    assert whole.train()
+    assert not make_trainer(framework, tmp_path / "parts", tokens).train(until=stop)
     resumed = make_trainer(framework, tmp_path / "parts", tokens)
     assert resumed.step == stop
-    assert resumed.run()
-    assert_same(whole.learner.state(), resumed.learner.state())
+    assert resumed.train()
+    assert_same(whole.backend.state(), resumed.backend.state())
     assert without_times(tmp_path / "whole") == without_times(tmp_path / "parts")
-    files = [loop.STATE, "model.safetensors"]
+    files = [STATE, "model.safetensors"]
     for file in files:
         left, right = (tmp_path / name / file for name in ("whole", "parts"))
         assert left.read_bytes() == right.read_bytes()
@@ -109,35 +111,33 @@ def test_stopped_and_resumed_is_the_unbroken_run(framework, stop, tokens, tmp_pa
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_interrupt_saves_after_the_step_under_way(framework, tokens, tmp_path):
     whole = make_trainer(framework, tmp_path / "whole", tokens)
-    whole.run()
+    whole.train()
     broken = make_trainer(framework, tmp_path / "parts", tokens)
-    step = broken.learner.step
+    step = broken.backend.step
 
     def interrupted(batches, rate):
         if broken.step == 6:
             signal.raise_signal(signal.SIGINT)
         return step(batches, rate)
 
-    broken.learner.step = interrupted
+    broken.backend.step = interrupted
     before = signal.getsignal(signal.SIGINT)
-    assert not broken.run()
+    assert not broken.train()
     assert signal.getsignal(signal.SIGINT) is before
     resumed = make_trainer(framework, tmp_path / "parts", tokens)
     assert resumed.step == 7
-    resumed.run()
-    assert_same(whole.learner.state(), resumed.learner.state())
+    resumed.train()
+    assert_same(whole.backend.state(), resumed.backend.state())
 
 
 def test_a_run_killed_before_its_first_interval_can_be_resumed(tokens, tmp_path):
-    make_trainer("torch", tmp_path / "whole", tokens).run()
+    make_trainer("torch", tmp_path / "whole", tokens).train()
     make_trainer("torch", tmp_path / "parts", tokens)
     other = dataclasses.replace(SETTINGS, seed=99)
-    learner = make_learner("torch", other)
-    learner.step([TextBatches(tokens, CONFIG, SETTINGS).batch(0)], 0.1)
-    source = TextBatches(tokens, CONFIG, SETTINGS)
-    resumed = loop.Trainer(learner, source, CONFIG, SETTINGS, tmp_path / "parts")
-    resumed.run()
-    left, right = ((tmp_path / name / loop.STATE).read_bytes() for name in ("whole", "parts"))
+    backend = make_backend("torch", other)
+    backend.step([TextBatches(tokens, CONFIG, SETTINGS).batch(0)], 0.1)
+    make_trainer("torch", tmp_path / "parts", tokens, backend=backend).train()
+    left, right = ((tmp_path / name / STATE).read_bytes() for name in ("whole", "parts"))
     assert left == right
 
 
@@ -156,40 +156,40 @@ def test_second_interrupt_ends_at_once(tokens, tmp_path, interruptible):
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
 
-    broken.learner.step = interrupted
+    broken.backend.step = interrupted
     with pytest.raises(KeyboardInterrupt):
-        broken.run()
+        broken.train()
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_killed_run_resumes_from_its_last_save(framework, tokens, tmp_path):
     whole = make_trainer(framework, tmp_path / "whole", tokens)
-    whole.run()
+    whole.train()
     killed = make_trainer(framework, tmp_path / "parts", tokens)
-    step = killed.learner.step
+    step = killed.backend.step
 
     def dies(batches, rate):
         if killed.step == 7:
             raise RuntimeError("killed")
         return step(batches, rate)
 
-    killed.learner.step = dies
+    killed.backend.step = dies
     with pytest.raises(RuntimeError):
-        killed.run()
+        killed.train()
     with (tmp_path / "parts" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 8, "lo')
     resumed = make_trainer(framework, tmp_path / "parts", tokens)
     assert resumed.step == 5
-    resumed.run()
-    assert_same(whole.learner.state(), resumed.learner.state())
+    resumed.train()
+    assert_same(whole.backend.state(), resumed.backend.state())
     assert without_times(tmp_path / "whole") == without_times(tmp_path / "parts")
 
 
 @pytest.mark.parametrize(("first", "second"), [FRAMEWORKS, FRAMEWORKS[::-1]])
 def test_a_run_goes_on_in_the_other_framework(first, second, tokens, tmp_path):
-    make_trainer(first, tmp_path / "whole", tokens).run()
-    make_trainer(first, tmp_path / "parts", tokens).run(until=6)
-    make_trainer(second, tmp_path / "parts", tokens).run()
+    make_trainer(first, tmp_path / "whole", tokens).train()
+    make_trainer(first, tmp_path / "parts", tokens).train(until=6)
+    make_trainer(second, tmp_path / "parts", tokens).train()
     whole, parts = (
         [r["loss"] for r in read_metrics(tmp_path / name) if "loss" in r]
         for name in ("whole", "parts")
@@ -200,25 +200,25 @@ def test_a_run_goes_on_in_the_other_framework(first, second, tokens, tmp_path):
 
 def test_the_folder_has_weights_metrics_and_picture(tokens, tmp_path):
     trainer = make_trainer("torch", tmp_path / "run", tokens)
-    trainer.run()
+    trainer.train()
     config, weights = load_weights(tmp_path / "run")
     assert config == CONFIG
-    assert_same(weights, trainer.learner.weights())
+    assert_same(weights, trainer.backend.weights())
     records = read_metrics(tmp_path / "run")
     assert [r["step"] for r in records if "loss" in r] == list(range(1, 13))
     checks = [r for r in records if "validation_loss" in r]
     assert [r["step"] for r in checks] == [4, 8, 12]
     assert checks[-1]["validation_perplexity"] == math.exp(checks[-1]["validation_loss"])
     assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
-    saved = json.loads((tmp_path / "run" / loop.TRAINING).read_text())
+    saved = json.loads((tmp_path / "run" / TRAINING).read_text())
     assert TrainConfig.from_dict(saved) == SETTINGS
     assert not list((tmp_path / "run").glob("*.tmp"))
 
 
 def test_a_save_that_fails_leaves_the_older_state_whole(tokens, tmp_path, monkeypatch):
     trainer = make_trainer("torch", tmp_path / "run", tokens)
-    trainer.run(until=2)
-    before = (tmp_path / "run" / loop.STATE).read_bytes()
+    trainer.train(until=2)
+    before = (tmp_path / "run" / STATE).read_bytes()
 
     def full_disk(arrays, path, **_):
         path.write_bytes(b"half")
@@ -226,20 +226,20 @@ def test_a_save_that_fails_leaves_the_older_state_whole(tokens, tmp_path, monkey
 
     monkeypatch.setattr("sessa_common.checkpoint.folder.save_file", full_disk)
     with pytest.raises(OSError, match="no space"):
-        trainer.run(until=4)
-    assert (tmp_path / "run" / loop.STATE).read_bytes() == before
+        trainer.train(until=4)
+    assert (tmp_path / "run" / STATE).read_bytes() == before
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_one_adamw_step_is_the_definition(framework, tokens):
     settings = dataclasses.replace(SETTINGS, max_grad_norm=0.05, weight_decay=0.3, adam_eps=1e-4)
-    learner = make_learner(framework, settings)
+    backend = make_backend(framework, settings)
     source = TextBatches(tokens, CONFIG, settings)
-    start, rate, steps = learner.state(), 0.02, 2
+    start, rate, steps = backend.state(), 0.02, 2
     for i in range(steps):
-        before = learner.state()
-        _, norm = learner.step([source.batch(i)], rate)
-        after = learner.state()
+        before = backend.state()
+        _, norm = backend.step([source.batch(i)], rate)
+        after = backend.state()
         grads = {
             name: (after[f"m.{name}"] - settings.beta1 * before[f"m.{name}"]) / (1 - settings.beta1)
             for name in parameter_shapes(CONFIG)
@@ -286,9 +286,9 @@ def test_accumulation_is_a_larger_batch(framework, tokens):
     ]
     results, states = [], []
     for batches in ([whole], parts):
-        learner = make_learner(framework)
-        results.append(learner.step(batches, 1e-3))
-        states.append(learner.state())
+        backend = make_backend(framework)
+        results.append(backend.step(batches, 1e-3))
+        states.append(backend.state())
     np.testing.assert_allclose(results[0], results[1], rtol=1e-5)
     for name, value in states[0].items():
         if name.startswith("m."):
@@ -297,16 +297,16 @@ def test_accumulation_is_a_larger_batch(framework, tokens):
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_the_loss_is_the_weighted_cross_entropy_of_the_logits(framework, tokens):
-    learner = make_learner(framework)
+    backend = make_backend(framework)
     batch = TextBatches(tokens, CONFIG, SETTINGS).batch(1)
     weights = np.random.default_rng(0).random(batch.weights.shape).astype(np.float32)
     weights[0] = 0
     batch = Batch(batch.inputs, batch.targets, weights)
-    logits = importlib.import_module(f"sessa_{framework}.training").logits_function(learner.model)
+    logits = importlib.import_module(f"sessa_{framework}.evaluation").logits_function(backend.model)
     losses = [token_losses(*row) for row in zip(logits(batch.inputs), batch.targets, strict=True)]
     expected = (np.array(losses) * weights).sum()
-    assert learner.evaluate(batch)[0] == pytest.approx(expected, rel=1e-5)
-    assert learner.step([batch], 0.0)[0] == pytest.approx(expected / weights.sum(), rel=1e-5)
+    assert backend.evaluate(batch)[0] == pytest.approx(expected, rel=1e-5)
+    assert backend.step([batch], 0.0)[0] == pytest.approx(expected / weights.sum(), rel=1e-5)
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
@@ -314,11 +314,11 @@ def test_bfloat16_keeps_float32_weights_and_learns_alike(framework, tokens):
     source = TextBatches(tokens, CONFIG, SETTINGS)
     last = {}
     for precision in ("float32", "bfloat16"):
-        learner = make_learner(framework, dataclasses.replace(SETTINGS, precision=precision))
+        backend = make_backend(framework, dataclasses.replace(SETTINGS, precision=precision))
         for i in range(20):
-            loss, _ = learner.step([source.batch(i)], 3e-3)
+            loss, _ = backend.step([source.batch(i)], 3e-3)
         last[precision] = loss
-        assert {value.dtype for value in learner.state().values()} == {np.dtype(np.float32)}
+        assert {value.dtype for value in backend.state().values()} == {np.dtype(np.float32)}
     assert last["bfloat16"] != last["float32"]
     assert last["bfloat16"] == pytest.approx(last["float32"], abs=0.05)
 
@@ -328,14 +328,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_weights(
     framework, tokens, tmp_path
 ):
     trainer = make_trainer(framework, tmp_path / "run", tokens)
-    trainer.run(until=2)
-    before = trainer.learner.state()
+    trainer.train(until=2)
+    before = trainer.backend.state()
     good = trainer.source.batch(0)
     bad = Batch(good.inputs, good.targets, good.weights * np.float32(np.inf))
     trainer.source.batch = lambda index: bad
-    with pytest.raises(SessaError, match=r"step 3: the loss is .* smaller --lr"):
-        trainer.run()
-    assert_same(before, trainer.learner.state())
+    with pytest.raises(SessaError, match=r"step 3: the loss is .* smaller `learning_rate`"):
+        trainer.train()
+    assert_same(before, trainer.backend.state())
 
 
 def test_an_error_in_the_data_ends_the_run_at_its_step(tokens, tmp_path):
@@ -349,20 +349,20 @@ def test_an_error_in_the_data_ends_the_run_at_its_step(tokens, tmp_path):
 
     trainer.source.batch = broken
     with pytest.raises(SessaError, match="the disk is gone"):
-        trainer.run()
+        trainer.train()
     # Two batches a step, so the tenth is of the fifth step.
     assert trainer.step == 4
 
 
 def test_schedule_rises_falls_and_ends_at_the_floor():
     settings = TrainConfig(steps=110, warmup_steps=10, learning_rate=2.0, min_lr_ratio=0.25)
-    rates = [loop.learning_rate(settings, step) for step in range(110)]
+    rates = [learning_rate(settings, step) for step in range(110)]
     np.testing.assert_allclose(rates[:10], 0.2 * np.arange(1, 11))
     assert rates[10] == 2.0 and rates[60] == pytest.approx(1.25)
     assert all(a > b for a, b in pairwise(rates[10:]))
-    assert loop.learning_rate(settings, 110) == pytest.approx(0.5)
+    assert learning_rate(settings, 110) == pytest.approx(0.5)
     flat = TrainConfig(steps=5, warmup_steps=0, learning_rate=1.0)
-    assert loop.learning_rate(flat, 0) == 1.0
+    assert learning_rate(flat, 0) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -375,22 +375,22 @@ def test_schedule_rises_falls_and_ends_at_the_floor():
     ids=["width", "layers", "feedback"],
 )
 def test_resume_with_another_architecture_is_refused(change, message, tokens, tmp_path):
-    make_trainer("torch", tmp_path / "run", tokens).run(until=1)
+    make_trainer("torch", tmp_path / "run", tokens).train(until=1)
     other = dataclasses.replace(CONFIG, **change)
     with pytest.raises(SessaError, match=message):
         make_trainer("torch", tmp_path / "run", tokens, config=other)
 
 
 def test_resume_with_other_data_is_refused(tokens, tmp_path):
-    make_trainer("torch", tmp_path / "run", tokens).run(until=1)
+    make_trainer("torch", tmp_path / "run", tokens).train(until=1)
     with pytest.raises(SessaError, match="data are not those"):
         make_trainer("torch", tmp_path / "run", tokens[:-1])
 
 
 @pytest.mark.parametrize("damage", ["cut", "plain"])
 def test_a_damaged_state_is_named(damage, tokens, tmp_path):
-    make_trainer("torch", tmp_path / "run", tokens).run(until=1)
-    path = tmp_path / "run" / loop.STATE
+    make_trainer("torch", tmp_path / "run", tokens).train(until=1)
+    path = tmp_path / "run" / STATE
     if damage == "cut":
         path.write_bytes(path.read_bytes()[:-100])
     else:
@@ -434,9 +434,9 @@ def test_settings_from_a_file_name_the_unknown_key():
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_the_predicted_token_has_the_smallest_loss(framework):
     config = dataclasses.replace(CONFIG, vocab_size=11)
-    learner = make_learner(framework, config=config)
+    backend = make_backend(framework, config=config)
     inputs = np.random.default_rng(0).integers(0, 11, (2, 5)).astype(np.int32)
-    predicted = learner.predict(inputs)
+    predicted = backend.predict(inputs)
     assert predicted.dtype == np.int32 and predicted.shape == inputs.shape
     for row, place in ((0, 0), (0, 4), (1, 2)):
         weights = np.zeros(inputs.shape, np.float32)
@@ -444,7 +444,7 @@ def test_the_predicted_token_has_the_smallest_loss(framework):
         losses = []
         for token in range(11):
             batch = Batch(inputs, np.full_like(inputs, token), weights)
-            loss, same = learner.evaluate(batch)
+            loss, same = backend.evaluate(batch)
             losses.append(loss)
             assert np.array_equal(same, predicted)
         assert predicted[row, place] == np.argmin(losses)

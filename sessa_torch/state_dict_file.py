@@ -6,34 +6,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from sessa_cli.common import is_installed
 from sessa_common.errors import SessaError
 from sessa_common.input_files import require_modest_archive
+from sessa_torch.checkpoint import to_numpy
 
-SUFFIXES = {".pt", ".pth", ".bin", ".ckpt"}
-# Where training scripts put the model beside its optimizer.
+# Keys under which training scripts put the model beside its optimizer.
 NESTED = ("state_dict", "model_state_dict", "model")
 
 
-def read_torch_file(path: Path) -> dict[str, np.ndarray] | None:
-    """The tensors of a PyTorch file, or None when the path does not name one.
+def read_state_dict(path: Path) -> dict[str, np.ndarray]:
+    """Read the tensors of a file that torch.save wrote.
 
     Only torch.load(weights_only=True) reads it, so nothing in the file is executed. Raises
     SessaError when it holds anything else than a state dict.
     """
-    if path.suffix not in SUFFIXES or not path.is_file():
-        return None
-    if not is_installed("torch"):
-        raise SessaError(f"{path}: reading it needs PyTorch; pip install torch")
     require_modest_archive(path)
-    import torch
-
-    from sessa_torch.checkpoint import to_numpy
-
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file ends the unpickler in every kind of exception
+    except Exception as error:  # a damaged file raises every kind of exception in the unpickler
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise SessaError(
             f"{path}: not a plain state dict, and nothing else is unpickled ({reason}); "

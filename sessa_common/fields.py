@@ -1,0 +1,48 @@
+"""Keyword arguments that are fields of configuration classes."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sessa_common.errors import SessaError
+
+Config = TypeVar("Config")
+
+
+def split_fields(given: Mapping[str, Any], *classes: type) -> list[dict[str, Any]]:
+    """Sort keyword arguments by the dataclass that has a field of that name, one dict a class.
+
+    A single text, path or list becomes the tuple that a field expects. Raises SessaError for a name
+    that no class knows, with the nearest known one.
+    """
+    types = [{field.name: str(field.type) for field in dataclasses.fields(cls)} for cls in classes]
+    known = [name for names in types for name in names]
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(known))}"
+            raise SessaError(f"{name} is not a known field; {hint}")
+    return [
+        {name: _as_tuple(value, names[name]) for name, value in given.items() if name in names}
+        for names in types
+    ]
+
+
+def _as_tuple(value: Any, kind: str) -> Any:
+    if isinstance(value, list):
+        return tuple(value)
+    if kind.startswith(("tuple", "Sequence")) and isinstance(value, (str, Path)):
+        return (str(value),)
+    return value
+
+
+def build(cls: type[Config], fields: Mapping[str, Any]) -> Config:
+    """Make a configuration; a value of the wrong type is a SessaError too."""
+    try:
+        return cls(**fields)
+    except TypeError as error:
+        raise SessaError(f"a value has the wrong type ({error})") from error

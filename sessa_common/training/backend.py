@@ -1,0 +1,60 @@
+"""What a framework does in training, and the rules that both frameworks follow."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from sessa_common.config import TrainConfig
+from sessa_common.data.batches import Batch
+
+# Adam's first and second moment, by their names in a training state.
+MOMENTS = ("m", "v")
+
+
+class TrainBackend(Protocol):
+    """The forward and backward pass and the AdamW update of one framework.
+
+    Built as `TrainBackend(config, settings, weights, device)`, with float32 master weights by the
+    names of `parameter_shapes`. The state is "weights.<name>", "m.<name>" and "v.<name>" (Adam's
+    two moments), float32, the same in every framework. `device` and `precision` are those in use.
+    """
+
+    device: str
+    precision: str
+
+    def step(self, batches: Sequence[Batch], learning_rate: float) -> tuple[float, float]:
+        """Take one step on the weighted mean loss of all rows; (loss in nats, gradient norm)."""
+
+    def evaluate(self, batch: Batch) -> tuple[float, np.ndarray]:
+        """Return the weighted sum of the losses of a batch, in nats, and its `predict`."""
+
+    def predict(self, inputs: np.ndarray) -> np.ndarray:
+        """Return the likeliest next ids int32 (B, T) after inputs (B, T)."""
+
+    def weights(self) -> dict[str, np.ndarray]:
+        """Return the float32 master weights."""
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Return weights and optimizer moments as they are after the last step."""
+
+    def restore(self, state: Mapping[str, np.ndarray], steps: int) -> None:
+        """Continue from a state that was taken after `steps` steps."""
+
+
+def learning_rate(settings: TrainConfig, step: int) -> float:
+    """Learning rate of the 0-based `step`: linear over warmup_steps, then half a cosine down."""
+    if step < settings.warmup_steps:
+        return settings.learning_rate * (step + 1) / settings.warmup_steps
+    done = (step - settings.warmup_steps) / max(settings.steps - settings.warmup_steps, 1)
+    falling = 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+    ratio = settings.min_lr_ratio + (1 - settings.min_lr_ratio) * falling
+    return settings.learning_rate * ratio
+
+
+def decays(shape: Sequence[int]) -> bool:
+    """Return True where weight decay applies: matrices, not norms, biases and the gain bias."""
+    return len(shape) >= 2

@@ -1,0 +1,111 @@
+"""One training session, from the request to the result, with the backend of either framework."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sessa_common.config import SessaConfig, TrainConfig, parameter_count
+from sessa_common.data.tasks import TaskBatches, options_of
+from sessa_common.errors import SessaError
+from sessa_common.training.backend import TrainBackend
+from sessa_common.training.metrics import last_metrics, read_metrics
+from sessa_common.training.preparation import TrainRequest, prepare
+from sessa_common.training.run_folder import (
+    Run,
+    create_run_folder,
+    read_state_metadata,
+    read_task_result,
+    restore_run,
+    write_task_result,
+)
+from sessa_common.training.trainer import Reporter, Silent, Trainer
+
+MakeBackend = Callable[
+    [SessaConfig, TrainConfig, Mapping[str, np.ndarray], str | None], TrainBackend
+]
+MEASURED = ("step", "loss", "validation_loss", "validation_perplexity", "validation_accuracy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """A run folder and what its training measured.
+
+    `metrics` holds the newest step, loss, validation_loss, validation_perplexity (text) and
+    validation_accuracy (a task). `task_result` is the content of result.json, which a finished run
+    on a task has. `finished` is False when Ctrl-C ended the run early; it can be resumed.
+    """
+
+    folder: Path
+    finished: bool
+    parameters: int
+    metrics: dict[str, Any]
+    task_result: dict[str, Any] | None = None
+
+
+def run_session(
+    make_backend: MakeBackend,
+    request: TrainRequest,
+    device: str | None = None,
+    reporter: Reporter | None = None,
+) -> TrainResult:
+    """Train what is asked for and return the result.
+
+    A new run folder is made after everything that can fail early was tried: the data are read, the
+    tokenizer is there and the backend holds the weights on its device. Raises SessaError.
+    """
+    run = prepare(request)
+    steps = run.settings.steps
+    if run.resumed and read_state_metadata(run.folder)[0] >= steps and not _is_untested(run):
+        raise SessaError(
+            f"{run.folder}: all {steps} steps are done; give a larger `steps` to go on"
+        )
+    backend = make_backend(run.config, run.settings, run.weights, device)
+    if run.resumed:
+        step = restore_run(run, backend)
+    else:
+        step = 0
+        create_run_folder(run, backend, force=request.force)
+    reporter = reporter or Silent()
+    reporter.started(_first_record(run, backend, step))
+    finished = Trainer(backend, run, step, reporter).train()
+    if finished and isinstance(run.source, TaskBatches):
+        task = run.source.data.task
+        measures = run.source.test(backend.predict)
+        write_task_result(run, measures, task.name, options_of(task))
+    return _result(run, finished)
+
+
+def _is_untested(run: Run) -> bool:
+    """True for a run that was killed between its last step and the test of its task."""
+    is_task = run.settings.task is not None
+    return is_task and read_task_result(run.folder, run.settings.steps) is None
+
+
+def _first_record(run: Run, backend: TrainBackend, step: int) -> dict[str, Any]:
+    return {
+        "folder": run.folder,
+        "step": step,
+        "steps": run.settings.steps,
+        "parameters": parameter_count(run.config),
+        "data": run.source.summary,
+        "notes": run.source.notes,
+        "vocab_size": run.config.vocab_size,
+        "device": backend.device,
+        "precision": backend.precision,
+    }
+
+
+def _result(run: Run, finished: bool) -> TrainResult:
+    last = last_metrics(read_metrics(run.folder))
+    return TrainResult(
+        folder=run.folder,
+        finished=finished,
+        parameters=parameter_count(run.config),
+        metrics={name: last[name] for name in MEASURED if name in last},
+        task_result=read_task_result(run.folder, run.settings.steps) if finished else None,
+    )
