@@ -27,10 +27,7 @@ Mix = Callable[[SessaMixer, Tensor], Tensor]
 
 
 def ours(mixer: SessaMixer, a: Tensor) -> Tensor:
-    config = mixer.config
-    positions = torch.arange(a.shape[1], device=a.device)[None]
-    rope = rope_tables(positions, config.head_dim, config.rope_theta, a.dtype)
-    return mixer(a, rope=rope)
+    return mixer(a)
 
 
 def dense(mixer: SessaMixer, a: Tensor) -> Tensor:

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from sessa_common.errors import SessaError
+from sessa_common.layer_kinds import KINDS, LayerKind, with_layer_kinds
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-MIXERS = ("sessa", "attention", "mamba2")
-BLOCKS = ("mlp", "gated")
 PRECISIONS = ("auto", "float32", "bfloat16")
 
 # Keys that other tools write into a config.json and that do not change what the model computes.
@@ -56,14 +55,16 @@ def _is_count(value: object) -> bool:
 class SessaConfig:
     """Architecture of a Sessa language model, under the keys that the ecosystem's config.json uses.
 
-    `mixer` is one name for all layers or a list with one a layer, of "sessa", "attention" and
-    "mamba2"; `attention_block` is "mlp" (the standard pre-norm block) or "gated" (Sessa's block, so
-    Sessa without feedback). The `mamba_*` keys are state size N, width of the convolution, inner
-    width / hidden_size and head width P, named as hybrid models in transformers name them.
+    `layer_kinds` is one name for all layers or a sequence with one name for each layer:
+    "sessa"; "gated_attention" (Sessa without the feedback); "transformer" (the standard pre-norm
+    block); "mamba2"; "sessa_transformer" (the standard block with feedback behind the attention's
+    output projection). `intermediate_size` is the width of the MLP in a standard block. The
+    `mamba_*` keys are state size N, width of the convolution, inner width / hidden_size and head
+    width P, named as hybrid models in transformers name them.
 
-    Raises SessaError when the numbers cannot make a model. `num_key_value_heads`, `head_dim` and
-    `intermediate_size` of 0 stand for `num_attention_heads`, `hidden_size // num_attention_heads`
-    and 4 * `hidden_size`.
+    `num_key_value_heads`, `head_dim` and `intermediate_size` of 0 stand for `num_attention_heads`,
+    `hidden_size // num_attention_heads` and 4 * `hidden_size`. Raises SessaError when the numbers
+    cannot make a model.
     """
 
     model_type: str = "sessa"
@@ -81,11 +82,9 @@ class SessaConfig:
     eos_token_id: int | None = None
     pad_token_id: int | None = None
     dtype: str = "float32"
-    mixer: str | tuple[str, ...] = "sessa"
-    feedback: bool = True
+    layer_kinds: str | tuple[str, ...] = "sessa"
     gamma_max: float = 0.999
     use_forward_rope: bool = True
-    attention_block: str = "mlp"
     intermediate_size: int = 0
     mamba_d_state: int = 64
     mamba_d_conv: int = 4
@@ -94,12 +93,20 @@ class SessaConfig:
 
     def __post_init__(self) -> None:
         _require(self.model_type == "sessa", f"model_type is {self.model_type!r}, expected 'sessa'")
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
-                     "max_position_embeddings", "mamba_d_state", "mamba_d_conv", "mamba_expand",
-                     "mamba_d_head"):  # fmt: skip
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "max_position_embeddings",
+            "mamba_d_state",
+            "mamba_d_conv",
+            "mamba_expand",
+            "mamba_d_head",
+        ):
             value = getattr(self, name)
             _require(_is_count(value), f"{name} is {value!r}, expected a positive integer")
-        for name in ("feedback", "use_forward_rope", "tie_word_embeddings"):
+        for name in ("use_forward_rope", "tie_word_embeddings"):
             value = getattr(self, name)
             _require(isinstance(value, bool), f"{name} is {value!r}, expected true or false")
         for name in ("gamma_max", "rope_theta", "layer_norm_eps"):
@@ -113,14 +120,15 @@ class SessaConfig:
         if self.head_dim == 0:
             object.__setattr__(self, "head_dim", D // H)
         kv, d = self.num_key_value_heads, self.head_dim
-        _require(_is_count(kv) and H % kv == 0,
-                 f"num_key_value_heads {kv} does not divide num_attention_heads {H}")  # fmt: skip
+        divides = _is_count(kv) and H % kv == 0
+        _require(divides, f"num_key_value_heads {kv} does not divide num_attention_heads {H}")
         _require(d * H == D, f"head_dim {d} times {H} heads is not hidden_size {D}")
-        self._check_mixers()
-        rotates = self.use_forward_rope and set(self.mixers) != {"mamba2"}
-        _require(not (rotates and d % 2),
-                 f"head_dim {d} is odd: RoPE rotates pairs; use an even head_dim "
-                 "or use_forward_rope=false")  # fmt: skip
+        self._check_layers()
+        _require(
+            not (self.rotates and d % 2),
+            f"head_dim {d} is odd: RoPE rotates pairs; use an even head_dim "
+            "or use_forward_rope=false",
+        )
         _require(0 < self.gamma_max < 1, f"gamma_max is {self.gamma_max}, expected between 0 and 1")
         _require(self.rope_theta > 0, f"rope_theta is {self.rope_theta}, expected above 0")
         _require(
@@ -134,42 +142,58 @@ class SessaConfig:
             fits = value is None or (isinstance(value, int) and 0 <= value < self.vocab_size)
             _require(fits, f"{name} is {value!r}, expected below vocab_size {self.vocab_size}")
 
-    def _check_mixers(self) -> None:
-        if not isinstance(self.mixer, str):
-            names, L = tuple(self.mixer), self.num_hidden_layers
-            _require(len(names) == L, f"mixer lists {len(names)} names for {L} layers")
-            object.__setattr__(self, "mixer", names[0] if len(set(names)) == 1 else names)
-        for name in self.mixers:
-            _require(name in MIXERS, f"mixer is {name!r}, expected one of {', '.join(MIXERS)}")
-        _require(self.attention_block in BLOCKS,
-                 f"attention_block is {self.attention_block!r}, expected mlp or gated")  # fmt: skip
+    def _check_layers(self) -> None:
+        given, L = self.layer_kinds, self.num_hidden_layers
+        names = (given,) if isinstance(given, str) else tuple(given)
+        fits = isinstance(given, str) or len(names) == L
+        _require(fits, f"layer_kinds has {len(names)} names for {L} layers")
+        for name in names:
+            known = isinstance(name, str) and name in KINDS
+            _require(known, f"layer_kinds has {name!r}, expected of {', '.join(KINDS)}")
+        object.__setattr__(self, "layer_kinds", names[0] if len(set(names)) == 1 else names)
         if self.intermediate_size == 0:
             object.__setattr__(self, "intermediate_size", 4 * self.hidden_size)
         F = self.intermediate_size
         _require(_is_count(F), f"intermediate_size is {F!r}, expected 0 or more")
         inner, P = self.mamba_expand * self.hidden_size, self.mamba_d_head
-        _require("mamba2" not in self.mixers or inner % P == 0,
-                 f"mamba_d_head {P} does not divide the inner width {inner}")  # fmt: skip
+        _require(
+            KINDS["mamba2"] not in self.kinds or inner % P == 0,
+            f"mamba_d_head {P} does not divide the inner width {inner}",
+        )
 
     @property
-    def mixers(self) -> tuple[str, ...]:
-        """The mixer of each layer."""
-        return (self.mixer,) * self.num_hidden_layers if isinstance(self.mixer, str) else self.mixer
+    def kinds(self) -> tuple[LayerKind, ...]:
+        """The kind of each layer."""
+        if isinstance(self.layer_kinds, str):
+            return (KINDS[self.layer_kinds],) * self.num_hidden_layers
+        return tuple(KINDS[name] for name in self.layer_kinds)
+
+    @property
+    def rotates(self) -> bool:
+        """Whether any layer applies rotary positions."""
+        return self.use_forward_rope and any(kind.attends for kind in self.kinds)
 
     @property
     def final_norm(self) -> str:
         """ "rms" for a stack of Mamba-2 layers only, as its release has it, else "layer"."""
-        return "rms" if set(self.mixers) == {"mamba2"} else "layer"
+        return "layer" if any(kind.attends for kind in self.kinds) else "rms"
 
     @property
     def feeds_back(self) -> bool:
         """Whether any layer has a feedback solve."""
-        return self.feedback and "sessa" in self.mixers
+        return any(kind.feeds_back for kind in self.kinds)
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any], where: str = "config") -> SessaConfig:
-        """Read the keys of a config.json; an unknown key is an error that names it."""
-        given = dict(given)
+        """Read the keys of a config.json; an unknown key is an error that names it.
+
+        The keys `mixer`, `attention_block` and `feedback`, by which a model was spelled before
+        `layer_kinds`, are translated.
+        """
+        try:
+            given = with_layer_kinds(given)
+        except SessaError as error:
+            raise SessaError(f"{where}: {error}") from None
         # transformers before version 5 and mlx-lm write the dtype under its older name.
         if "dtype" not in given and isinstance(given.get("torch_dtype"), str):
             given["dtype"] = given["torch_dtype"]
@@ -183,27 +207,43 @@ class SessaConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The keys of config.json that this stack reads, and those that only other tools read."""
-        keys = dataclasses.asdict(self)
-        if "mamba2" not in self.mixers:
+        keys, blocks = dataclasses.asdict(self), {kind.block for kind in self.kinds}
+        if "mamba2" not in blocks:
             keys = {name: value for name, value in keys.items() if not name.startswith("mamba_")}
-        if "attention" not in self.mixers:
-            del keys["attention_block"], keys["intermediate_size"]
+        if "standard" not in blocks:
+            del keys["intermediate_size"]
         return {"architectures": ["SessaForCausalLM"], **keys, "torch_dtype": self.dtype}
 
 
-def _sizes(name: str, D: int, H: int, sessa: int, layers: int, deep: tuple[int, int],
-           mamba: tuple[int, int, int]) -> dict[str, SessaConfig]:  # fmt: skip
-    """The models of one size: layers of Sessa and two Transformers; layers, P and N of Mamba-2."""
+def _sizes(
+    name: str,
+    D: int,
+    H: int,
+    sessa: int,
+    transformer: int,
+    deep: tuple[int, int],
+    mamba2: tuple[int, int, int],
+) -> dict[str, SessaConfig]:
+    """The models of one size, from the layers of each kind.
 
-    def config(count: int, **rest: Any) -> SessaConfig:
-        return SessaConfig(hidden_size=D, num_attention_heads=H, num_hidden_layers=count, **rest)
+    `deep` has the layers and the MLP width of a Transformer as deep as Sessa, `mamba2` the layers,
+    head width P and state size N of Mamba-2.
+    """
 
+    def config(kind: str, layers: int, **rest: Any) -> SessaConfig:
+        return SessaConfig(
+            hidden_size=D, num_attention_heads=H, num_hidden_layers=layers, layer_kinds=kind, **rest
+        )
+
+    L, P, N = mamba2
     return {
-        f"sessa-{name}": config(sessa),
-        f"transformer-{name}": config(layers, mixer="attention"),
-        f"transformer-{name}-deep": config(deep[0], mixer="attention", intermediate_size=deep[1]),
-        f"mamba2-{name}": config(
-            mamba[0], mixer="mamba2", mamba_d_head=mamba[1], mamba_d_state=mamba[2]
+        f"sessa-{name}": config("sessa", sessa),
+        f"transformer-{name}": config("transformer", transformer),
+        f"transformer-{name}-deep": config("transformer", deep[0], intermediate_size=deep[1]),
+        f"mamba2-{name}": config("mamba2", L, mamba_d_head=P, mamba_d_state=N),
+        # The feedback projection has as many weights as a quarter of the MLP.
+        f"sessa_transformer-{name}": config(
+            "sessa_transformer", transformer, intermediate_size=3 * D
         ),
     }
 
@@ -278,8 +318,14 @@ class TrainConfig:
         for name in ("steps", "batch_size", "gradient_accumulation_steps", "evaluate_batches"):
             value = getattr(self, name)
             _require(_is_count(value), f"{name} is {value!r}, expected a positive integer")
-        for name in ("sequence_length", "max_documents", "warmup_steps", "seed", "evaluate_every",
-                     "checkpoint_every"):  # fmt: skip
+        for name in (
+            "sequence_length",
+            "max_documents",
+            "warmup_steps",
+            "seed",
+            "evaluate_every",
+            "checkpoint_every",
+        ):
             value = getattr(self, name)
             _require(value == 0 or _is_count(value), f"{name} is {value!r}, expected 0 or more")
         for name in ("learning_rate", "adam_eps", "max_grad_norm"):
@@ -291,11 +337,15 @@ class TrainConfig:
         for name in ("beta1", "beta2", "validation_fraction"):
             value = getattr(self, name)
             _require(0 <= value < 1, f"{name} is {value!r}, expected from 0 to below 1")
-        _require(self.task is not None or not self.task_options,
-                 "task options are given without a task; give `task` too")  # fmt: skip
+        _require(
+            self.task is not None or not self.task_options,
+            "task options are given without a task; give `task` too",
+        )
         _require(len(self.data) > 0, "data is empty, expected at least one file, folder or name")
-        _require(self.precision in PRECISIONS,
-                 f"precision is {self.precision!r}, expected {', '.join(PRECISIONS)}")  # fmt: skip
+        _require(
+            self.precision in PRECISIONS,
+            f"precision is {self.precision!r}, expected {', '.join(PRECISIONS)}",
+        )
         for name in ("compile", "parse_special_tokens"):
             value = getattr(self, name)
             _require(isinstance(value, bool), f"{name} is {value!r}, expected true or false")
@@ -307,18 +357,30 @@ class TrainConfig:
             _require(isinstance(value, str), f"{name} is {value!r}, expected a text")
         for name in ("task", "tokenizer", "subset"):
             value = getattr(self, name)
-            _require(value is None or isinstance(value, str),
-                     f'{name} is {value!r}, expected a text such as "{value}"')  # fmt: skip
+            _require(
+                value is None or isinstance(value, str),
+                f'{name} is {value!r}, expected a text such as "{value}"',
+            )
         for name in ("data", "validation_data", "task_options"):
             values = getattr(self, name)
-            _require(all(isinstance(value, str) for value in values),
-                     f"{name} is {list(values)!r}, expected a list of texts")  # fmt: skip
+            _require(
+                all(isinstance(value, str) for value in values),
+                f"{name} is {list(values)!r}, expected a list of texts",
+            )
 
     @classmethod
     def for_task(cls, task: str) -> TrainConfig:
         """The defaults of training on a task: more and larger steps than the demonstration's."""
-        return cls(task=task, steps=4000, batch_size=32, learning_rate=1e-3, warmup_steps=200,
-                   evaluate_every=250, evaluate_batches=16, checkpoint_every=1000)  # fmt: skip
+        return cls(
+            task=task,
+            steps=4000,
+            batch_size=32,
+            learning_rate=1e-3,
+            warmup_steps=200,
+            evaluate_every=250,
+            evaluate_batches=16,
+            checkpoint_every=1000,
+        )
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any], where: str = "training config") -> TrainConfig:
@@ -327,8 +389,10 @@ class TrainConfig:
         known = _known_fields(cls, given, where)
         for name in ("data", "validation_data", "task_options"):
             if name in known:
-                _require(isinstance(known[name], (list, tuple)),
-                         f"{where}: {name} is {known[name]!r}, expected a list")  # fmt: skip
+                _require(
+                    isinstance(known[name], (list, tuple)),
+                    f"{where}: {name} is {known[name]!r}, expected a list",
+                )
                 known[name] = tuple(known[name])
         try:
             return cls(**known)
@@ -350,8 +414,8 @@ def parameter_shapes(config: SessaConfig) -> dict[str, tuple[int, ...]]:
     """
     D, V = config.hidden_size, config.vocab_size
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (V, D)}
-    for i, mixer in enumerate(config.mixers):
-        layer = _mamba2_shapes(config) if mixer == "mamba2" else _attention_shapes(config, mixer)
+    for i, kind in enumerate(config.kinds):
+        layer = kind.shapes(config)
         shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
     shapes["model.norm.weight"] = (D,)
     if config.final_norm == "layer":
@@ -381,45 +445,3 @@ def check_matched(configs: Mapping[str, SessaConfig], tolerance: float = 0.01) -
             f"these models are not matched: {listed} parameters, expected within "
             f"{100 * tolerance:g}% of the first; take presets of one size, with the same vocabulary"
         )
-
-
-def _attention_shapes(config: SessaConfig, mixer: str) -> dict[str, tuple[int, ...]]:
-    D, F = config.hidden_size, config.intermediate_size
-    kv = config.num_key_value_heads * config.head_dim
-    gated = mixer == "sessa" or config.attention_block == "gated"
-    feedback = mixer == "sessa" and config.feedback
-    linears = {"mixer.q_proj": (D, D), "mixer.k_proj": (kv, D), "mixer.v_proj": (kv, D)}
-    layer: dict[str, tuple[int, ...]] = {"ln.weight": (D,), "ln.bias": (D,)}
-    if gated:
-        linears = {"W_in": (2 * D, D), **linears}
-        linears |= {"mixer.proj_fb": (2 * D, D)} if feedback else {}
-        linears["W_out"] = (D, D)
-    else:
-        linears["mixer.out_proj"] = (D, D)
-        linears |= {"mlp.up_proj": (F, D), "mlp.down_proj": (D, F)}
-    for name, shape in linears.items():
-        layer[f"{name}.weight"], layer[f"{name}.bias"] = shape, shape[:1]
-    if gated and config.num_attention_heads > 1:
-        layer["mixer.out_proj.weight"] = (D, D)
-    if feedback:
-        layer["mixer.gamma_ctx.weight"], layer["mixer.gamma_bias"] = (1, D), ()
-    if not gated:
-        layer["ln_mlp.weight"], layer["ln_mlp.bias"] = (D,), (D,)
-    return layer
-
-
-def _mamba2_shapes(config: SessaConfig) -> dict[str, tuple[int, ...]]:
-    D, N = config.hidden_size, config.mamba_d_state
-    inner = config.mamba_expand * D
-    heads, channels = inner // config.mamba_d_head, inner + 2 * N
-    return {
-        "ln.weight": (D,),
-        "mixer.in_proj.weight": (inner + channels + heads, D),
-        "mixer.conv1d.weight": (channels, 1, config.mamba_d_conv),
-        "mixer.conv1d.bias": (channels,),
-        "mixer.dt_bias": (heads,),
-        "mixer.A_log": (heads,),
-        "mixer.D": (heads,),
-        "mixer.norm.weight": (inner,),
-        "mixer.out_proj.weight": (D, inner),
-    }

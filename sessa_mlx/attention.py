@@ -1,6 +1,6 @@
-"""Causal softmax attention with grouped heads and rotary positions: alone, or Sessa's first half.
+"""Causal softmax attention with grouped heads and rotary positions, alone or as Sessa's first half.
 
-Letters: B batch, T time, P past, D width, H heads, Hkv key/value heads, d head width.
+Letters: B batch, T time, P past, D width, H heads, G key/value heads, d head width.
 """
 
 from __future__ import annotations
@@ -17,14 +17,33 @@ Rope = tuple[mx.array, mx.array]
 def rope_tables(positions: mx.array, head_dim: int, theta: float, dtype: mx.Dtype) -> Rope:
     """Cosines and signed sines (B, 1, T, d), in pairs, of the angles position * theta^(-2i/d).
 
-    positions (B, T). Angles are float32 (float64 for float64) whatever the model's dtype: in
-    bfloat16 positions above 256 would fall together.
+    positions (B, T). Angles are computed in float32 (float64 for float64) whatever the model's
+    dtype, because bfloat16 cannot tell positions above 256 apart.
     """
     work = mx.float64 if dtype == mx.float64 else mx.float32
     exponents = mx.arange(0, head_dim, 2, dtype=work) / head_dim
     angles = positions[:, None, :, None].astype(work) * theta**-exponents
     cos, sin = mx.cos(angles), mx.sin(angles)
     return mx.repeat(cos, 2, -1), mx.stack([-sin, sin], -1).flatten(-2)
+
+
+def rope_of(
+    config: SessaConfig,
+    x: mx.array,  # (B, T, D)
+    past: int,
+    key_mask: mx.array | None = None,  # (B, P+T)
+) -> Rope | None:
+    """The tables for rows x that follow `past` cached ones; None when the model has no RoPE.
+
+    The position of a token is the number of visible tokens before it, so padding does not count.
+    """
+    if not config.use_forward_rope:
+        return None
+    if key_mask is None:
+        positions = mx.arange(past, past + x.shape[1])[None]
+    else:
+        positions = mx.maximum(mx.cumsum(key_mask.astype(mx.int32), -1) - 1, 0)[:, past:]
+    return rope_tables(positions, config.head_dim, config.rope_theta, x.dtype)
 
 
 def apply_rope(x: mx.array, rope: Rope) -> mx.array:
@@ -36,8 +55,8 @@ def apply_rope(x: mx.array, rope: Rope) -> mx.array:
 
 def causal_attention(
     q: mx.array,  # (B, H, T, d)
-    k: mx.array,  # (B, Hkv, P+T, d)
-    v: mx.array,  # (B, Hkv, P+T, d)
+    k: mx.array,  # (B, G, P+T, d)
+    v: mx.array,  # (B, G, P+T, d)
     key_mask: mx.array | None = None,  # (B, P+T)
 ) -> mx.array:
     """Softmax attention over keys j <= P + t, scale d^-1/2, by the fused kernel; (B, H, T, d).
@@ -57,8 +76,8 @@ def causal_attention(
 class AttentionMixer(nn.Module):
     """Causal attention of a with H heads.
 
-    In Sessa's gated block `out_proj` has no bias and is there for several heads only, as the
-    author's release has it; in the standard block it is always there, with a bias.
+    Inside Sessa's gated block, `out_proj` has no bias and exists only for several heads, as in the
+    author's release. Inside the standard block it always exists and has a bias.
     """
 
     def __init__(self, config: SessaConfig, *, gated: bool = False) -> None:
@@ -80,13 +99,19 @@ class AttentionMixer(nn.Module):
         cache: SessaLayerCache | None = None,
         key_mask: mx.array | None = None,  # (B, P+T)
     ) -> mx.array:
-        """Mix a (B, T, D) over time; with a cache, a continues what the cache holds."""
+        """Mix a (B, T, D) over time; with a cache, a continues what the cache holds.
+
+        rope are the tables of `rope_of`, for a caller that shares them between layers; by default
+        they are built here, from the position of the cache and the mask.
+        """
         B, T, D = a.shape
         d = self.config.head_dim
         q, k, v = (
             project(a).reshape(B, T, -1, d).swapaxes(1, 2)  # (B, heads, T, d)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
+        if rope is None:
+            rope = rope_of(self.config, a, 0 if cache is None else cache.k.length, key_mask)
         if rope is not None:
             q, k = apply_rope(q, rope), apply_rope(k, rope)
         if cache is not None:

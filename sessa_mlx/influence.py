@@ -8,7 +8,6 @@ import mlx.core as mx
 import numpy as np
 from mlx import nn
 
-from sessa_mlx.attention import Rope
 from sessa_mlx.checkpoint import to_numpy
 from sessa_mlx.feedback import feedback_solve
 from sessa_mlx.model import SessaForCausalLM
@@ -29,26 +28,19 @@ class InfluenceProbe:
         inputs = []
         for layer in self.backbone.layers:
             inputs.append(x)
-            x = layer(x, rope=self._rope(self.length))
+            x = layer(x)
         mx.eval(inputs)
         return inputs
-
-    def _rope(self, length: int) -> Rope | None:
-        if not self.backbone.rotates:
-            return None
-        dtype = self.backbone.embed_tokens.weight.dtype
-        return self.backbone._rope(0, self.ids[:, :length], None, dtype)
 
     def squared_norms(
         self, first: int, last: int, times: np.ndarray, cotangents: np.ndarray
     ) -> np.ndarray:
         """As in the protocol: (R, max(times) + 1) for times (R,) and cotangents (R, D)."""
         R, length = len(times), int(times.max()) + 1
-        rope = self._rope(length)
 
         def run(x: mx.array) -> mx.array:
             for layer in self.backbone.layers[first:last]:
-                x = layer(x, rope=rope)
+                x = layer(x)
             return x
 
         x = mx.repeat(self.inputs[first][:, :length], R, 0)  # (R, length, D)
@@ -64,7 +56,9 @@ class InfluenceProbe:
         """As in the protocol: gains (T,), largest weights (T,), kernel columns (T, n)."""
         block = self.backbone.layers[layer]
         x = self.inputs[layer]
-        a = nn.gelu(mx.split(block.W_in(block.ln(x)), 2, -1)[0])
+        a = block.ln(x)
+        if self.config.kinds[layer].block == "gated":
+            a = nn.gelu(mx.split(block.W_in(a), 2, -1)[0])
         q, k = mx.split(block.mixer.proj_fb(a), 2, -1)
         gamma = block.mixer.gain(a)
         impulses = mx.zeros((1, self.length, len(sources)), dtype=gamma.dtype)

@@ -18,16 +18,15 @@ class SessaMixer(AttentionMixer):
     """s = (I - diag(gamma) alpha)^-1 f, with f the causal attention of a (section 3 of the paper).
 
     Forward attention has H heads and RoPE; feedback attention is one head of width D without
-    positions, over the strict past. With `feedback` off, s = f.
+    positions, over the strict past. f is the output of `out_proj` where there is one.
     """
 
-    def __init__(self, config: SessaConfig) -> None:
-        super().__init__(config, gated=True)
+    def __init__(self, config: SessaConfig, *, gated: bool = True) -> None:
+        super().__init__(config, gated=gated)
         D = config.hidden_size
-        if config.feedback:
-            self.proj_fb = nn.Linear(D, 2 * D)
-            self.gamma_ctx = nn.Linear(D, 1, bias=False)
-            self.gamma_bias = mx.ones(())
+        self.proj_fb = nn.Linear(D, 2 * D)
+        self.gamma_ctx = nn.Linear(D, 1, bias=False)
+        self.gamma_bias = mx.ones(())
 
     def __call__(
         self,
@@ -37,16 +36,14 @@ class SessaMixer(AttentionMixer):
         cache: SessaLayerCache | None = None,
         key_mask: mx.array | None = None,  # (B, P+T)
     ) -> mx.array:
-        """Mix a (B, T, D) over time; with a cache, a continues what the cache holds."""
+        """Mix a (B, T, D) over time; arguments as in `AttentionMixer`."""
         f = super().__call__(a, rope=rope, cache=cache, key_mask=key_mask)
-        if not self.config.feedback:
-            return f
         q, k = mx.split(self.proj_fb(a), 2, -1)
         gamma = self.gain(a)
         if cache is None:
             return feedback_solve(f, q, k, gamma, key_mask=key_mask)
         past_s = cache.s.rows
-        # Cached states stay in float32: see SessaLayerCache.
+        # SessaLayerCache says why cached states stay in float32.
         wide = f if f.dtype == mx.float64 else f.astype(mx.float32)
         s = feedback_solve(wide, q, cache.k_fb.append(k), gamma, past_s=past_s, key_mask=key_mask)
         cache.s.append(s)

@@ -1,4 +1,4 @@
-"""The language model: embedding, one block a layer by its mixer, final norm, the head."""
+"""The language model: embedding, one block for each layer, final norm, head."""
 
 from __future__ import annotations
 
@@ -6,24 +6,28 @@ import mlx.core as mx
 from mlx import nn
 
 from sessa_common.config import SessaConfig
-from sessa_mlx.attention import AttentionMixer, Rope, rope_tables
+from sessa_common.layer_kinds import KINDS, LayerKind
+from sessa_mlx.attention import AttentionMixer, Rope, rope_of
 from sessa_mlx.cache import Mamba2LayerCache, SessaCache, SessaLayerCache
 from sessa_mlx.mamba2 import Mamba2Mixer
 from sessa_mlx.mixer import SessaMixer
 
+MIXERS = {"attention": AttentionMixer, "sessa": SessaMixer}
+
 
 class SessaLayer(nn.Module):
-    """One pre-norm gated block: y = x + W_out(mixer(gelu(a)) * g), a and g the halves of W_in.
+    """The pre-norm gated block: y = x + W_out(mixer(gelu(a)) * g), a and g the halves of W_in.
 
-    mixer "attention" is Sessa's block without the feedback.
+    Alone, `SessaLayer(config)` is the layer of the author's release. The kind "gated_attention" is
+    the same block without the feedback.
     """
 
-    def __init__(self, config: SessaConfig, mixer: str = "sessa") -> None:
+    def __init__(self, config: SessaConfig, kind: LayerKind = KINDS["sessa"]) -> None:
         super().__init__()
         D = config.hidden_size
         self.ln = nn.LayerNorm(D, eps=config.layer_norm_eps)
         self.W_in = nn.Linear(D, 2 * D)
-        self.mixer = SessaMixer(config) if mixer == "sessa" else AttentionMixer(config, gated=True)
+        self.mixer = MIXERS[kind.mixer](config, gated=True)
         self.W_out = nn.Linear(D, D)
 
     def __call__(
@@ -34,7 +38,7 @@ class SessaLayer(nn.Module):
         cache: SessaLayerCache | None = None,
         key_mask: mx.array | None = None,  # (B, P+T)
     ) -> mx.array:
-        """Apply the block to x (B, T, D); rope comes from `rope_tables`, None switches it off."""
+        """Apply the block to x (B, T, D); the other arguments as in `AttentionMixer`."""
         a, g = mx.split(self.W_in(self.ln(x)), 2, -1)
         s = self.mixer(nn.gelu(a), rope=rope, cache=cache, key_mask=key_mask)
         return x + self.W_out(s * g)
@@ -54,12 +58,15 @@ class MLP(nn.Module):
 
 
 class TransformerLayer(nn.Module):
-    """The standard pre-norm block: x = x + attention(ln(x)); x = x + mlp(ln_mlp(x))."""
+    """The standard pre-norm block: x = x + mixer(ln(x)); x = x + mlp(ln_mlp(x)).
 
-    def __init__(self, config: SessaConfig) -> None:
+    The kind "sessa_transformer" has the feedback behind the attention's output projection.
+    """
+
+    def __init__(self, config: SessaConfig, kind: LayerKind = KINDS["transformer"]) -> None:
         super().__init__()
         self.ln = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mixer = AttentionMixer(config)
+        self.mixer = MIXERS[kind.mixer](config, gated=False)
         self.ln_mlp = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = MLP(config)
 
@@ -71,13 +78,13 @@ class TransformerLayer(nn.Module):
         cache: SessaLayerCache | None = None,
         key_mask: mx.array | None = None,  # (B, P+T)
     ) -> mx.array:
-        """Apply the block to x (B, T, D); rope comes from `rope_tables`, None switches it off."""
+        """Apply the block to x (B, T, D); the other arguments as in `AttentionMixer`."""
         x = x + self.mixer(self.ln(x), rope=rope, cache=cache, key_mask=key_mask)
         return x + self.mlp(self.ln_mlp(x))
 
 
 class Mamba2Layer(nn.Module):
-    """x = x + mamba2(rmsnorm(x)); it has no positions, so `rope` is not read."""
+    """x = x + mamba2(rmsnorm(x)); the layer has no positions, so `rope` is not read."""
 
     def __init__(self, config: SessaConfig) -> None:
         super().__init__()
@@ -96,13 +103,11 @@ class Mamba2Layer(nn.Module):
         return x + self.mixer(self.ln(x), cache=cache, key_mask=key_mask)
 
 
-def new_layer(config: SessaConfig, mixer: str) -> nn.Module:
-    """The block of a layer that has this mixer."""
-    if mixer == "mamba2":
+def new_layer(config: SessaConfig, kind: LayerKind) -> nn.Module:
+    """A layer of the given kind."""
+    if kind.block == "mamba2":
         return Mamba2Layer(config)
-    if mixer == "attention" and config.attention_block == "mlp":
-        return TransformerLayer(config)
-    return SessaLayer(config, mixer)
+    return (SessaLayer if kind.block == "gated" else TransformerLayer)(config, kind)
 
 
 class SessaModel(nn.Module):
@@ -112,10 +117,9 @@ class SessaModel(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = [new_layer(config, mixer) for mixer in config.mixers]
+        self.layers = [new_layer(config, kind) for kind in config.kinds]
         norm = nn.RMSNorm if config.final_norm == "rms" else nn.LayerNorm
         self.norm = norm(config.hidden_size, eps=config.layer_norm_eps)
-        self.rotates = config.use_forward_rope and set(config.mixers) != {"mamba2"}
 
     def __call__(
         self,
@@ -131,22 +135,15 @@ class SessaModel(nn.Module):
             mask = cache.extend(input_ids.shape[1], attention_mask)
         else:
             mask = None if attention_mask is None else attention_mask.astype(mx.bool_)
-        rope = self._rope(past, input_ids, mask, x.dtype) if self.rotates else None
+        rope = rope_of(self.config, x, past, mask) if self.config.rotates else None
         for i, layer in enumerate(self.layers):
             layer_cache = cache.layers[i] if cache is not None else None
             x = layer(x, rope=rope, cache=layer_cache, key_mask=mask)
         return self.norm(x)
 
-    def _rope(self, past: int, input_ids: mx.array, mask: mx.array | None, dtype: mx.Dtype) -> Rope:
-        if mask is None:
-            positions = mx.arange(past, past + input_ids.shape[1])[None]
-        else:
-            positions = mx.maximum(mx.cumsum(mask.astype(mx.int32), -1) - 1, 0)[:, past:]
-        return rope_tables(positions, self.config.head_dim, self.config.rope_theta, dtype)
-
 
 class SessaForCausalLM(nn.Module):
-    """A model of Sessa, attention or Mamba-2 layers; parameter names are the checkpoint's keys."""
+    """A language model of any kinds of layers; parameter names are the checkpoint's keys."""
 
     def __init__(self, config: SessaConfig) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
-"""Causal softmax attention with grouped heads and rotary positions: alone, or Sessa's first half.
+"""Causal softmax attention with grouped heads and rotary positions, alone or as Sessa's first half.
 
-Letters: B batch, T time, P past, D width, H heads, Hkv key/value heads, d head width.
+Letters: B batch, T time, P past, D width, H heads, G key/value heads, d head width.
 """
 
 from __future__ import annotations
@@ -19,14 +19,33 @@ Rope = tuple[Tensor, Tensor]
 def rope_tables(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Rope:
     """Cosines and signed sines (B, 1, T, d), in pairs, of the angles position * theta^(-2i/d).
 
-    positions (B, T). Angles are float32 (float64 for float64) whatever the model's dtype: in
-    bfloat16 positions above 256 would fall together.
+    positions (B, T). Angles are computed in float32 (float64 for float64) whatever the model's
+    dtype, because bfloat16 cannot tell positions above 256 apart.
     """
     work = torch.promote_types(dtype, torch.float32)
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=work) / head_dim
     angles = positions[:, None, :, None].to(work) * theta**-exponents
     cos, sin = angles.cos(), angles.sin()
     return cos.repeat_interleave(2, -1), torch.stack([-sin, sin], -1).flatten(-2)
+
+
+def rope_of(
+    config: SessaConfig,
+    x: Tensor,  # (B, T, D)
+    past: int,
+    key_mask: Tensor | None = None,  # (B, P+T)
+) -> Rope | None:
+    """The tables for rows x that follow `past` cached ones; None when the model has no RoPE.
+
+    The position of a token is the number of visible tokens before it, so padding does not count.
+    """
+    if not config.use_forward_rope:
+        return None
+    if key_mask is None:
+        positions = torch.arange(past, past + x.shape[1], device=x.device)[None]
+    else:
+        positions = (key_mask.long().cumsum(-1) - 1).clamp_min(0)[:, past:]
+    return rope_tables(positions, config.head_dim, config.rope_theta, x.dtype)
 
 
 def apply_rope(x: Tensor, rope: Rope) -> Tensor:
@@ -50,8 +69,8 @@ def _has_kernel(x: Tensor, cos: Tensor) -> bool:
 
 def causal_attention(
     q: Tensor,  # (B, H, T, d)
-    k: Tensor,  # (B, Hkv, P+T, d)
-    v: Tensor,  # (B, Hkv, P+T, d)
+    k: Tensor,  # (B, G, P+T, d)
+    v: Tensor,  # (B, G, P+T, d)
     key_mask: Tensor | None = None,  # (B, P+T)
 ) -> Tensor:
     """Softmax attention over keys j <= P + t, scale d^-1/2, by the fused kernel; (B, H, T, d).
@@ -74,8 +93,8 @@ def causal_attention(
 class AttentionMixer(nn.Module):
     """Causal attention of a with H heads.
 
-    In Sessa's gated block `out_proj` has no bias and is there for several heads only, as the
-    author's release has it; in the standard block it is always there, with a bias.
+    Inside Sessa's gated block, `out_proj` has no bias and exists only for several heads, as in the
+    author's release. Inside the standard block it always exists and has a bias.
     """
 
     def __init__(self, config: SessaConfig, *, gated: bool = False) -> None:
@@ -97,13 +116,19 @@ class AttentionMixer(nn.Module):
         cache: SessaLayerCache | None = None,
         key_mask: Tensor | None = None,  # (B, P+T)
     ) -> Tensor:
-        """Mix a (B, T, D) over time; with a cache, a continues what the cache holds."""
+        """Mix a (B, T, D) over time; with a cache, a continues what the cache holds.
+
+        rope are the tables of `rope_of`, for a caller that shares them between layers; by default
+        they are built here, from the position of the cache and the mask.
+        """
         B, T, D = a.shape
         d = self.config.head_dim
         q, k, v = (
             project(a).view(B, T, -1, d).transpose(1, 2)  # (B, heads, T, d)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
+        if rope is None:
+            rope = rope_of(self.config, a, 0 if cache is None else cache.k.length, key_mask)
         if rope is not None:
             q, k = apply_rope(q, rope), apply_rope(k, rope)
         if cache is not None:

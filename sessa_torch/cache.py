@@ -1,4 +1,4 @@
-"""What decoding keeps: per layer the rows that attention and feedback read, or Mamba's state."""
+"""Caches of decoding: for each layer the rows that attention and feedback read, or a state."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ CHUNK = 256
 
 
 class GrowingBuffer:
-    """A tensor that grows along one axis; room is taken in chunks, so appending rarely copies."""
+    """A tensor that grows along one axis; it grows by whole chunks, so appending rarely copies."""
 
     def __init__(self, axis: int) -> None:
         self.axis = axis
@@ -44,10 +44,11 @@ class GrowingBuffer:
 
 
 class SessaLayerCache:
-    """One layer's rows: k, v (B, Hkv, P, d) after RoPE, k_fb (B, P, D) and s (B, P, D) float32.
+    """One layer's rows: k, v (B, G, P, d) after RoPE, k_fb (B, P, D) and s (B, P, D) float32.
 
-    The states stay in float32 in any model dtype: in bfloat16 they would tell apart only the first
-    15 positions of the positional code (Lemma 4.10 at gain 0.76).
+    The states stay in float32 in any model dtype: bfloat16 could distinguish only the first 15
+    positions of the positional code (Lemma 4.10 at gain 0.76). Without feedback, k_fb and s stay
+    empty.
     """
 
     def __init__(self) -> None:
@@ -71,7 +72,7 @@ class Mamba2LayerCache:
         self.state: Tensor | None = None
 
     def trim(self, length: int) -> None:
-        """Forget everything when length is 0; the caller refuses anything in between."""
+        """Forget everything when length is 0; `SessaCache.trim` refuses any other length."""
         if length == 0:
             self.conv = self.state = None
 
@@ -81,14 +82,13 @@ class SessaCache:
 
     def __init__(self, config: SessaConfig) -> None:
         self.layers = [
-            Mamba2LayerCache() if mixer == "mamba2" else SessaLayerCache()
-            for mixer in config.mixers
+            SessaLayerCache() if kind.attends else Mamba2LayerCache() for kind in config.kinds
         ]
         self.mask: Tensor | None = None  # (B, P), True where a token is not padding
         self.length = 0
 
     def extend(self, count: int, mask: Tensor | None) -> Tensor | None:
-        """Register `count` new positions and return the mask (B, P + count), None when all count.
+        """Register `count` new positions and return the mask (B, P + count), None without padding.
 
         A mask covers the past and the new positions, or the new ones alone; without one, new
         positions are visible. Raises ValueError when the mask has another length.
@@ -110,10 +110,10 @@ class SessaCache:
         return mask
 
     def trim(self, count: int) -> None:
-        """Drop the last `count` positions; rows and states depend on earlier positions only.
+        """Drop the last `count` positions, which is exact: no row depends on a later position.
 
-        Raises ValueError, before anything is changed, for more positions than there are, and for a
-        part of them when a layer is Mamba-2, whose state cannot be rolled back.
+        Raises ValueError, before anything is changed, for more positions than are cached, and for
+        a part of them when a layer is Mamba-2, whose state cannot be rolled back.
         """
         if not 0 <= count <= self.length:
             raise ValueError(f"cannot drop {count} of {self.length} cached positions")

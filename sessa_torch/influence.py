@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sessa_torch.attention import Rope
 from sessa_torch.checkpoint import to_numpy
 from sessa_torch.feedback import feedback_solve
 from sessa_torch.model import SessaForCausalLM
@@ -33,14 +32,8 @@ class InfluenceProbe:
         inputs = []
         for layer in self.backbone.layers:
             inputs.append(x)
-            x = layer(x, rope=self._rope(self.length))
+            x = layer(x)
         return inputs
-
-    def _rope(self, length: int) -> Rope | None:
-        if not self.backbone.rotates:
-            return None
-        dtype = self.backbone.embed_tokens.weight.dtype
-        return self.backbone._rope(0, self.ids[:, :length], None, dtype)
 
     def squared_norms(
         self, first: int, last: int, times: np.ndarray, cotangents: np.ndarray
@@ -48,9 +41,9 @@ class InfluenceProbe:
         """As in the protocol: (R, max(times) + 1) for times (R,) and cotangents (R, D)."""
         R, length = len(times), int(times.max()) + 1
         x = self.inputs[first][:, :length].repeat(R, 1, 1).requires_grad_()  # (R, length, D)
-        y, rope = x, self._rope(length)
+        y = x
         for layer in self.backbone.layers[first:last]:
-            y = layer(y, rope=rope)
+            y = layer(y)
         dy = torch.zeros_like(y)
         dy[torch.arange(R), torch.tensor(times)] = torch.tensor(cotangents, dtype=y.dtype).to(
             y.device
@@ -66,7 +59,9 @@ class InfluenceProbe:
         """As in the protocol: gains (T,), largest weights (T,), kernel columns (T, n)."""
         block: Any = self.backbone.layers[layer]
         x = self.inputs[layer]
-        a = F.gelu(block.W_in(block.ln(x)).chunk(2, -1)[0])
+        a = block.ln(x)
+        if self.config.kinds[layer].block == "gated":
+            a = F.gelu(block.W_in(a).chunk(2, -1)[0])
         q, k = block.mixer.proj_fb(a).chunk(2, -1)
         gamma = block.mixer.gain(a)
         impulses = torch.zeros(1, self.length, len(sources), dtype=gamma.dtype, device=x.device)

@@ -45,7 +45,7 @@ def _architecture(found: Description) -> Table:
         if value is not None:
             several = isinstance(value, (list, tuple))
             table.add_row(key, ", ".join(value) if several else str(value))
-    attends = found.architecture["mixer"] != "mamba2"
+    attends = found.architecture["layer_kinds"] != "mamba2"
     if attends and "num_attention_heads" not in found.architecture:
         table.add_row("num_attention_heads", "not settled by the weights")
     return table

@@ -21,9 +21,10 @@ from sessa_cli.common import (
 )
 from sessa_cli.progress import TerminalReporter
 from sessa_common.checkpoint.run_files import LOSS_PICTURE, RESULT
-from sessa_common.config import MIXERS, PRESETS, SessaConfig, TrainConfig
+from sessa_common.config import PRESETS, SessaConfig, TrainConfig
 from sessa_common.data.task_registry import TASKS
 from sessa_common.errors import SessaError
+from sessa_common.layer_kinds import KINDS
 
 if TYPE_CHECKING:
     from sessa_common.training.session import TrainResult
@@ -110,13 +111,9 @@ def train(
     init: Annotated[
         Path | None, of_model("--init", "Fine-tune the model of this checkpoint folder.")
     ] = None,
-    mixer: Annotated[
+    layer_kinds: Annotated[
         str | None,
-        of_model("--mixer", f"{', '.join(MIXERS)}; or a comma list with one for each layer."),
-    ] = None,
-    attention_block: Annotated[
-        str | None,
-        of_model("--attention-block", "Around attention: mlp (standard) or gated (Sessa's)."),
+        of_model("--layer-kinds", f"{', '.join(KINDS)}; or a comma list with one for each layer."),
     ] = None,
     num_hidden_layers: Annotated[
         int | None, of_model("--num-hidden-layers --layers", "Number of layers.")
@@ -138,9 +135,6 @@ def train(
     ] = None,
     gamma_max: Annotated[
         float | None, of_model("--gamma-max", "Bound of the feedback gain.")
-    ] = None,
-    feedback: Annotated[
-        bool | None, of_model("--feedback/--no-feedback", "Without feedback: the paper's ablation.")
     ] = None,
     use_forward_rope: Annotated[
         bool | None, of_model("--rope/--no-rope", "Rotary positions in the forward attention.")
@@ -255,8 +249,8 @@ def train(
 
 def _fields(params: dict[str, Any]) -> dict[str, Any]:
     given = given_fields(params, SessaConfig, TrainConfig)
-    if "," in given.get("mixer", ""):
-        given["mixer"] = tuple(name.strip() for name in given["mixer"].split(","))
+    if "," in given.get("layer_kinds", ""):
+        given["layer_kinds"] = tuple(name.strip() for name in given["layer_kinds"].split(","))
     return given
 
 

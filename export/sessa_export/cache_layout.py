@@ -1,22 +1,25 @@
-"""The pairs of caches that each layer of an exported model has, and what can be exported at all."""
+"""The pairs of caches that each layer of an exported model has, and which layers have a graph."""
 
 from __future__ import annotations
 
 from sessa_common.config import SessaConfig
 from sessa_common.errors import SessaError
+from sessa_common.layer_kinds import KINDS
 
-# natural and uniform return grown caches; buffer returns new rows, for a runner that fills them in.
+# natural and uniform return the grown caches; buffer returns only the new rows, which the runner
+# writes into its buffers.
 LAYOUTS = ("natural", "uniform", "buffer")
 
 
 def require_supported(config: SessaConfig) -> None:
     """Raise SessaError for a stack with a layer that has no graph."""
-    if "mamba2" in config.mixers:
-        i = config.mixers.index("mamba2")
-        raise SessaError(
-            f"layer {i} is mamba2, which ONNX export does not support; it takes sessa and "
-            "attention layers (run this model with PyTorch or MLX)"
-        )
+    for i, kind in enumerate(config.kinds):
+        if not kind.exports:
+            supported = ", ".join(name for name, known in KINDS.items() if known.exports)
+            raise SessaError(
+                f"layer {i} is {kind.name}, which ONNX export does not support; it takes "
+                f"{supported} (run this model with PyTorch or MLX)"
+            )
 
 
 def layer_pairs(config: SessaConfig, i: int, layout: str = "natural") -> list[tuple[int, int]]:
@@ -26,14 +29,9 @@ def layer_pairs(config: SessaConfig, i: int, layout: str = "natural") -> list[tu
     """
     H, G = config.num_attention_heads, config.num_key_value_heads
     first = (G, config.head_dim)
-    if not feeds_back(config, i):
+    if not config.kinds[i].feeds_back:
         return [first]
     return [first] * (1 + H // G) if layout == "uniform" else [first, (1, config.hidden_size)]
-
-
-def feeds_back(config: SessaConfig, i: int) -> bool:
-    """Whether layer i has a feedback solve."""
-    return config.feedback and config.mixers[i] == "sessa"
 
 
 def kv_layers(config: SessaConfig, layout: str = "natural") -> list[tuple[int, int]]:
@@ -43,6 +41,6 @@ def kv_layers(config: SessaConfig, layout: str = "natural") -> list[tuple[int, i
 
 
 def pair_numbers(config: SessaConfig, layout: str) -> list[range]:
-    """Numbers of each layer's pairs, which count on from layer to layer."""
+    """The numbers of each layer's pairs, which are numbered through all layers."""
     sizes = [len(layer_pairs(config, i, layout)) for i in range(config.num_hidden_layers)]
     return [range(sum(sizes[:i]), sum(sizes[: i + 1])) for i in range(len(sizes))]

@@ -1,4 +1,4 @@
-"""One ONNX graph of a language model of Sessa and attention layers, from configuration and weights.
+"""One ONNX graph of a language model, from its configuration and its weights.
 
 Letters: B batch, T new tokens, P past tokens, S = P + T, D width, H query heads, G key/value heads,
 d = D/H, V vocabulary. The layers are those of `sessa_common.reference.model`.
@@ -17,13 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from sessa_common.config import SessaConfig
 from sessa_common.errors import SessaError
-from sessa_export.cache_layout import (
-    LAYOUTS,
-    feeds_back,
-    kv_layers,
-    pair_numbers,
-    require_supported,
-)
+from sessa_export.cache_layout import LAYOUTS, kv_layers, pair_numbers, require_supported
 from sessa_export.operator_body import DOMAIN, OP_TYPE, VERSION, add_function
 from sessa_export.runtime import CONFIG_KEY
 
@@ -220,15 +214,20 @@ def _layer(
 ) -> str:
     prefix, g.scope = f"model.layers.{i}.", f"layers.{i}."
     normed = _layer_norm(g, config, weights, prefix + "ln", x)
-    if f"{prefix}W_in.weight" not in weights:
-        x = g.add("Add", x, _attention(g, config, weights, i, normed, shared))
+    if config.kinds[i].block == "standard":
+        x = g.add("Add", x, _mix(g, config, weights, i, normed, shared))
         return _mlp(g, config, weights, prefix, x)
     a, gate = g.split(_linear(g, weights, prefix + "W_in", normed), 2, -1)
-    mixer_in = g.add("Gelu", a, approximate="none")
-    s = _attention(g, config, weights, i, mixer_in, shared)
-    if feeds_back(config, i):
-        s = _feedback(g, config, weights, i, mixer_in, s, shared)
+    s = _mix(g, config, weights, i, g.add("Gelu", a, approximate="none"), shared)
     return g.add("Add", x, _linear(g, weights, prefix + "W_out", g.add("Mul", s, gate)))
+
+
+def _mix(g: Builder, config: SessaConfig, weights: Weights, i: int, x: str, shared: Shared) -> str:
+    """The mixer of layer i: x (B, T, D) -> s (B, T, D), which is f without feedback."""
+    f = _attention(g, config, weights, i, x, shared)
+    if not config.kinds[i].feeds_back:
+        return f
+    return _feedback(g, config, weights, i, x, f, shared)
 
 
 def _mlp(g: Builder, config: SessaConfig, weights: Weights, prefix: str, x: str) -> str:

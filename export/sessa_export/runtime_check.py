@@ -71,8 +71,8 @@ def _check_onnx(
         return RuntimeCheck(name, compare(decoder, cases, tolerance_of(decoder)))
     if not (is_installed("onnx") and is_installed("onnxruntime")):
         return RuntimeCheck(name, [], NOT_INSTALLED)
-    if "mamba2" in config.mixers:
-        return RuntimeCheck(name, [], "not supported (mamba2)")
+    if missing := [kind.name for kind in config.kinds if not kind.exports]:
+        return RuntimeCheck(name, [], f"not supported ({missing[0]})")
     with tempfile.TemporaryDirectory(prefix="sessa-check-") as scratch:
         write_model(Path(scratch) / MODEL_FILE, config, weights, Options())
         return RuntimeCheck(name, compare(load_decoder(scratch), cases))

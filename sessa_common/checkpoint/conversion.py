@@ -40,6 +40,7 @@ from sessa_common.config import DTYPES, FOREIGN_KEYS, SessaConfig, parameter_sha
 from sessa_common.errors import SessaError, expect
 from sessa_common.fields import split_fields
 from sessa_common.json_files import read_json
+from sessa_common.layer_kinds import with_layer_kinds
 
 FRAMEWORKS = {"torch": "pt", "mlx": "mlx"}
 UNITS = {"GB": 10**9, "MB": 10**6, "KB": 10**3, "B": 1, "": 1}
@@ -90,7 +91,7 @@ def read_source(path: Path, given: Mapping[str, Any] | None = None, seed: int = 
     given are keys of config.json that the weights do not settle; seed draws a missing embedding.
     Raises SessaError that names the file and what is wrong or missing.
     """
-    given = given or {}
+    given = with_layer_kinds(given or {})
     if path.is_dir():
         return _read_folder(path, given)
     if not path.is_file():
@@ -110,6 +111,7 @@ def _read_folder(folder: Path, given: Mapping[str, Any]) -> Source:
     settings = read_json(folder / "config.json")
     if settings.get("model_type") == "mamba2":
         return _read_mamba2(folder, settings, given)
+    settings = with_layer_kinds(settings)
     for key, value in given.items():
         if key not in FOREIGN_KEYS and settings.get(key, value) != value:
             raise SessaError(f"{folder}: its config.json has {key} {settings[key]}, given {value}")
@@ -147,7 +149,7 @@ def _read_mamba2(folder: Path, settings: Mapping[str, Any], given: Mapping[str, 
 def _settings_beside(path: Path) -> dict[str, Any]:
     beside = path.with_name("config.json")
     settings = read_json(beside) if beside.is_file() else {}
-    return settings if settings.get("model_type") == "sessa" else {}
+    return with_layer_kinds(settings) if settings.get("model_type") == "sessa" else {}
 
 
 def cast(weights: Mapping[str, np.ndarray], dtype: str) -> Tensors:

@@ -21,6 +21,7 @@ from sessa_common.config import SessaConfig, parameter_shapes
 from sessa_common.errors import SessaError
 from sessa_common.frameworks import framework, is_installed
 from sessa_common.input_files import require_modest_archive
+from sessa_common.layer_kinds import LayerKind, infer_kind
 
 Tensors = dict[str, np.ndarray]
 
@@ -52,11 +53,10 @@ OUTSIDE = {
 
 # The tensors of a layer whose shapes settle keys of config.json.
 SHAPE_KEYS = {
-    "sessa": ("ln.weight", "mixer.k_proj.weight"),
     "attention": ("ln.weight", "mixer.k_proj.weight"),
+    "sessa": ("ln.weight", "mixer.k_proj.weight"),
     "mamba2": ("ln.weight", "mixer.norm.weight", "mixer.A_log", "mixer.conv1d.weight"),
 }
-MIXER_KEYS = {"mixer", "feedback", "attention_block"}
 
 
 @dataclass
@@ -147,14 +147,11 @@ def find_config(found: ImportedWeights, given: Mapping[str, Any], where: str) ->
     """The configuration that shapes and buffers tell, with `given` (keys of config.json) over it.
 
     Raises SessaError that says which option is missing: neither the number of heads nor RoPE can
-    be read from the weights alone. What the release's defaults fill in goes to the notes.
+    be read from the weights alone. Keys that get the release's defaults are listed in the notes.
     """
     weights = found.weights
     told = infer_config(found, where)
-    if "mixer" in given:
-        # Attention in Sessa's block and Sessa without feedback have the same tensors.
-        told = {key: value for key, value in told.items() if key not in MIXER_KEYS}
-    for key in told.keys() & given.keys() - {"dtype", "max_position_embeddings"}:
+    for key in told.keys() & given.keys() - {"dtype", "max_position_embeddings", "layer_kinds"}:
         if told[key] != given[key]:
             raise SessaError(f"{where}: {key} is {told[key]} in the weights, given {given[key]}")
     config = {**told, **given}
@@ -177,14 +174,22 @@ def find_config(found: ImportedWeights, given: Mapping[str, Any], where: str) ->
     if keys:
         rows = keys[0].shape[0]
         config.setdefault("num_key_value_heads", rows * heads // config["hidden_size"])
-    unused = {"gamma_max": "sessa" not in str(config["mixer"]),
-              "rope_theta": not config["use_forward_rope"]}  # fmt: skip
+    unused = {
+        "gamma_max": not any(kind.feeds_back for kind in _kinds(_layers(weights))),
+        "rope_theta": not config["use_forward_rope"],
+    }
     for key in ("gamma_max", "layer_norm_eps", "rope_theta"):
         if key not in config and not unused.get(key):
             found.notes.append(
                 f"assumed {key} = {getattr(SessaConfig, key)}, the release's default"
             )
-    return SessaConfig.from_dict(config, where)
+    whole = SessaConfig.from_dict(config, where)
+    if whole.layer_kinds != told["layer_kinds"]:
+        raise SessaError(
+            f"{where}: layer_kinds is {told['layer_kinds']} in the weights, "
+            f"given {whole.layer_kinds}"
+        )
+    return whole
 
 
 def _positive(config: Mapping[str, Any], key: str) -> int:
@@ -201,20 +206,20 @@ def infer_config(found: ImportedWeights, where: str) -> dict[str, Any]:
 
 def _told_by_shapes(weights: Tensors, where: str) -> dict[str, Any]:
     layers = _layers(weights)
-    mixers = _mixers(layers)
-    for i, mixer in enumerate(mixers):
-        missing = [name for name in SHAPE_KEYS[mixer] if not np.ndim(layers[i].get(name, 0))]
-        if missing and mixers.index(mixer) == i:
+    kinds = _kinds(layers)
+    for i, kind in enumerate(kinds):
+        missing = [name for name in SHAPE_KEYS[kind.mixer] if not np.ndim(layers[i].get(name, 0))]
+        if missing:
             raise SessaError(f"{where}: tensor {missing[0]} of layer {i} is missing")
-    dtypes = {str(value.dtype) for value in weights.values()}
+    dtypes, names = {str(v.dtype) for v in weights.values()}, tuple(kind.name for kind in kinds)
     config: dict[str, Any] = {
         "hidden_size": layers[0]["ln.weight"].shape[0],
         "num_hidden_layers": len(layers),
-        "mixer": mixers[0] if len(set(mixers)) == 1 else mixers,
+        "layer_kinds": names[0] if len(set(names)) == 1 else names,
         "dtype": dtypes.pop() if len(dtypes) == 1 else "float32",
     }
-    for layer, mixer in zip(layers, mixers, strict=True):
-        config |= _told_by_layer(layer, mixer, config["hidden_size"])
+    for layer, kind in zip(layers, kinds, strict=True):
+        config |= _told_by_layer(layer, kind, config["hidden_size"])
     embedding, head = (weights.get(n) for n in ("model.embed_tokens.weight", "lm_head.weight"))
     if embedding is not None:
         config["vocab_size"] = embedding.shape[0]
@@ -231,21 +236,12 @@ def _layers(weights: Tensors) -> list[Tensors]:
     return [layers[i] for i in range(len(layers))]
 
 
-def _mixers(layers: list[Tensors]) -> tuple[str, ...]:
-    """The mixer of each layer; without any feedback, Sessa's block counts as Sessa's."""
-    feedback = any("mixer.proj_fb.weight" in layer for layer in layers)
-
-    def mixer(layer: Tensors) -> str:
-        if "mixer.A_log" in layer:
-            return "mamba2"
-        bare = feedback and "mixer.proj_fb.weight" not in layer
-        return "attention" if bare or "mlp.up_proj.weight" in layer else "sessa"
-
-    return tuple(mixer(layer) for layer in layers)
+def _kinds(layers: list[Tensors]) -> list[LayerKind]:
+    return [infer_kind(layer) for layer in layers]
 
 
-def _told_by_layer(layer: Tensors, mixer: str, width: int) -> dict[str, Any]:
-    if mixer == "mamba2":
+def _told_by_layer(layer: Tensors, kind: LayerKind, width: int) -> dict[str, Any]:
+    if kind.mixer == "mamba2":
         inner, heads = layer["mixer.norm.weight"].size, layer["mixer.A_log"].size
         shape = layer["mixer.conv1d.weight"].shape
         return {
@@ -255,12 +251,8 @@ def _told_by_layer(layer: Tensors, mixer: str, width: int) -> dict[str, Any]:
             "mamba_d_conv": shape[-1],
         }
     told: dict[str, Any] = {}
-    if mixer == "sessa":
-        told["feedback"] = "mixer.proj_fb.weight" in layer
-    elif (up := layer.get("mlp.up_proj.weight")) is not None:
-        told |= {"attention_block": "mlp", "intermediate_size": up.shape[0]}
-    else:
-        told["attention_block"] = "gated"
+    if kind.block == "standard":
+        told["intermediate_size"] = layer["mlp.up_proj.weight"].shape[0]
     # The release has no out_proj with one head.
     if "mixer.out_proj.weight" not in layer:
         told["num_attention_heads"] = 1

@@ -58,11 +58,9 @@ def _draw(
 
 
 def _residual_terms(config: SessaConfig, name: str) -> int:
-    """How many terms like this weight's output the residual stream sums; 1 for any other weight."""
-    parts = name.split(".")
-    if parts[1] != "layers":
+    """The number of terms like this weight's output in the residual stream; 1 for other weights."""
+    if not name.startswith("model.layers."):
         return 1
-    mixer, layers = config.mixers[int(parts[2])], config.num_hidden_layers
-    if mixer == "attention" and config.attention_block == "mlp":
-        return 2 * layers if parts[-2] in ("out_proj", "down_proj") else 1
-    return layers if parts[-2] == ("out_proj" if mixer == "mamba2" else "W_out") else 1
+    number, _, inside = name.removeprefix("model.layers.").partition(".")
+    weights = config.kinds[int(number)].residual_weights
+    return config.num_hidden_layers * len(weights) if inside in weights else 1

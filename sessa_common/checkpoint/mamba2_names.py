@@ -72,7 +72,12 @@ def mamba2_config(
                          "limit can be converted")  # fmt: skip
     keys = {ours: settings.get(key, default) for ours, (key, default) in KEYS.items()}
     dtype = settings.get("dtype") or settings.get("torch_dtype") or "float32"
-    keys |= {"mixer": "mamba2", "num_attention_heads": 1, "use_forward_rope": False, "dtype": dtype}
+    keys |= {
+        "layer_kinds": "mamba2",
+        "num_attention_heads": 1,
+        "use_forward_rope": False,
+        "dtype": dtype,
+    }
     notes = []
     if "max_position_embeddings" not in given:
         notes.append(f"assumed max_position_embeddings = {CONTEXT}; the layers have no limit "

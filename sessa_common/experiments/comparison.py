@@ -38,7 +38,9 @@ MODELS = {
     "transformer-deep": ModelKind(preset="transformer-{}-deep"),
     "mamba2": ModelKind(preset="mamba2-{}"),
     # An ablation: Sessa without its feedback, so without the parameters of the feedback.
-    "gated_attention": ModelKind(preset="sessa-{}", fields={"feedback": False}, is_matched=False),
+    "gated_attention": ModelKind(
+        preset="sessa-{}", fields={"layer_kinds": "gated_attention"}, is_matched=False
+    ),
 }
 # Names of before version 0.2. The command line still accepts them, and old plans hold them.
 OLD_NAMES = {

@@ -109,12 +109,12 @@ def flops_per_token(config: SessaConfig, length: int) -> float:
         used -= config.vocab_size * config.hidden_size
     D, inner = config.hidden_size, config.mamba_expand * config.hidden_size
     forward = 0.0
-    for mixer in config.mixers:
-        if mixer == "mamba2":
-            forward += 6 * inner * config.mamba_d_state
-        else:
+    for kind in config.kinds:
+        if kind.attends:
             forward += 2 * D * (length + 1)
-        if mixer == "sessa" and config.feedback:
+        else:
+            forward += 6 * inner * config.mamba_d_state
+        if kind.feeds_back:
             forward += 2 * D * (length - 1)
     return 6 * used + 3 * forward
 

@@ -49,7 +49,7 @@ def measure(
 
     Raises SessaError when the derivatives are not finite.
     """
-    depth, mixers = job.config.num_hidden_layers, job.config.mixers
+    depth, kinds = job.config.num_hidden_layers, job.config.kinds
 
     def curves_of(first: int, last: int) -> Curves:
         return influence_curves(probes, job.sources, first, last, draws=draws, seed=seed)
@@ -62,13 +62,13 @@ def measure(
     for i in job.layers:
         alone = curves_of(i, i + 1)
         layers[i] = fit_laws(alone, seed=seed)
-        entry = {"layer": i, "mixer": mixers[i], **curves_report(alone, layers[i])}
-        if mixers[i] == "sessa" and job.config.feedback:
+        entry = {"layer": i, "mixer": kinds[i].name, **curves_report(alone, layers[i])}
+        if kinds[i].feeds_back:
             entry["feedback"] = feedback_report(probes, i, job.sources, alone.lags)
-        if mixers[i] == "mamba2":
+        if kinds[i].mixer == "mamba2":
             entry["memory"] = memory_report(probes, i, job.sources[0])
         entries.append(entry)
-    mixer = "+".join(dict.fromkeys(mixers))
+    mixer = "+".join(dict.fromkeys(kind.name for kind in kinds))
     report = {
         "name": job.name,
         "mixer": mixer,

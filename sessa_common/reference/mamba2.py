@@ -1,4 +1,4 @@
-"""The Mamba-2 block in float64 NumPy, one row after another: judge of the chunked forms.
+"""The Mamba-2 block in float64 NumPy, one row after another, to judge the chunked forms.
 
 Letters: B batch, T time, D width, H heads of width P, N state size, W width of the convolution.
 Formulas: section 7 of arXiv 2405.21060 and modules/mamba2.py of state-spaces/mamba, one group.
@@ -16,7 +16,7 @@ from sessa_common.reference.ops import f64, rms_norm, silu, softplus
 
 
 class Mamba2LayerCache(NamedTuple):
-    """What one layer keeps of its past: the convolution's last inputs and the state."""
+    """The past of one layer: the last inputs of the convolution, and the state."""
 
     conv: np.ndarray  # (B, W-1, channels)
     state: np.ndarray  # (B, H, P, N)

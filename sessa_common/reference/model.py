@@ -1,7 +1,7 @@
 """The layers and the language model in float64 NumPy, gradients written out: judge of all others.
 
-Letters and equations as in `sessa_common.reference.ops`, which has the operators. Which block a
-layer is can be read off its weights; the Mamba-2 block has no gradients here.
+Letters and equations as in `sessa_common.reference.ops`, which has the operators. The kind of a
+layer is read from the names of its weights; the Mamba-2 block has no gradients here.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 
 from sessa_common.config import SessaConfig
 from sessa_common.errors import SessaError
+from sessa_common.layer_kinds import infer_kind
 from sessa_common.reference.mamba2 import Mamba2LayerCache, empty_mamba_cache, mamba2_layer
 from sessa_common.reference.ops import (
     attention,
@@ -85,7 +86,7 @@ def _join_heads(x: np.ndarray) -> np.ndarray:
 
 
 class SessaLayerCache(NamedTuple):
-    """What one layer keeps of P past tokens; k_fb and s stay empty without feedback."""
+    """The P past tokens of one layer; k_fb and s stay empty without feedback."""
 
     k: np.ndarray  # (B, G, P, d), after RoPE
     v: np.ndarray  # (B, G, P, d)
@@ -108,16 +109,17 @@ def _layer(
     positions: np.ndarray | None = None,
     key_mask: np.ndarray | None = None,
 ) -> SimpleNamespace:
-    """One layer with everything it computes on the way, for `_backward` to read."""
-    c = SimpleNamespace(x=f64(x), key_mask=key_mask, positions=positions)
-    if "mixer.A_log" in weights:
+    """One layer with all of its intermediate results, which `_backward` reads."""
+    kind = infer_kind(weights)
+    c = SimpleNamespace(x=f64(x), key_mask=key_mask, positions=positions, kind=kind)
+    if kind.block == "mamba2":
         assert not isinstance(past, SessaLayerCache)
         c.y, c.cache = mamba2_layer(config, weights, c.x, past, key_mask)
         return c
     assert not isinstance(past, Mamba2LayerCache)
     past = past or empty_layer_cache(config, len(x))
     c.normed = _norm(config, weights, "ln", c.x)
-    block = _standard_block if "mlp.up_proj.weight" in weights else _gated_block
+    block = _standard_block if kind.block == "standard" else _gated_block
     block(config, weights, c, past)
     return c
 
@@ -132,10 +134,7 @@ def _gated_block(
 ) -> None:
     c.a, c.g = np.split(_linear(weights, "W_in", c.normed), 2, axis=-1)
     c.mixer_in = gelu(c.a)
-    _attention(config, weights, c, past)
-    c.s = c.f
-    if _feeds_back(config, weights):
-        _feedback(config, weights, c, past)
+    _mix(config, weights, c, past)
     c.y = c.x + _linear(weights, "W_out", c.s * c.g)
 
 
@@ -143,15 +142,19 @@ def _standard_block(
     config: SessaConfig, weights: Weights, c: SimpleNamespace, past: SessaLayerCache
 ) -> None:
     c.mixer_in = c.normed
-    _attention(config, weights, c, past)
-    c.middle = c.x + c.f
+    _mix(config, weights, c, past)
+    c.middle = c.x + c.s
     c.normed_mlp = _norm(config, weights, "ln_mlp", c.middle)
     c.up = _linear(weights, "mlp.up_proj", c.normed_mlp)
     c.y = c.middle + _linear(weights, "mlp.down_proj", gelu(c.up))
 
 
-def _feeds_back(config: SessaConfig, weights: Weights) -> bool:
-    return config.feedback and "mixer.proj_fb.weight" in weights
+def _mix(config: SessaConfig, weights: Weights, c: SimpleNamespace, past: SessaLayerCache) -> None:
+    """c.mixer_in -> c.s: attention, then the feedback solve where the layer has one."""
+    _attention(config, weights, c, past)
+    c.s = c.f
+    if c.kind.feeds_back:
+        _feedback(config, weights, c, past)
 
 
 def _attention(
@@ -232,10 +235,10 @@ def layer_backward(
 def _backward(
     config: SessaConfig, weights: Weights, c: SimpleNamespace, dy: np.ndarray
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    if "mixer.A_log" in weights:
+    if c.kind.block == "mamba2":
         raise SessaError(NO_GRADIENTS)
     grads: dict[str, np.ndarray] = {}
-    block = _standard_backward if "mlp.up_proj.weight" in weights else _gated_backward
+    block = _standard_backward if c.kind.block == "standard" else _gated_backward
     dresidual, dnormed = block(config, weights, c, f64(dy), grads)
     dx = _norm_backward(config, weights, "ln", c.x, dnormed, grads)
     return dresidual + dx, grads
@@ -264,17 +267,7 @@ def _gated_backward(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Gradients at the residual stream and at the normed input."""
     dgated = _linear_backward(weights, "W_out", c.s * c.g, dy, grads)
-    df, dmixer_in = dgated * c.g, np.zeros_like(c.mixer_in)
-    if _feeds_back(config, weights):
-        df, dq_fb, dk_fb, dgamma, _ = feedback_solve_backward(
-            df, c.f, c.q_fb, c.k_fb, c.gamma, None, c.key_mask
-        )
-        dfb = np.concatenate([dq_fb, dk_fb], axis=-1)
-        dmixer_in += _linear_backward(weights, "mixer.proj_fb", c.mixer_in, dfb, grads)
-        dgain = (config.gamma_max * (1 - c.tanh**2) * dgamma)[..., None]
-        dmixer_in += _linear_backward(weights, "mixer.gamma_ctx", c.mixer_in, dgain, grads)
-        grads["mixer.gamma_bias"] = dgain.sum()
-    dmixer_in += _attention_backward(config, weights, c, df, grads)
+    dmixer_in = _mix_backward(config, weights, c, dgated * c.g, grads)
     dag = np.concatenate([dmixer_in * gelu_derivative(c.a), dgated * c.s], axis=-1)
     return dy, _linear_backward(weights, "W_in", c.normed, dag, grads)
 
@@ -292,7 +285,28 @@ def _standard_backward(
         weights, "mlp.up_proj", c.normed_mlp, dup * gelu_derivative(c.up), grads
     )
     dmiddle = dy + _norm_backward(config, weights, "ln_mlp", c.middle, dnormed, grads)
-    return dmiddle, _attention_backward(config, weights, c, dmiddle, grads)
+    return dmiddle, _mix_backward(config, weights, c, dmiddle, grads)
+
+
+def _mix_backward(
+    config: SessaConfig,
+    weights: Weights,
+    c: SimpleNamespace,
+    ds: np.ndarray,
+    grads: dict[str, np.ndarray],
+) -> np.ndarray:
+    """The gradient at c.mixer_in, given the one at c.s."""
+    if not c.kind.feeds_back:
+        return _attention_backward(config, weights, c, ds, grads)
+    df, dq_fb, dk_fb, dgamma, _ = feedback_solve_backward(
+        ds, c.f, c.q_fb, c.k_fb, c.gamma, None, c.key_mask
+    )
+    dfb = np.concatenate([dq_fb, dk_fb], axis=-1)
+    dmixer_in = _linear_backward(weights, "mixer.proj_fb", c.mixer_in, dfb, grads)
+    dgain = (config.gamma_max * (1 - c.tanh**2) * dgamma)[..., None]
+    dmixer_in += _linear_backward(weights, "mixer.gamma_ctx", c.mixer_in, dgain, grads)
+    grads["mixer.gamma_bias"] = dgain.sum()
+    return dmixer_in + _attention_backward(config, weights, c, df, grads)
 
 
 def _attention_backward(
@@ -329,8 +343,8 @@ def empty_cache(config: SessaConfig, B: int) -> ModelCache:
     """A cache of zero tokens for the whole model, B sequences."""
     return ModelCache(
         [
-            empty_mamba_cache(config, B) if mixer == "mamba2" else empty_layer_cache(config, B)
-            for mixer in config.mixers
+            empty_layer_cache(config, B) if kind.attends else empty_mamba_cache(config, B)
+            for kind in config.kinds
         ]
     )
 
@@ -428,7 +442,7 @@ def model_backward(
 
     Raises SessaError when a layer is Mamba-2.
     """
-    if "mamba2" in config.mixers:
+    if not all(kind.attends for kind in config.kinds):
         raise SessaError(NO_GRADIENTS)
     c = _model(config, weights, input_ids, attention_mask, None)
     head = _head(config, weights)

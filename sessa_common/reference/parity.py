@@ -14,10 +14,11 @@ from sessa_common.reference.model import model_logits
 
 # Two blocks of the operator's body, the second one cut short.
 TOKENS = 80
-# Largest difference, over the largest logit: a wrong graph is near 1, float32 rounding below 1e-4.
+# Largest difference over the largest logit: a wrong graph gives about 1, float32 rounding less
+# than 1e-4.
 TOLERANCE = 1e-3
-# The same for an exported folder by its dtype. Quantised weights make another model, whose cost is
-# told by the perplexity; their bounds only catch what is broken.
+# The same for an exported folder, by its dtype. Quantised weights make another model, whose quality
+# the perplexity measures; their bounds only detect a broken export.
 TOLERANCES = {"fp32": TOLERANCE, "fp16": 2e-2, "int8": 0.5, "int4": 1.0}
 
 
@@ -34,7 +35,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Result:
-    """What one runtime made of one case; difference is over the largest expected logit."""
+    """How well one runtime agrees in one case; difference is over the largest expected logit."""
 
     case: str
     difference: float
@@ -71,7 +72,7 @@ def make_cases(
 
 
 def _pieces(first: int, then: int, *, total: int) -> tuple[int, ...]:
-    """`first` tokens at once, a chunk of a third of the rest, and the rest `then` at a time."""
+    """Sizes: `first` tokens, then a third of the rest as one chunk, then `then` tokens each."""
     chunk = (total - first) // 3
     rest = total - first - chunk
     return tuple(n for n in (first, chunk, *[then] * (rest // then)) if n)
@@ -94,13 +95,13 @@ def run_case(decoder: Decoder, case: Case) -> np.ndarray:
 
 
 def compare(decoder: Decoder, cases: Sequence[Case], tolerance: float = TOLERANCE) -> list[Result]:
-    """Run every case; positions that are padding do not count."""
+    """Run every case and compare the logits at all positions but the padding."""
     results = []
     for case in cases:
         real = np.ones(case.tokens.shape, bool) if case.mask is None else case.mask > 0
         found, expected = run_case(decoder, case)[real], case.expected[real]
         difference = np.abs(found - expected).max() / (np.abs(expected).max() or 1.0)
-        # NaN compares as no difference at all.
+        # A comparison with NaN is always false, so NaN would pass as a small difference.
         difference = float(difference) if np.isfinite(found).all() else float("inf")
         agreement = float((found.argmax(-1) == expected.argmax(-1)).mean())
         results.append(Result(case.name, difference, agreement, tolerance))

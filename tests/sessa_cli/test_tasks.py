@@ -27,17 +27,28 @@ from sessa_common.training.trainer import Trainer
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("mixer", ["sessa", "attention", "mamba2", "sessa,mamba2"])
-def test_train_on_a_task(mixer, backend, tmp_path, capsys):
-    name = "diffuse-mqar" if mixer in ("attention", "sessa,mamba2") else "symbolsoup"
-    out, layers = tmp_path / "run", mixer.count(",") + 1
-    options = ("--layers", layers, "--mixer", mixer, "--backend", backend, "--evaluate-every", 2)
+@pytest.mark.parametrize(
+    "kinds", ["sessa", "transformer", "mamba2", "sessa_transformer", "sessa,mamba2"]
+)
+def test_train_on_a_task(kinds, backend, tmp_path, capsys):
+    name = "diffuse-mqar" if kinds in ("transformer", "sessa,mamba2") else "symbolsoup"
+    out, layers = tmp_path / "run", kinds.count(",") + 1
+    options = (
+        "--layers",
+        layers,
+        "--layer-kinds",
+        kinds,
+        "--backend",
+        backend,
+        "--evaluate-every",
+        2,
+    )
     assert sessa("train", *of_task(name), *TINY, *options, "--out", out, "--json") == 0
     summary = json.loads(capsys.readouterr().out)
     result = json.loads((out / "result.json").read_text())
     task = tiny(name)
     config, weights = load_weights(out)
-    assert config.mixers == tuple(mixer.split(","))
+    assert [kind.name for kind in config.kinds] == kinds.split(",")
     assert config.vocab_size == len(task.vocabulary)
     assert config.max_position_embeddings == task.context
     options = json.loads(json.dumps(dataclasses.asdict(task)))
@@ -151,8 +162,8 @@ def test_the_other_commands_take_the_run_folder(backend, run_folder, tmp_path, c
         (("--task", "sudoku"), "task is 'sudoku'"),
         (("--task-option", "lag=3"), "unknown option lag; known: min_tokens"),
         (("--task-option", "max_tokens"), "expected name=value"),
-        (("--mixer", "sessa,rwkv", "--layers", 2), "rwkv"),
-        (("--mixer", "sessa,mamba2"), "mixer"),
+        (("--layer-kinds", "sessa,rwkv", "--layers", 2), "rwkv"),
+        (("--layer-kinds", "sessa,mamba2"), "layer_kinds"),
     ],
     ids=lambda value: "".join(map(str, value)) if isinstance(value, tuple) else "",
 )

@@ -127,7 +127,10 @@ def test_resume_with_more_steps_goes_on(run_folder, capsys):
     ("options", "message"),
     [
         (("--layers", 2), "another architecture: num_hidden_layers is 1, 2 was given"),
-        (("--no-feedback",), "another architecture: feedback is True, False was given"),
+        (
+            ("--no-feedback",),
+            "another architecture: layer_kinds is sessa, gated_attention was given",
+        ),
         (("--lr", 0.5), "learning_rate is 0.003 in this run, 0.5 was given"),
         (("--preset", "sessa-9m"), "--preset starts a new run"),
         (("--data", "pydoc"), "the data are not those"),

@@ -1,4 +1,4 @@
-"""Presets: every size has all four families, matched in parameters by two independent counts."""
+"""Presets: every size has all families, matched in parameters by two independent counts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ from sessa_common.config import PRESETS, SessaConfig, check_matched, parameter_c
 from sessa_common.errors import SessaError
 
 SIZES = ("400k", "1m", "9m", "10m", "30m", "131m")
-FAMILIES = ("sessa-{}", "transformer-{}", "transformer-{}-deep", "mamba2-{}")
+FAMILIES = (
+    "sessa-{}",
+    "transformer-{}",
+    "transformer-{}-deep",
+    "mamba2-{}",
+    "sessa_transformer-{}",
+)
 
 
 def family(size: str) -> dict[str, SessaConfig]:
@@ -21,11 +27,14 @@ def block(config: SessaConfig) -> int:
     """Parameters of one layer by the closed formula of its kind, not by its tensors."""
     D, F = config.hidden_size, config.intermediate_size
     N, P = config.mamba_d_state, config.mamba_d_head
-    if config.mixer == "attention":
-        return 4 * D**2 + 4 * D + 2 * D * F + F + D + 4 * D
-    if config.mixer == "mamba2":
+    feedback = 2 * D**2 + 3 * D + 1
+    if config.layer_kinds in ("transformer", "sessa_transformer"):
+        standard = 4 * D**2 + 4 * D + 2 * D * F + F + D + 4 * D
+        return standard if config.layer_kinds == "transformer" else standard + feedback
+    if config.layer_kinds == "mamba2":
         return 6 * D**2 + 2 * D**2 // P + 2 * N * D + 10 * N + 13 * D + 6 * D // P
-    return 9 * D**2 + 11 * D + 1 if config.feedback else 7 * D**2 + 8 * D
+    gated = 7 * D**2 + 8 * D
+    return gated if config.layer_kinds == "gated_attention" else gated + feedback
 
 
 def test_no_preset_is_left_out() -> None:
@@ -38,7 +47,7 @@ def test_sizes_are_matched(size: str) -> None:
     check_matched(configs)
     counts = {name: parameter_count(config) for name, config in configs.items()}
     for name, config in configs.items():
-        norm = config.hidden_size * (1 if config.mixer == "mamba2" else 2)
+        norm = config.hidden_size * (1 if config.layer_kinds == "mamba2" else 2)
         outside = config.vocab_size * config.hidden_size + norm
         assert counts[name] == config.num_hidden_layers * block(config) + outside, name
     assert counts[f"sessa-{size}"] == pytest.approx(
@@ -51,15 +60,14 @@ def test_sizes_are_matched(size: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"feedback": False}, 7 * 40**2 + 8 * 40),
-        ({"mixer": "attention", "attention_block": "gated"}, 7 * 40**2 + 8 * 40),
+        ({"layer_kinds": "gated_attention"}, 7 * 40**2 + 8 * 40),
         ({"num_attention_heads": 1}, 8 * 40**2 + 11 * 40 + 1),
         (
-            {"mixer": "mamba2", "mamba_d_state": 12, "mamba_d_head": 16},
+            {"layer_kinds": "mamba2", "mamba_d_state": 12, "mamba_d_head": 16},
             6 * 40**2 + 2 * 40**2 // 16 + 2 * 12 * 40 + 10 * 12 + 13 * 40 + 6 * 40 // 16,
         ),
     ],
-    ids=["no-feedback", "gated", "one-head", "mamba2"],
+    ids=["gated", "one-head", "mamba2"],
 )
 def test_other_blocks_have_the_formulas_count(changes: dict, expected: int) -> None:
     two, three = (

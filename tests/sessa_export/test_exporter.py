@@ -151,7 +151,7 @@ def test_dtypes_of_a_hybrid_for_every_client(tmp_path: Path, text) -> None:
         assert all(result.ok for result in report.results["standard operators"])
         pairs = read(tmp_path / dtype / "genai_config.json")["model"]["decoder"]
         assert pairs["num_hidden_layers"] == 7
-        assert load_decoder(tmp_path / dtype).config.mixers == config.mixers
+        assert load_decoder(tmp_path / dtype).config.kinds == config.kinds
 
 
 def test_which_weights_are_stored_how(tmp_path: Path, checkpoint: Path, text) -> None:

@@ -27,7 +27,15 @@ from sessa_export.exporter import Options, export_checkpoint
 from sessa_export.graph import OPSETS, build_model, save_model
 from sessa_export.runtime import load_decoder
 
-PLAIN = ("grouped", "single_head", "norope", "weak_gamma", "attention", "hybrid")
+PLAIN = (
+    "grouped",
+    "single_head",
+    "norope",
+    "weak_gamma",
+    "attention",
+    "hybrid",
+    "sessa_transformer",
+)
 
 
 @pytest.fixture(
@@ -72,9 +80,9 @@ def test_chunks_and_decode(exported) -> None:
     expected = reference.model_logits(config, weights, tokens, cache=cache)
     assert_logits(np.concatenate(pieces, axis=1), expected)
     wanted = []
-    for layer, mixer in zip(cache.layers, config.mixers, strict=True):
+    for layer, kind in zip(cache.layers, config.kinds, strict=True):
         wanted += [layer.k, layer.v]
-        if config.feedback and mixer == "sessa":
+        if kind.feeds_back:
             wanted += [layer.k_fb[:, None], layer.s[:, None]]
     for got, want in zip(decoder.caches.arrays(), wanted, strict=True):
         assert_logits(got, want)
@@ -146,7 +154,7 @@ def test_caches_follow_each_layer(layout: str) -> None:
     assert set(shapes) == {"input_ids", "attention_mask"}
 
 
-@pytest.mark.parametrize("variant", ["no_feedback", "attention", "attention_gated"])
+@pytest.mark.parametrize("variant", ["attention", "attention_gated"])
 def test_a_graph_without_feedback_has_no_trace_of_the_operator(variant: str) -> None:
     config = small_config(variant)
     model = build_model(config, lively_weights(config))
@@ -297,7 +305,7 @@ def test_stepper_refuses_a_mask_of_another_length(exported) -> None:
 
 
 def test_save_model_accepts_what_build_model_gives(tmp_path: Path) -> None:
-    config = small_config("no_feedback")
+    config = small_config("attention_gated")
     model = build_model(config, lively_weights(config))
     save_model(model, tmp_path / "model.onnx")
     assert not model.functions

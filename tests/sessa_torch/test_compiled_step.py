@@ -22,9 +22,10 @@ SETTINGS = TrainConfig(steps=9, batch_size=3, gradient_accumulation_steps=2,
                        learning_rate=5e-3, checkpoint_every=4, compile=True)  # fmt: skip
 KINDS = {
     "sessa": {},
-    "attention": {"mixer": "attention"},
-    "mamba2": {"mixer": "mamba2", "mamba_d_head": 4, "mamba_d_state": 6},
-    "hybrid": {"mixer": ("mamba2", "sessa"), "mamba_d_head": 4, "mamba_d_state": 6},
+    "transformer": {"layer_kinds": "transformer"},
+    "sessa_transformer": {"layer_kinds": "sessa_transformer"},
+    "mamba2": {"layer_kinds": "mamba2", "mamba_d_head": 4, "mamba_d_state": 6},
+    "hybrid": {"layer_kinds": ("mamba2", "sessa"), "mamba_d_head": 4, "mamba_d_state": 6},
 }
 # What stands for torch.compile: nothing, all of it but the slow code generation, all of it.
 COMPILERS = {
@@ -90,7 +91,7 @@ def eager(monkeypatch):
     ("compiler", "kind"),
     [
         *(("eager", kind) for kind in KINDS),
-        *(("traced", kind) for kind in ("attention", "hybrid")),
+        *(("traced", kind) for kind in ("transformer", "hybrid")),
         *(pytest.param("compiled", kind, marks=pytest.mark.slow) for kind in KINDS),
     ],
 )
@@ -215,7 +216,7 @@ def test_a_compiled_run_resumes_bit_for_bit(stop, eager, tmp_path):
 @pytest.mark.parametrize("backend", ["torch", pytest.param("mlx", marks=pytest.mark.slow)])
 def test_the_option_is_part_of_the_run(backend, eager, tmp_path, capsys):
     tiny = ("--data", "pydoc", "--max-documents", "3", "--tokenizer", "bytes", "--width", "8",
-            "--heads", "2", "--layers", "1", "--mixer", "attention", "--context", "16",
+            "--heads", "2", "--layers", "1", "--layer-kinds", "transformer", "--context", "16",
             "--steps", "2", "--batch-size", "2", "--evaluate-batches", "1")  # fmt: skip
     run = tmp_path / "run"
     assert sessa("train", *tiny, "--compile", "--backend", backend, "--out", run) == 0

@@ -14,8 +14,8 @@ from sessa_common.data.tokenizer import byte_tokenizer, write_tokenizer
 Weights = dict[str, np.ndarray]
 
 MAMBA: dict[str, dict] = {
-    "mamba2": {"mixer": "mamba2", "mamba_d_state": 12, "mamba_d_head": 16},
-    "mamba2_hybrid": {"mixer": ("attention", "mamba2", "sessa"), "num_hidden_layers": 3,
+    "mamba2": {"layer_kinds": "mamba2", "mamba_d_state": 12, "mamba_d_head": 16},
+    "mamba2_hybrid": {"layer_kinds": ("transformer", "mamba2", "sessa"), "num_hidden_layers": 3,
                       "mamba_d_state": 12, "mamba_d_head": 16, "mamba_d_conv": 3},
 }  # fmt: skip
 # What can be exported.
@@ -25,22 +25,26 @@ VARIANTS: dict[str, dict] = {
     "one_key_head": {"num_key_value_heads": 1},
     "single_head": {"num_attention_heads": 1},
     "norope": {"use_forward_rope": False},
-    "no_feedback": {"feedback": False},
     "untied": {"tie_word_embeddings": False},
     "weak_gamma": {"gamma_max": 0.5, "rope_theta": 500.0, "layer_norm_eps": 1e-3},
-    "attention": {"mixer": "attention", "intermediate_size": 72, "num_key_value_heads": 2},
-    "attention_one_head": {"mixer": "attention", "num_attention_heads": 1},
-    "attention_gated": {"mixer": "attention", "attention_block": "gated"},
+    "attention": {"layer_kinds": "transformer", "intermediate_size": 72, "num_key_value_heads": 2},
+    "attention_one_head": {"layer_kinds": "transformer", "num_attention_heads": 1},
+    "attention_gated": {"layer_kinds": "gated_attention"},
     # The middle layer has one pair of caches, the others have two.
     "hybrid": {
-        "mixer": ("sessa", "attention", "sessa"),
+        "layer_kinds": ("sessa", "transformer", "sessa"),
         "num_hidden_layers": 3,
         "num_key_value_heads": 2,
     },
-    "hybrid_gated": {
-        "mixer": ("attention", "sessa"),
-        "attention_block": "gated",
-        "use_forward_rope": False,
+    "hybrid_gated": {"layer_kinds": ("gated_attention", "sessa"), "use_forward_rope": False},
+    "sessa_transformer": {
+        "layer_kinds": "sessa_transformer",
+        "intermediate_size": 72,
+        "num_key_value_heads": 2,
+    },
+    "sessa_transformer_one_head": {
+        "layer_kinds": ("transformer", "sessa_transformer"),
+        "num_attention_heads": 1,
     },
 }
 

@@ -47,15 +47,15 @@ class Torch:
         }
 
     def layer(self, config: Any, params: Arrays, dtype: str) -> Any:
-        layer = self.model.new_layer(config, config.mixers[0]).to(getattr(torch, dtype))
+        layer = self.model.new_layer(config, config.kinds[0]).to(getattr(torch, dtype))
         layer.load_state_dict({name: self.array(value) for name, value in params.items()})
         return layer
 
-    def layer_gradients(self, layer: Any, x: np.ndarray, dy: np.ndarray, rope: Any) -> Arrays:
+    def layer_gradients(self, layer: Any, x: np.ndarray, dy: np.ndarray) -> Arrays:
         """The layer's output "y" and the gradients of x ("dx") and of every parameter."""
         dtype = next(layer.parameters()).dtype
         leaf = torch.tensor(x, dtype=dtype, requires_grad=True)
-        y = layer(leaf, rope=rope)
+        y = layer(leaf)
         y.backward(torch.tensor(dy, dtype=dtype))
         grads = {name: self.numpy(p.grad) for name, p in layer.named_parameters()}
         return {**grads, "y": self.numpy(y), "dx": self.numpy(leaf.grad)}
@@ -93,23 +93,23 @@ class MLX:
         return {name: self.numpy(g).astype(np.float64) for name, g in grads.items()}
 
     def layer(self, config: Any, params: Arrays, dtype: str) -> Any:
-        layer = self.model.new_layer(config, config.mixers[0])
+        layer = self.model.new_layer(config, config.kinds[0])
         layer.set_dtype(getattr(mx, dtype))
         layer.load_weights([(name, self.array(value, dtype)) for name, value in params.items()])
         return layer
 
-    def layer_gradients(self, layer: Any, x: np.ndarray, dy: np.ndarray, rope: Any) -> Arrays:
+    def layer_gradients(self, layer: Any, x: np.ndarray, dy: np.ndarray) -> Arrays:
         """The layer's output "y" and the gradients of x ("dx") and of every parameter."""
         dtype = layer.ln.weight.dtype
         x, dy = (self.checkpoint.to_tensor(value).astype(dtype) for value in (x, dy))
 
         def loss(layer: Any, x: mx.array) -> mx.array:
-            return (layer(x, rope=rope) * dy).sum()
+            return (layer(x) * dy).sum()
 
         _, grads = mlx_nn.value_and_grad(layer, lambda x: loss(layer, x))(x)
         dx = mx.grad(lambda x: loss(layer, x))(x)
         named = {name: self.numpy(value) for name, value in tree_flatten(grads)}
-        return {**named, "y": self.numpy(layer(x, rope=rope)), "dx": self.numpy(dx)}
+        return {**named, "y": self.numpy(layer(x)), "dx": self.numpy(dx)}
 
     def model_gradients(
         self, model: Any, ids: np.ndarray, mask: np.ndarray, dlogits: np.ndarray

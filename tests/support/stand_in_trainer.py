@@ -21,6 +21,7 @@ for name in (
     "task",
     "data",
     "preset",
+    "layer-kinds",
     "steps",
     "batch-size",
     "lr",
@@ -36,7 +37,7 @@ for name in (
 ):
     p.add_argument("--" + name)
 p.add_argument("--validation-data", action="append")
-for name in ("json", "no-feedback", "compile"):
+for name in ("json", "compile"):
     p.add_argument("--" + name, action="store_true")
 a = p.parse_args()
 folder = pathlib.Path(a.resume or a.out)
@@ -62,9 +63,9 @@ else:
     start = folder.with_name(folder.name + ".start")
     start.mkdir(parents=True)
     (start / "training.json").write_text(json.dumps(given))
-    config = dataclasses.replace(
-        PRESETS[a.preset], vocab_size=613, max_position_embeddings=300, feedback=not a.no_feedback
-    )
+    config = dataclasses.replace(PRESETS[a.preset], vocab_size=613, max_position_embeddings=300)
+    if a.layer_kinds:
+        config = dataclasses.replace(config, layer_kinds=a.layer_kinds)
     (start / "config.json").write_text(json.dumps(config.to_dict()))
     data = folder.parent.parent.parent / "data"
     about = {"step": 1, "fingerprint": data.read_text() if data.exists() else "first"}
@@ -85,7 +86,7 @@ if broken.exists() and broken.read_text() in folder.name:
 best = 3e-3 if given["preset"].startswith("sessa") else 1e-3
 loss = 0.5 + 100 * abs(float(given["lr"]) - best)
 base = {"sessa-1m": 0.8, "transformer-1m": 0.6, "mamba2-1m": 0.3}[given["preset"]]
-accuracy = base + 0.02 * int(given["seed"]) - 0.1 * bool(given.get("no_feedback"))
+accuracy = base + 0.02 * int(given["seed"]) - 0.1 * bool(given.get("layer_kinds"))
 if "density=0" in given["task_option"]:
     accuracy = min(1.0, accuracy + 0.32)
 steps = int(given["steps"])

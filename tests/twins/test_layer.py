@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import mlx.core as mx
+from importlib import import_module
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +11,7 @@ from support.frameworks import FRAMEWORKS, Torch
 from support.golden_cases import NAMES, golden_case, gradient_errors, relative_error
 
 from sessa_common.config import SessaConfig
+from sessa_common.layer_kinds import KINDS
 from sessa_common.reference import model as reference
 
 # MLX computes exp and erf of float64 in float32 accuracy, so float64 proves no more there.
@@ -26,25 +28,29 @@ def tolerance(framework: object, dtype: str, name: str) -> float:
     return 1e-3 if name == "strong_feedback" else 1e-4
 
 
-def rope_tables(framework, config, start, stop, dtype):
-    if not config.use_forward_rope:
-        return None
-    positions = framework.array(np.arange(start, stop)[None])
-    module = torch if isinstance(framework, Torch) else mx
-    attention = __import__(f"sessa_{framework.name}.attention", fromlist=["rope_tables"])
-    return attention.rope_tables(
-        positions, config.head_dim, config.rope_theta, getattr(module, dtype)
-    )
+def new_cache(framework):
+    module = import_module(f"sessa_{framework.name}.cache")
+    return module.SessaLayerCache()
+
+
+def in_pieces(framework, module, rows, dtype, **options):
+    """Half of the rows (B, T, D) at once, then one at a time, through one cache."""
+    T, cache, pieces, start = rows.shape[1], new_cache(framework), [], 0
+    for stop in [T // 2, *range(T // 2 + 1, T + 1)]:
+        if stop > start:
+            given = {name: mask[:, :stop] for name, mask in options.items()}
+            piece = module(framework.array(rows[:, start:stop], dtype), cache=cache, **given)
+            pieces.append(framework.numpy(piece))
+        start = stop
+    return np.concatenate(pieces, 1)
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("framework", "dtype"), CASES)
-def test_layer_gives_the_golden_output_and_gradients(framework, dtype, name):
+def test_layer_alone_gives_the_golden_output_and_gradients(framework, dtype, name):
     case = golden_case(name)
     layer = framework.layer(case.config, case.params, dtype)
-    T = case.arrays["x"].shape[1]
-    rope = rope_tables(framework, case.config, 0, T, dtype)
-    got = framework.layer_gradients(layer, case.arrays["x"], case.arrays["dy"], rope)
+    got = framework.layer_gradients(layer, case.arrays["x"], case.arrays["dy"])
     limit = tolerance(framework, dtype, name)
     assert relative_error(got.pop("y"), case.arrays["y"]) <= limit
     assert relative_error(got.pop("dx"), case.arrays["dx"]) <= limit
@@ -56,25 +62,45 @@ def test_layer_gives_the_golden_output_and_gradients(framework, dtype, name):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("framework", "dtype"), CASES)
-def test_layer_decodes_what_the_release_decodes(framework, dtype, name):
+def test_layer_alone_decodes_what_the_release_decodes(framework, dtype, name):
     case = golden_case(name)
     layer = framework.layer(case.config, case.params, dtype)
-    x = case.arrays["x"]
-    T = x.shape[1]
-    cache = __import__(
-        f"sessa_{framework.name}.cache", fromlist=["SessaLayerCache"]
-    ).SessaLayerCache()
-    pieces, start = [], 0
     with torch.no_grad():
-        for stop in [T // 2, *range(T // 2 + 1, T + 1)]:
-            if stop == start:
-                continue
-            rope = rope_tables(framework, case.config, start, stop, dtype)
-            piece = layer(framework.array(x[:, start:stop], dtype), rope=rope, cache=cache)
-            pieces.append(framework.numpy(piece))
-            start = stop
-    got = np.concatenate(pieces, 1)
+        got = in_pieces(framework, layer, case.arrays["x"], dtype)
     assert relative_error(got, case.arrays["y_decode"]) <= tolerance(framework, dtype, name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("framework", "dtype"), CASES)
+def test_mixer_alone_gives_the_golden_states(framework, dtype, name):
+    case = golden_case(name)
+    mixer = framework.layer(case.config, case.params, dtype).mixer
+    rows, limit = case.arrays["mixer_in"], tolerance(framework, dtype, name)
+    with torch.no_grad():
+        whole = framework.numpy(mixer(framework.array(rows, dtype)))
+        pieces = in_pieces(framework, mixer, rows, dtype)
+    assert relative_error(whole, case.arrays["mixer_out"]) <= limit
+    assert relative_error(pieces, case.arrays["mixer_out"]) <= limit
+
+
+@pytest.mark.parametrize("kind", [name for name, kind in KINDS.items() if kind.attends])
+@pytest.mark.parametrize(("framework", "dtype"), CASES)
+def test_every_layer_alone_counts_positions_by_the_mask(framework, dtype, kind):
+    config = SessaConfig(
+        hidden_size=24, num_hidden_layers=1, num_attention_heads=3, layer_kinds=kind
+    )
+    rng = np.random.default_rng(0)
+    params = {name: rng.normal(0, 0.3, s) for name, s in KINDS[kind].shapes(config).items()}
+    x = rng.normal(size=(2, 11, 24))
+    mask = np.arange(11) >= np.array([[0], [4]])
+    want = reference.layer_forward(config, params, x[1:, 4:])
+    layer = framework.layer(config, params, dtype)
+    with torch.no_grad():
+        whole = layer(framework.array(x, dtype), key_mask=framework.array(mask))
+        pieces = in_pieces(framework, layer, x, dtype, key_mask=framework.array(mask))
+    limit = tolerance(framework, dtype, "")
+    assert relative_error(framework.numpy(whole)[1:, 4:], want) <= limit
+    assert relative_error(pieces[1:, 4:], want) <= limit
 
 
 def pytorchs_own_block(config):
@@ -106,7 +132,7 @@ def pytorchs_own_block(config):
 def test_standard_block_is_pytorchs_own(framework, dtype):
     config = SessaConfig(
         hidden_size=24, num_hidden_layers=1, num_attention_heads=3, intermediate_size=40,
-        use_forward_rope=False, mixer="attention", layer_norm_eps=1e-4,
+        use_forward_rope=False, layer_kinds="transformer", layer_norm_eps=1e-4,
     )  # fmt: skip
     torch.manual_seed(0)
     block, ours = pytorchs_own_block(config)
@@ -123,7 +149,7 @@ def test_standard_block_is_pytorchs_own(framework, dtype):
     rows, upstream = x.detach().numpy(), dy.numpy()
     limit = tolerance(framework, dtype, "")
     layer = framework.layer(config, params, dtype)
-    got = framework.layer_gradients(layer, rows, upstream, None)
+    got = framework.layer_gradients(layer, rows, upstream)
     assert relative_error(got.pop("y"), y.detach().numpy()) <= limit
     assert relative_error(got.pop("dx"), x.grad.numpy()) <= limit
     errors = gradient_errors({k: v.astype(np.float64) for k, v in got.items()}, want)

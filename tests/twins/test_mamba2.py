@@ -108,7 +108,7 @@ def test_autocast_keeps_decays_and_states_in_float32():
 
 def small(**changes) -> SessaConfig:
     shape = {"vocab_size": 50, "hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 3}
-    mamba = {"mixer": "mamba2", "mamba_d_state": 10, "mamba_d_head": 6}
+    mamba = {"layer_kinds": "mamba2", "mamba_d_state": 10, "mamba_d_head": 6}
     return SessaConfig(**{**shape, **mamba, **changes})
 
 
@@ -169,7 +169,7 @@ def test_whole_model_is_that_of_transformers(T):
 
 
 def test_autograd_of_the_whole_model_equals_that_of_the_recurrence(monkeypatch):
-    config = small(mixer=("mamba2", "attention", "mamba2"), num_hidden_layers=3)
+    config = small(layer_kinds=("mamba2", "transformer", "mamba2"), num_hidden_layers=3)
     weights, ids = lively(config), np.random.default_rng(2).integers(0, 50, (B, 70))
     mask = np.arange(70) >= np.array([[0], [6]])
     dlogits = np.random.default_rng(3).normal(size=(B, 70, 50)) * mask[..., None]

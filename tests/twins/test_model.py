@@ -23,12 +23,20 @@ VARIANTS = {
     "one-head": {"num_attention_heads": 1},
     "norope": {"use_forward_rope": False},
     "untied": {"tie_word_embeddings": False},
-    "nofeedback": {"feedback": False},
     "weak-gain": {"gamma_max": 0.5},
-    "transformer": {"mixer": "attention", "num_key_value_heads": 2, "intermediate_size": 40},
-    "gated": {"mixer": "attention", "attention_block": "gated"},
-    "mamba2": {"mixer": "mamba2"},
-    "hybrid": {"mixer": ("mamba2", "attention", "sessa"), "num_hidden_layers": 3},
+    "transformer": {
+        "layer_kinds": "transformer",
+        "num_key_value_heads": 2,
+        "intermediate_size": 40,
+    },
+    "gated": {"layer_kinds": "gated_attention"},
+    "sessa_transformer": {
+        "layer_kinds": "sessa_transformer",
+        "num_key_value_heads": 2,
+        "intermediate_size": 40,
+    },
+    "mamba2": {"layer_kinds": "mamba2"},
+    "hybrid": {"layer_kinds": ("mamba2", "transformer", "sessa"), "num_hidden_layers": 3},
 }
 RECURRENT = ("mamba2", "hybrid")
 FIRST_DRAWS = {
@@ -132,14 +140,16 @@ def test_a_mask_longer_or_shorter_than_the_tokens_is_refused(framework):
 
 def float64_gradients(config, weights, ids, mask, dlogits):
     """From the reference, or by autograd where the reference has none (see test_mamba2)."""
-    if "mamba2" not in config.mixers:
+    if all(kind.attends for kind in config.kinds):
         return reference.model_backward(config, weights, ids, dlogits, mask)
     model = Torch.checkpoint.build_model(config, weights, dtype="float64")
     return Torch().model_gradients(model, ids, mask, dlogits)
 
 
 @frameworks
-@pytest.mark.parametrize("variant", ["base", "transformer", "gated", "mamba2", "hybrid"])
+@pytest.mark.parametrize(
+    "variant", ["base", "transformer", "gated", "sessa_transformer", "mamba2", "hybrid"]
+)
 def test_every_gradient_of_the_model(framework, variant):
     model, config, weights = make(framework, variant)
     ids, mask = tokens(70), np.arange(70) >= np.array([[0], [4]])
@@ -243,12 +253,16 @@ def test_a_seed_means_the_same_model_as_before():
 
 def test_the_residual_stream_gets_terms_of_equal_size():
     config = SessaConfig(
-        vocab_size=8, hidden_size=64, num_hidden_layers=3, mixer=("mamba2", "attention", "sessa")
+        vocab_size=8,
+        hidden_size=64,
+        num_hidden_layers=4,
+        layer_kinds=("mamba2", "transformer", "sessa", "sessa_transformer"),
     )
     weights = initial_weights(config, 0)
     terms = {
-        "0.mixer.out_proj": (128, 3), "1.mixer.out_proj": (64, 6), "1.mlp.down_proj": (256, 6),
-        "1.mixer.q_proj": (64, 1), "2.W_out": (64, 3), "2.mixer.out_proj": (64, 1),
+        "0.mixer.out_proj": (128, 4), "1.mixer.out_proj": (64, 8), "1.mlp.down_proj": (256, 8),
+        "1.mixer.q_proj": (64, 1), "2.W_out": (64, 4), "2.mixer.out_proj": (64, 1),
+        "3.mixer.out_proj": (64, 8), "3.mlp.down_proj": (256, 8), "3.mixer.proj_fb": (64, 1),
     }  # fmt: skip
     for name, (fan_in, count) in terms.items():
         spread = weights[f"model.layers.{name}.weight"].std()
@@ -256,7 +270,7 @@ def test_the_residual_stream_gets_terms_of_equal_size():
 
 
 def test_mamba2_starts_in_its_ranges():
-    config = SessaConfig(hidden_size=256, num_hidden_layers=1, mixer="mamba2", mamba_d_head=2)
+    config = SessaConfig(hidden_size=256, num_hidden_layers=1, layer_kinds="mamba2", mamba_d_head=2)
     weights = {n.split("mixer.")[-1]: w for n, w in initial_weights(config, 0).items()}
     dt, A = np.logaddexp(0, weights["dt_bias"]), np.exp(weights["A_log"])
     assert 0.00099 < dt.min() < 0.0015 and 0.07 < dt.max() < 0.1001
@@ -268,7 +282,7 @@ def test_mamba2_starts_in_its_ranges():
     assert 0.49 < taps.max() <= 0.5 and taps.mean() == pytest.approx(0.25, rel=0.1)
 
 
-@pytest.mark.parametrize("variant", ["base", "hybrid"])
+@pytest.mark.parametrize("variant", ["base", "sessa_transformer", "hybrid"])
 def test_torch_compile_runs_the_whole_model(variant):
     with torch.enable_grad():
         model, _, _ = make(Torch(), variant)

@@ -59,12 +59,12 @@ def test_same_outline_and_signatures(name):
 
 KINDS = {
     "sessa": {},
-    "nofeedback": {"feedback": False},
-    "transformer": {"mixer": "attention"},
-    "transformer-narrow": {"mixer": "attention", "intermediate_size": 20},
-    "gated": {"mixer": "attention", "attention_block": "gated"},
-    "mamba2": {"mixer": "mamba2", "mamba_d_state": 6, "mamba_d_head": 2, "mamba_d_conv": 3},
-    "hybrid": {"mixer": ("mamba2", "sessa"), "mamba_d_head": 4},
+    "transformer": {"layer_kinds": "transformer"},
+    "transformer-narrow": {"layer_kinds": "transformer", "intermediate_size": 20},
+    "gated": {"layer_kinds": "gated_attention"},
+    "sessa_transformer": {"layer_kinds": "sessa_transformer", "intermediate_size": 20},
+    "mamba2": {"layer_kinds": "mamba2", "mamba_d_state": 6, "mamba_d_head": 2, "mamba_d_conv": 3},
+    "hybrid": {"layer_kinds": ("mamba2", "sessa"), "mamba_d_head": 4},
 }
 
 

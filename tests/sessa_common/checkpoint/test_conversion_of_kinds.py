@@ -1,4 +1,4 @@
-"""Conversion of every mixer: the convolution's layout, quantisation, names, parts, refusals."""
+"""Conversion of every kind of layer: layout of convolutions, quantisation, names, refusals."""
 
 from __future__ import annotations
 
@@ -29,26 +29,28 @@ from sessa_common.config import PRESETS, SessaConfig, parameter_count
 from sessa_common.errors import SessaError
 from sessa_common.reference import model as reference
 
-MIXERS: dict[str, dict] = {
+KINDS: dict[str, dict] = {
     "sessa": {},
-    "attention": {"mixer": "attention", "intermediate_size": 96},
-    "gated": {"mixer": "attention", "attention_block": "gated"},
-    "one_head": {"mixer": "attention", "num_attention_heads": 1, "num_key_value_heads": 1},
-    "mamba2": {"mixer": "mamba2"},
-    "hybrid": {"mixer": ("sessa", "mamba2", "attention"), "num_hidden_layers": 3},
-    "hybrid_gated": {"mixer": ("mamba2", "attention", "sessa"), "num_hidden_layers": 3,
-                     "attention_block": "gated"},
+    "attention": {"layer_kinds": "transformer", "intermediate_size": 96},
+    "gated": {"layer_kinds": "gated_attention"},
+    "one_head": {"layer_kinds": "transformer", "num_attention_heads": 1, "num_key_value_heads": 1},
+    "mamba2": {"layer_kinds": "mamba2"},
+    "hybrid": {"layer_kinds": ("sessa", "mamba2", "transformer"), "num_hidden_layers": 3},
+    "hybrid_gated": {"layer_kinds": ("mamba2", "gated_attention", "sessa"),
+                     "num_hidden_layers": 3},
+    "sessa_transformer": {"layer_kinds": "sessa_transformer", "intermediate_size": 96},
+    "hybrid_standard": {"layer_kinds": ("transformer", "sessa_transformer")},
 }  # fmt: skip
 CONV = "model.layers.0.mixer.conv1d.weight"
-mixers = pytest.mark.parametrize("mixer", MIXERS)
+kinds = pytest.mark.parametrize("kind", KINDS)
 
 
-def config_of(mixer: str, **changes: object) -> SessaConfig:
+def config_of(kind: str, **changes: object) -> SessaConfig:
     base = {"vocab_size": 37, "hidden_size": 64, "num_hidden_layers": 2, "num_key_value_heads": 2,
             "num_attention_heads": 4, "max_position_embeddings": 50}  # fmt: skip
-    if "mamba2" in str(MIXERS[mixer]):
+    if "mamba2" in str(KINDS[kind]):
         base |= {"mamba_d_state": 24, "mamba_d_head": 32, "mamba_d_conv": 3}
-    return SessaConfig(**{**base, **MIXERS[mixer], **changes})
+    return SessaConfig(**{**base, **KINDS[kind], **changes})
 
 
 def weights_of(config: SessaConfig, dtype: str = "float32") -> dict[str, np.ndarray]:
@@ -75,9 +77,9 @@ def assert_same(got: dict[str, np.ndarray], want: dict[str, np.ndarray]) -> None
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@mixers
-def test_to_mlx_and_back_is_bit_exact(tmp_path, mixer, dtype):
-    config = config_of(mixer)
+@kinds
+def test_to_mlx_and_back_is_bit_exact(tmp_path, kind, dtype):
+    config = config_of(kind)
     weights = make_folder(tmp_path / "one", config, dtype)
     there = convert(read_source(tmp_path / "one"), tmp_path / "two", framework="mlx")
     back = convert(read_source(tmp_path / "two"), tmp_path / "three", shard_size=20_000)
@@ -113,21 +115,18 @@ def test_a_convolution_of_another_shape_is_named(tmp_path):
             load_weights(folder)
 
 
-@mixers
-def test_a_weight_file_alone_tells_its_mixers(tmp_path, mixer):
-    config = config_of(mixer)
+@kinds
+def test_a_weight_file_alone_tells_its_kinds(tmp_path, kind):
+    config = config_of(kind)
     weights = make_folder(tmp_path / "one", config)
     convert(read_source(tmp_path / "one"), tmp_path / "two", framework="mlx")
     for source in ("one", "two"):
         lone = tmp_path / f"{source}.safetensors"
         shutil.copy(tmp_path / source / "model.safetensors", lone)
         told = {"num_attention_heads": config.num_attention_heads, "use_forward_rope": True}
-        found = read_source(lone, given={} if mixer == "mamba2" else told)
+        found = read_source(lone, given={} if kind == "mamba2" else told)
         assert_same(found.weights, weights)
-        # Without any feedback, attention in Sessa's block is Sessa without feedback.
-        wanted = ("sessa",) * 2 if mixer == "gated" else config.mixers
-        assert found.config.mixers == wanted
-        assert found.config.feeds_back == config.feeds_back
+        assert found.config.layer_kinds == config.layer_kinds
         beside = read_source(tmp_path / source / "model.safetensors")
         assert beside.config == config
         ids = np.random.default_rng(0).integers(0, 37, (2, 7))
@@ -137,9 +136,9 @@ def test_a_weight_file_alone_tells_its_mixers(tmp_path, mixer):
         )
 
 
-@mixers
-def test_every_linear_is_quantised_and_nothing_else(tmp_path, mixer):
-    weights = make_folder(tmp_path / "one", config_of(mixer))
+@kinds
+def test_every_linear_is_quantised_and_nothing_else(tmp_path, kind):
+    weights = make_folder(tmp_path / "one", config_of(kind))
     report = convert(read_source(tmp_path / "one"), tmp_path / "two", framework="mlx",
                      bits=8, group_size=32)  # fmt: skip
     assert 0 < report.relative_difference < 0.02
@@ -158,9 +157,9 @@ def test_a_width_of_the_mlp_that_no_group_divides_is_named():
         quantize_weights(weights_of(config), 4, 32)
 
 
-@mixers
-def test_a_cast_reaches_every_tensor(tmp_path, mixer):
-    make_folder(tmp_path / "one", config_of(mixer))
+@kinds
+def test_a_cast_reaches_every_tensor(tmp_path, kind):
+    make_folder(tmp_path / "one", config_of(kind))
     report = convert(read_source(tmp_path / "one"), tmp_path / "two", dtype="bfloat16")
     config, weights = load_weights(tmp_path / "two")
     assert report.dtype == config.dtype == "bfloat16"
@@ -168,9 +167,9 @@ def test_a_cast_reaches_every_tensor(tmp_path, mixer):
 
 
 @pytest.mark.parametrize("framework", ["torch", "mlx"])
-@mixers
-def test_frameworks_load_what_is_written_for_mlx(tmp_path, mixer, framework):
-    make_folder(tmp_path / "one", config_of(mixer))
+@kinds
+def test_frameworks_load_what_is_written_for_mlx(tmp_path, kind, framework):
+    make_folder(tmp_path / "one", config_of(kind))
     convert(read_source(tmp_path / "one"), tmp_path / "two", framework="mlx", bits=4,
             group_size=32)  # fmt: skip
     ids = np.random.default_rng(0).integers(0, 37, (2, 7))
@@ -180,24 +179,27 @@ def test_frameworks_load_what_is_written_for_mlx(tmp_path, mixer, framework):
     assert relative_error(got, want) <= 1e-5
 
 
-@mixers
-def test_info_counts_by_part(tmp_path, mixer):
-    config = config_of(mixer)
+@kinds
+def test_info_counts_by_part(tmp_path, kind):
+    config = config_of(kind)
     make_folder(tmp_path / "one", config)
     found = describe(tmp_path / "one")
     assert found.parameters["total"] == parameter_count(config)
     assert sum(found.parameters.values()) == 2 * parameter_count(config)
     assert "mixer" not in found.parameters
-    parts = {"state space": "mamba2" in config.mixers,
-             "mlp": "attention" in config.mixers and config.attention_block == "mlp",
-             "feedback": config.feeds_back,
-             "attention": set(config.mixers) != {"mamba2"}}  # fmt: skip
+    names = [kind.name for kind in config.kinds]
+    parts = {
+        "state space": "mamba2" in names,
+        "mlp": bool({"transformer", "sessa_transformer"} & set(names)),
+        "feedback": bool({"sessa", "sessa_transformer"} & set(names)),
+        "attention": set(names) != {"mamba2"},
+    }
     for part, there in parts.items():
         assert (part in found.parameters) == there, part
     assert ("mamba_d_state" in found.architecture) == parts["state space"]
     result = CliRunner().invoke(app, ["info", str(tmp_path / "one")])
     assert result.exit_code == 0 and "num_hidden_layers" in result.stdout
-    assert ", ".join(config.mixers) in result.stdout or len(set(config.mixers)) == 1
+    assert ", ".join(dict.fromkeys(names)) in result.stdout
 
 
 def test_info_of_a_preset_shows_the_state_space_s_share(tmp_path):
@@ -266,8 +268,8 @@ def test_what_a_mamba2_folder_has_beyond_ours_is_named(tmp_path, change, message
     assert message in str(error.value) and "theirs" in str(error.value)
 
 
-def test_config_json_lists_the_mixers(tmp_path):
+def test_config_json_lists_the_kinds(tmp_path):
     make_folder(tmp_path / "one", config_of("hybrid"))
     settings = json.loads((tmp_path / "one" / "config.json").read_text())
-    assert settings["mixer"] == ["sessa", "mamba2", "attention"]
-    assert settings["mamba_d_state"] == 24 and settings["attention_block"] == "mlp"
+    assert settings["layer_kinds"] == ["sessa", "mamba2", "transformer"]
+    assert settings["mamba_d_state"] == 24 and settings["intermediate_size"] == 256

@@ -120,10 +120,14 @@ def test_the_plan_has_every_command_and_configuration(trainer, tmp_path):
     assert sessa("compare", *MQAR, "--out", out, "--task-option", "pairs=8") == 0
     plan = json.loads((out / PLAN).read_text())
     assert set(plan["models"]) == {"1m-sessa", "1m-transformer", "1m-mamba2", "1m-gated_attention"}
-    assert plan["models"]["1m-gated_attention"]["config"]["feedback"] is False
+    assert plan["models"]["1m-gated_attention"]["config"]["layer_kinds"] == "gated_attention"
     words = plan["commands"]["runs/1m-gated_attention-seed2"]
     given = dict(itertools.pairwise(words))
-    assert given["--lr"] == "0.003" and given["--seed"] == "2" and "--no-feedback" in words
+    assert (
+        given["--lr"] == "0.003"
+        and given["--seed"] == "2"
+        and given["--layer-kinds"] == "gated_attention"
+    )
     assert given["--steps"] == "4" and given["--task-option"] == "pairs=8"
     control = plan["commands"]["control/1m-mamba2"]
     assert control[control.index("density=0") - 1] == "--task-option" and "pairs=8" in control
@@ -409,15 +413,18 @@ def test_flops_are_counted_by_the_products():
     sizes = {"vocab_size": 11, "hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
     T, D = 5, 8
     visible, past = sum(range(1, T + 1)), sum(range(T))
-    for mixer, feedback, pairs in (
-        ("attention", True, visible), ("sessa", False, visible), ("sessa", True, visible + past),
-    ):  # fmt: skip
-        config = SessaConfig(**sizes, mixer=mixer, feedback=feedback)
+    for kind, pairs in (
+        ("transformer", visible),
+        ("gated_attention", visible),
+        ("sessa", visible + past),
+        ("sessa_transformer", visible + past),
+    ):
+        config = SessaConfig(**sizes, layer_kinds=kind)
         # Scores and values: two products of width D for each pair of positions, three passes.
         expected = 6 * parameter_count(config) + 3 * 2 * 2 * D * pairs / T
         assert flops_per_token(config, T) == pytest.approx(expected)
-    untied = SessaConfig(**sizes, mixer="attention", tie_word_embeddings=False)
-    tied = SessaConfig(**sizes, mixer="attention")
+    untied = SessaConfig(**sizes, layer_kinds="transformer", tie_word_embeddings=False)
+    tied = SessaConfig(**sizes, layer_kinds="transformer")
     assert flops_per_token(untied, T) == flops_per_token(tied, T)
 
 

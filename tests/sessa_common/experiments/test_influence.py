@@ -37,7 +37,7 @@ T = 19
 # MLX computes normalisations, embeddings and erf of float64 arrays in float32.
 RTOL = {"torch": 1e-9, "mlx": 5e-6}
 PROBES = {"torch": sessa_torch.influence.InfluenceProbe, "mlx": sessa_mlx.influence.InfluenceProbe}
-MIXERS = ["heads", "no_feedback", "attention", "attention_gated", "norope", *MAMBA]
+VARIANTS = ["heads", "attention", "attention_gated", "sessa_transformer", "norope", *MAMBA]
 app = typer.Typer(pretty_exceptions_enable=False)
 app.command()(influence)
 both = pytest.mark.parametrize("framework", FRAMEWORKS, ids=lambda f: f.name)
@@ -59,12 +59,10 @@ def probe_of(framework, config, weights=None, length=T, dtype="float64", seed=0)
 def dense_norms(probe, first, last):
     """Norms (T, T) of the blocks of the whole Jacobian of layers first to last - 1."""
     backbone, x = probe.backbone, probe.inputs[first]
-    positions = torch.arange(probe.length)[None]
-    rope = backbone._rope(0, positions, None, x.dtype) if backbone.rotates else None
 
     def run(x):
         for layer in backbone.layers[first:last]:
-            x = layer(x, rope=rope)
+            x = layer(x)
         return x
 
     jacobian = torch.autograd.functional.jacobian(run, x)[0, :, :, 0]  # (T, D, T, D)
@@ -72,7 +70,7 @@ def dense_norms(probe, first, last):
 
 
 @both
-@pytest.mark.parametrize("variant", MIXERS)
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_exact_norms_are_those_of_the_dense_jacobian(framework, variant):
     config = tiny(variant)
     times = np.array([0, 1, 7, 12, T - 1])
@@ -143,9 +141,10 @@ def routing(config, ids):
     layer = {n.removeprefix("model.layers.0."): v for n, v in w.items()}
     x = w["model.embed_tokens.weight"][ids]
     x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + config.layer_norm_eps)
-    x = x * layer["ln.weight"] + layer["ln.bias"]
-    a = (x @ layer["W_in.weight"].T + layer["W_in.bias"])[:, : config.hidden_size]
-    a = a * (1 + np.vectorize(math.erf)(a / math.sqrt(2))) / 2
+    a = x * layer["ln.weight"] + layer["ln.bias"]
+    if "W_in.weight" in layer:
+        a = (a @ layer["W_in.weight"].T + layer["W_in.bias"])[:, : config.hidden_size]
+        a = a * (1 + np.vectorize(math.erf)(a / math.sqrt(2))) / 2
     q, k = np.split(a @ layer["mixer.proj_fb.weight"].T + layer["mixer.proj_fb.bias"], 2, -1)
     logits = a @ layer["mixer.gamma_ctx.weight"][0] + layer["mixer.gamma_bias"]
     alpha = np.tril(np.exp(q @ k.T / math.sqrt(config.hidden_size)), -1)
@@ -155,8 +154,9 @@ def routing(config, ids):
 
 
 @both
-def test_kernel_is_the_inverse_of_the_dense_matrix(framework):
-    config = tiny()
+@pytest.mark.parametrize("variant", ["heads", "sessa_transformer"])
+def test_kernel_is_the_inverse_of_the_dense_matrix(framework, variant):
+    config = tiny(variant)
     probe = probe_of(framework, config)
     gamma, alpha, K = routing(config, np.random.default_rng(0).integers(0, config.vocab_size, T))
     gains, peak, columns = probe.feedback(0, [0, 3, 11])
@@ -308,7 +308,7 @@ def test_command_writes_picture_and_numbers(folders, backend, tmp_path):
     first, second = answer["checkpoints"]
     assert (first["name"], first["mixer"], first["tokens"]) == ("heads", "sessa", [28, 28])
     assert first["tau"] == [0, 5] and len(first["end_to_end"]["values"]) == 4
-    assert [one["mixer"] for one in second["layers"]] == ["attention", "mamba2", "sessa"]
+    assert [one["mixer"] for one in second["layers"]] == ["transformer", "mamba2", "sessa"]
     assert all("feedback" in one for one in first["layers"])
     assert ["memory" in one for one in second["layers"]] == [False, True, False]
     for words in ("heads", "mamba2_hybrid", "η<1", "bfloat16", "freeze time", "R²"):

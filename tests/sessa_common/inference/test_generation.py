@@ -98,17 +98,18 @@ def test_greedy_text_is_the_same_in_every_runtime(decoders) -> None:
         assert found[name] == found["reference"], name
 
 
-MIXERS = {
-    "transformer": {"mixer": "attention"},
-    "gated": {"mixer": "attention", "attention_block": "gated"},
-    "mamba2": {"mixer": "mamba2"},
-    "hybrid": {"mixer": ("mamba2", "attention", "sessa"), "num_hidden_layers": 3},
+KINDS = {
+    "sessa_transformer": {"layer_kinds": "sessa_transformer"},
+    "transformer": {"layer_kinds": "transformer"},
+    "gated": {"layer_kinds": "gated_attention"},
+    "mamba2": {"layer_kinds": "mamba2"},
+    "hybrid": {"layer_kinds": ("mamba2", "transformer", "sessa"), "num_hidden_layers": 3},
 }
 
 
-@pytest.mark.parametrize("mixers", MIXERS)
-def test_every_mixer_writes_the_same_text_in_each_framework(mixers: str, tmp_path: Path) -> None:
-    config = small_config("untied", mamba_d_state=12, mamba_d_head=16, **MIXERS[mixers])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_writes_the_same_text_in_each_framework(kind: str, tmp_path: Path) -> None:
+    config = small_config("untied", mamba_d_state=12, mamba_d_head=16, **KINDS[kind])
     write_checkpoint(tmp_path / "checkpoint", config)
     runtimes = [ReferenceStepper(config, lively_weights(config))]
     for name in ("torch", "mlx"):

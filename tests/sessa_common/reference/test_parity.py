@@ -62,7 +62,8 @@ def test_table_names_runtimes_and_verdicts(folders) -> None:
 
 @pytest.mark.parametrize("bfloat16", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    "variant", ["single_head", "no_feedback", "grouped", "attention", "hybrid"]
+    "variant",
+    ["single_head", "attention_gated", "grouped", "attention", "hybrid", "sessa_transformer"],
 )
 def test_variants_agree(tmp_path: Path, variant: str, bfloat16: bool) -> None:
     config = small_config(variant, dtype="bfloat16" if bfloat16 else "float32")
@@ -85,8 +86,10 @@ def test_mamba2_is_checked_where_it_runs(tmp_path: Path, variant: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["torch", "mlx"])
-@pytest.mark.parametrize("variant", ["attention", "attention_gated", "hybrid", *MAMBA])
-def test_eval_and_generate_take_every_mixer(
+@pytest.mark.parametrize(
+    "variant", ["attention", "attention_gated", "hybrid", "sessa_transformer", *MAMBA]
+)
+def test_eval_and_generate_take_every_kind(
     tmp_path: Path, capsys, variant: str, backend: str
 ) -> None:
     config = small_config(variant, max_position_embeddings=40)

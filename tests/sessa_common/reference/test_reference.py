@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import pytest
 from support.golden_cases import gradient_errors, relative_error
@@ -26,33 +24,40 @@ CONFIGS = {
         use_forward_rope=False,
     ),
     "no_feedback": SessaConfig(
-        vocab_size=11, hidden_size=12, num_hidden_layers=2, num_attention_heads=2, feedback=False
+        vocab_size=11, hidden_size=12, num_hidden_layers=2, num_attention_heads=2,
+        layer_kinds="gated_attention",
     ),
     "standard": SessaConfig(
         vocab_size=11, hidden_size=12, num_hidden_layers=2, num_attention_heads=6,
-        num_key_value_heads=3, mixer="attention", intermediate_size=20,
+        num_key_value_heads=3, layer_kinds="transformer", intermediate_size=20,
     ),
     "standard_one_head": SessaConfig(
         vocab_size=11, hidden_size=10, num_hidden_layers=1, num_attention_heads=1,
-        mixer="attention", tie_word_embeddings=False,
+        layer_kinds="transformer", tie_word_embeddings=False,
     ),
     "gated_then_sessa": SessaConfig(
         vocab_size=11, hidden_size=12, num_hidden_layers=2, num_attention_heads=2,
-        mixer=("attention", "sessa"), attention_block="gated",
+        layer_kinds=("gated_attention", "sessa"),
+    ),
+    "standard_with_feedback": SessaConfig(
+        vocab_size=11, hidden_size=12, num_hidden_layers=2, num_attention_heads=6,
+        num_key_value_heads=3, layer_kinds=("sessa_transformer", "transformer"),
+        intermediate_size=20, gamma_max=0.9,
     ),
 }  # fmt: skip
 RECURRENT = {
     "mamba2": SessaConfig(
         vocab_size=11, hidden_size=12, num_hidden_layers=2, num_attention_heads=3,
-        mixer="mamba2", mamba_d_state=5, mamba_d_head=6, mamba_d_conv=3, tie_word_embeddings=False,
+        layer_kinds="mamba2", mamba_d_state=5, mamba_d_head=6, mamba_d_conv=3,
+        tie_word_embeddings=False,
     ),
     "mamba2_no_window": SessaConfig(
         vocab_size=11, hidden_size=10, num_hidden_layers=1, num_attention_heads=1,
-        mixer="mamba2", mamba_d_state=3, mamba_d_head=4, mamba_d_conv=1,
+        layer_kinds="mamba2", mamba_d_state=3, mamba_d_head=4, mamba_d_conv=1,
     ),
     "hybrid": SessaConfig(
         vocab_size=11, hidden_size=12, num_hidden_layers=3, num_attention_heads=2,
-        mixer=("mamba2", "attention", "sessa"), mamba_d_state=5, mamba_d_head=8,
+        layer_kinds=("mamba2", "transformer", "sessa"), mamba_d_state=5, mamba_d_head=8,
     ),
 }  # fmt: skip
 
@@ -337,10 +342,11 @@ def test_rope_depends_on_distance_only():
 
 def test_no_feedback_keeps_the_attention_output():
     config = CONFIGS["mha"]
-    plain = dataclasses.replace(config, feedback=False)
     weights = layer_weights(config)
     x = np.random.default_rng(10).normal(size=(2, 5, config.hidden_size))
     closed = {**weights, "mixer.gamma_ctx.weight": np.zeros((1, config.hidden_size)),
               "mixer.gamma_bias": np.array(0.0)}  # fmt: skip
     want = reference.layer_forward(config, closed, x)
-    np.testing.assert_allclose(reference.layer_forward(plain, weights, x), want, atol=1e-14)
+    feedback = ("mixer.proj_fb", "mixer.gamma")
+    plain = {name: value for name, value in weights.items() if not name.startswith(feedback)}
+    np.testing.assert_allclose(reference.layer_forward(config, plain, x), want, atol=1e-14)

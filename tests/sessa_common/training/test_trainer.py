@@ -370,7 +370,7 @@ def test_schedule_rises_falls_and_ends_at_the_floor():
     [
         ({"hidden_size": 48, "head_dim": 8}, "another architecture"),
         ({"num_hidden_layers": 3}, "another architecture: m.model.layers.2.W_in.bias is missing"),
-        ({"feedback": False}, "another architecture: .* no such tensor"),
+        ({"layer_kinds": "gated_attention"}, "another architecture: .* no such tensor"),
     ],
     ids=["width", "layers", "feedback"],
 )
