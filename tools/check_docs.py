@@ -129,7 +129,7 @@ def _options(command: Any) -> set[str]:
     """The spellings of the options that the help of a command shows."""
     shown = [param for param in command.params if not getattr(param, "hidden", False)]
     spellings = {text for param in shown for text in (*param.opts, *param.secondary_opts)}
-    return {"--help"} | {text for text in spellings if text.startswith("-")}
+    return {"--help", "-h"} | {text for text in spellings if text.startswith("-")}
 
 
 def main(arguments: list[str]) -> int:
