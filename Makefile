@@ -6,7 +6,7 @@ BIN := .venv/bin
 OPENBLAS := $(wildcard /usr/lib/*-linux-gnu/openblas-pthread/libblas.so.3)
 PRELOAD := $(if $(OPENBLAS),LD_PRELOAD=$(firstword $(OPENBLAS)) OPENBLAS_NUM_THREADS=1)
 
-.PHONY: setup web demo test check bench ort-op-fuzz ort-op-sanitize metal-races audit clean
+.PHONY: setup web demo test check bench fuzz ort-op-fuzz ort-op-sanitize metal-races audit clean
 
 setup: .venv/.installed
 
@@ -38,6 +38,10 @@ bench: setup
 	$(BIN)/python benchmarks/mixer.py --device cpu
 	$(BIN)/python benchmarks/ort_op.py
 	$(BIN)/python benchmarks/exported_model.py
+
+# Damaged files through every command that reads them; failures are shown, cases go to fuzz.log.
+fuzz: setup
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/reading.py --count 50000 > fuzz.log
 
 ort-op-fuzz: setup
 	$(BIN)/python tests/support/ort_op_fuzz.py --count 2000

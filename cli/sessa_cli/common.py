@@ -10,6 +10,8 @@ from typing import Any
 
 from rich.console import Console
 
+from sessa_cli.terminal import printable
+
 # The other helpers import these from here.
 from sessa_common.frameworks import BACKENDS as BACKENDS
 from sessa_common.frameworks import choose_backend as choose_backend
@@ -48,8 +50,8 @@ def make_console(json_output: bool = False) -> Console:
 
 
 def say(console: Console, text: str) -> None:
-    """Print a line unchanged: not wrapped, not coloured, nothing in it read as markup."""
-    console.print(text, soft_wrap=True, highlight=False, markup=False)
+    """Print a line as it is: not wrapped, not coloured, nothing in it read as markup."""
+    console.print(printable(text), soft_wrap=True, highlight=False, markup=False)
 
 
 def print_json(value: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from sessa_cli.common import Stopwatch, choose_backend, framework, given_fields, print_json
+from sessa_cli.terminal import for_output, read_standard_input
 from sessa_common.errors import SessaError
 from sessa_common.fields import build
 from sessa_common.inference.generation import Continuation, Decoder, generate_texts
@@ -115,7 +116,7 @@ def _prompts(prompt: list[str] | None, prompt_file: Path | None) -> list[str]:
     given = ["-"] if prompt_file is not None else prompt or [""]
     if given.count("-") > 1:
         raise SessaError("standard input ('-') can be only one of the prompts")
-    return [sys.stdin.read() if text == "-" else text for text in given]
+    return [read_standard_input() if text == "-" else text for text in given]
 
 
 def _load(checkpoint: Path, backend: str | None, device: str | None, native: bool) -> Decoder:
@@ -135,5 +136,5 @@ def _load(checkpoint: Path, backend: str | None, device: str | None, native: boo
 
 
 def _write(text: str) -> None:
-    sys.stdout.write(text)
+    sys.stdout.write(for_output(text))
     sys.stdout.flush()

@@ -16,12 +16,14 @@ from sessa_cli.convert import convert
 from sessa_cli.data import data
 from sessa_cli.eval import evaluate
 from sessa_cli.export import export
+from sessa_cli.foreign_errors import foreign_message
 from sessa_cli.generate import generate
 from sessa_cli.influence import influence
 from sessa_cli.info import info
 from sessa_cli.messages import name_options, options_of
 from sessa_cli.old_options import rename_options
 from sessa_cli.selftest import selftest
+from sessa_cli.terminal import printable, safe_output
 from sessa_cli.train import train
 from sessa_common import __version__
 from sessa_common.errors import DivergedError, SessaError
@@ -71,19 +73,24 @@ def main(arguments: list[str] | None = None) -> None:
     Training that met a loss which is not finite is one line and exit code 3.
     """
     given = sys.argv[1:] if arguments is None else arguments
-    try:
-        app(args=rename_options(given), prog_name="sessa")
-    except SessaError as error:
-        code = DIVERGED if isinstance(error, DivergedError) else BAD_INPUT
-        _refuse(name_options(str(error), _options(given)), code)
-    # A disk that is full or a folder that may not be written is no fault of the program either.
-    except OSError as error:
-        _refuse(f"{error.filename or 'input or output'}: {error.strerror or error}")
-    except MemoryError as error:
-        _refuse(f"not enough memory: {error}")
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+    with safe_output() as out:
+        try:
+            app(args=rename_options(given), prog_name="sessa")
+        except SystemExit as ended:
+            out.flush()
+            if not ended.code and out.lost:
+                _refuse(f"standard output could not be written ({out.lost})")
+            raise
+        except SessaError as error:
+            code = DIVERGED if isinstance(error, DivergedError) else BAD_INPUT
+            _refuse(name_options(str(error), _options(given)), code)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            sys.exit(INTERRUPTED)
+        except BaseException as error:
+            if (message := foreign_message(error)) is None:
+                raise
+            _refuse(message)
 
 
 def _options(arguments: list[str]) -> dict[str, str]:
@@ -94,7 +101,7 @@ def _options(arguments: list[str]) -> dict[str, str]:
 
 
 def _refuse(message: str, code: int = BAD_INPUT) -> NoReturn:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {printable(' '.join(message.split()))}", file=sys.stderr)
     sys.exit(code)
 
 

@@ -20,6 +20,7 @@ from sessa_cli.common import (
     say,
 )
 from sessa_cli.progress import TerminalReporter
+from sessa_cli.terminal import for_output
 from sessa_common.checkpoint.run_files import LOSS_PICTURE, RESULT
 from sessa_common.config import PRESETS, SessaConfig, TrainConfig
 from sessa_common.data.task_registry import TASKS
@@ -236,7 +237,7 @@ def train(
         say(console, f"wrote {result.folder} in {watch.seconds:.0f} s, with {RESULT}")
     else:
         summary["text"] = _paragraph(result.folder, backend, device, prompt)
-        console.print(f"\n{summary['text']}\n", markup=False, highlight=False)
+        console.print(f"\n{for_output(summary['text'])}\n", markup=False, highlight=False)
         again = f"sessa generate {result.folder}"
         say(console, f"wrote {result.folder} in {watch.seconds:.0f} s; try: {again}")
     if not importlib.util.find_spec("matplotlib"):

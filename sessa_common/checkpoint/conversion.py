@@ -39,6 +39,7 @@ from sessa_common.checkpoint.storage import MANIFEST
 from sessa_common.config import DTYPES, FOREIGN_KEYS, SessaConfig, parameter_shapes
 from sessa_common.errors import SessaError, expect
 from sessa_common.fields import split_fields
+from sessa_common.input_files import require_regular
 from sessa_common.json_files import read_json
 from sessa_common.layer_kinds import with_layer_kinds
 
@@ -262,6 +263,7 @@ def _carry_files(folder: Path | None, scratch: Path, *, with_state: bool) -> lis
         if path.is_dir():
             shutil.copytree(path, scratch / path.name)
         else:
+            require_regular(path)
             shutil.copy2(path, scratch / path.name)
         carried.append(path.name)
     return carried

@@ -49,7 +49,7 @@ def read_manifest(folder: Path) -> Manifest | None:
         raise SessaError(f"{path}: not a manifest of format {FORMAT}, the only one known here")
     try:
         manifest = Manifest(**values)
-        well_formed = all(
+        well_formed = isinstance(manifest.folder, str) and all(
             is_plain_name(name) and len(facts["sha256"]) == 64 and facts["bytes"] >= 0
             for name, facts in manifest.files.items()
         )

@@ -259,7 +259,13 @@ class TaskBatches:
         """Return the task's measures on its test examples."""
         part = self.data.test
         predicted = [predict(batch.inputs) for batch in self._batches(part)]
-        return self.data.task.measure(part, _at_targets(predicted))
+        try:
+            return self.data.task.measure(part, _at_targets(predicted))
+        except (IndexError, KeyError, TypeError, ValueError) as error:
+            raise SessaError(
+                f"{self.data.task.name}: the test examples cannot be measured, so their metadata "
+                f"is damaged; make the data again ({error})"
+            ) from None
 
     def _row(self, index: int) -> int:
         assert self.data.train is not None

@@ -12,9 +12,12 @@ import numpy as np
 
 from sessa_common.checkpoint.run_files import LOSS_PICTURE, METRICS
 from sessa_common.checkpoint.storage import atomic_path
+from sessa_common.input_files import read_limited
+from sessa_common.json_files import parse_json
 
 # The first steps of a run compile kernels, so they do not count in its speed.
 WARM_UP_STEPS = 10
+LARGEST_METRICS = 2**30
 
 
 class MetricsLog:
@@ -37,12 +40,23 @@ class MetricsLog:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Read the whole records of a run; a last line that a crash cut short is left out."""
+    """Read the records of a run; a line that a crash cut short or damaged is left out."""
     path = folder / METRICS
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    lines = read_limited(path, LARGEST_METRICS).split(b"\n")
+    return [record for line in lines[:-1] if (record := _parse_record(line)) is not None]
+
+
+def _parse_record(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = parse_json(line.decode("utf-8"))
+    except ValueError:
+        return None
+    numbers = isinstance(record, dict) and all(
+        isinstance(value, (int, float)) for value in record.values()
+    )
+    return record if numbers and isinstance(record.get("step"), int) else None
 
 
 def last_metrics(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

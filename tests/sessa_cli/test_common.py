@@ -1,11 +1,17 @@
-"""What every command prints: text as it is, and JSON that is JSON."""
+"""What every command prints: text as it is, JSON that is JSON, and no disturbance by its reader."""
 
+import io
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 from rich.table import Table
 
 from sessa_cli.common import make_console, print_json, say
+from sessa_cli.foreign_errors import foreign_message
+from sessa_cli.terminal import SafeOutput, for_output, printable
 
 NAME = "[red]a[/red] [1] :smile:"
 
@@ -30,3 +36,69 @@ def test_numbers_that_json_has_no_word_for_are_null(number, capsys):
         "rows": [1.5, [None, "é"]],
         "nested": {"x": None, "n": 3},
     }
+
+
+def test_what_steers_a_terminal_is_shown_instead(capsys, monkeypatch):
+    hostile = "a\x1b[2J\x9b31m\rb\x07\u202ec\n"
+    shown = "a\\x1b[2J\\x9b31m\\rb\\x07\\u202ec\n"
+    assert printable(hostile) == shown
+    say(make_console(), hostile)
+    assert capsys.readouterr().out == shown + "\n"
+    assert for_output(hostile) == hostile
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert for_output(hostile) == shown
+
+
+class Failing(io.StringIO):
+    """A stream that cannot be written."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.raised = error
+
+    def write(self, _):
+        raise self.raised
+
+    flush = write = write
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [(BrokenPipeError(32, "Broken pipe"), None), (OSError(28, "No space left"), "No space left"),
+     (ValueError("I/O operation on closed file"), "I/O operation on closed file")],
+)  # fmt: skip
+def test_output_that_fails_raises_nothing(error, lost):
+    stream = SafeOutput(Failing(error))
+    print("progress", file=stream)
+    assert stream.lost == lost
+    print("progress", file=SafeOutput(None))
+
+
+def sessa_shell(command):
+    """Run a line of shell in which $SESSA is the command; what became of it."""
+    paths = [path for path in sys.path if path]
+    settings = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONIOENCODING": "latin-1"}
+    environment = {**os.environ, **settings, "SESSA": f"{sys.executable} -m sessa_cli.main"}
+    return subprocess.run(["sh", "-c", command], env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_closed_and_full_outputs_end_in_one_line_at_most():
+    text = "data simplestories --data gone東京.txt --out x"
+    for redirection, code, lines in [
+        ("", 2, ["error: gone\\u6771\\u4eac.txt: no such file or folder"]),
+        (">&-", 2, ["error: gone\\u6771\\u4eac.txt: no such file or folder"]),
+        ("2>&-", 2, []),
+    ]:
+        done = sessa_shell(f"$SESSA {text} {redirection}")
+        assert (done.returncode, done.stderr.splitlines()) == (code, lines), redirection
+    full = sessa_shell("$SESSA --help > /dev/full")
+    assert full.returncode == 2
+    assert full.stderr == "error: standard output could not be written (No space left on device)\n"
+    assert sessa_shell("$SESSA --help | head -1").stderr == ""
+
+
+def test_memory_that_libraries_cannot_get_is_one_line():
+    words = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes\nframe 0"
+    assert foreign_message(RuntimeError(words)) == f"not enough memory: {words.splitlines()[0]}"
+    assert foreign_message(RuntimeError("a fault of the program")) is None

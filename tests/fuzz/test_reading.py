@@ -1,0 +1,22 @@
+"""Damaged files of every kind are read or refused in one line: a sample of `make fuzz`."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+COUNT = 2000
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the fuzzer measures memory as POSIX has it")
+def test_damaged_files_are_read_or_refused_in_one_line():
+    pytest.importorskip("torch")
+    pytest.importorskip("pyarrow")
+    pytest.importorskip("onnx")
+    script = Path(__file__).parent / "reading.py"
+    done = subprocess.run(
+        [sys.executable, str(script), "--count", str(COUNT)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr + done.stdout[-1000:]
+    assert f"{COUNT} cases" in done.stdout
