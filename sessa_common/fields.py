@@ -16,8 +16,8 @@ Config = TypeVar("Config")
 def split_fields(given: Mapping[str, Any], *classes: type) -> list[dict[str, Any]]:
     """Sort keyword arguments by the dataclass that has a field of that name, one dict a class.
 
-    A single text, path or list becomes the tuple that a field expects. Raises SessaError for a name
-    that no class knows, with the nearest known one.
+    Paths become texts, and a list or a single text becomes the tuple that a field expects. Raises
+    SessaError for a name that no class knows, with the nearest known one.
     """
     types = [{field.name: str(field.type) for field in dataclasses.fields(cls)} for cls in classes]
     known = [name for names in types for name in names]
@@ -27,17 +27,18 @@ def split_fields(given: Mapping[str, Any], *classes: type) -> list[dict[str, Any
             hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(known))}"
             raise SessaError(f"{name} is not a known field; {hint}")
     return [
-        {name: _as_tuple(value, names[name]) for name, value in given.items() if name in names}
+        {name: _as_field(value, names[name]) for name, value in given.items() if name in names}
         for names in types
     ]
 
 
-def _as_tuple(value: Any, kind: str) -> Any:
-    if isinstance(value, list):
-        return tuple(value)
-    if kind.startswith(("tuple", "Sequence")) and isinstance(value, (str, Path)):
-        return (str(value),)
-    return value
+def _as_field(value: Any, kind: str) -> Any:
+    if isinstance(value, (list, tuple)):
+        return tuple(str(item) if isinstance(item, Path) else item for item in value)
+    if isinstance(value, Path):
+        value = str(value)
+    is_list = kind.startswith(("tuple", "Sequence"))
+    return (value,) if is_list and isinstance(value, str) else value
 
 
 def build(cls: type[Config], fields: Mapping[str, Any]) -> Config:

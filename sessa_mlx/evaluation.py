@@ -19,7 +19,7 @@ from sessa_mlx.model import SessaForCausalLM
 
 def evaluate(
     model: SessaForCausalLM | Path | str,
-    data: str | Sequence[str],
+    data: Path | str | Sequence[Path | str],
     *,
     tokenizer: Tokenizer | Path | str | None = None,
     text_field: str = "text",
@@ -52,7 +52,7 @@ def evaluate(
     return evaluate_texts(
         logits_function(model),
         ModelTokenizer.open(tokenizer, model.config, parse_special_tokens),
-        [data] if isinstance(data, str) else data,
+        data,
         source,
         sequence_length=sequence_length,
         stride=stride,

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 
@@ -63,14 +64,14 @@ class Score:
 def evaluate_texts(
     logits: Logits,
     tokenizer: ModelTokenizer,
-    names: Sequence[str],
+    data: Path | str | Sequence[Path | str],
     source: TextSource,
     *,
     sequence_length: int | None = None,
     stride: int | None = None,
     batch_size: int = 8,
 ) -> Score:
-    """Score the texts of data names (see `read_documents`) with a model's logits.
+    """Score the texts that `data` names (see `read_documents`) with a model's logits.
 
     A window of `sequence_length` tokens, the whole context unless given, slides over long texts.
     The other arguments are those of `score_documents`. Raises SessaError.
@@ -85,6 +86,7 @@ def evaluate_texts(
     )
     expect(batch_size > 0, "batch_size", batch_size, "1 or more")
 
+    names = [str(name) for name in ([data] if isinstance(data, (Path, str)) else data)]
     counts, dropped = ReadCounts(), DroppedText()
 
     def documents() -> Iterator[tuple[np.ndarray, int]]:
