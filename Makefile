@@ -32,6 +32,7 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python tools/check_docs.py
 
 bench: setup
 	$(BIN)/python benchmarks/feedback_solve.py
