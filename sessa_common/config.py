@@ -170,7 +170,7 @@ class SessaConfig:
 
     @property
     def rotates(self) -> bool:
-        """Whether any layer applies rotary positions."""
+        """Return True when any layer applies rotary positions."""
         return self.use_forward_rope and any(kind.attends for kind in self.kinds)
 
     @property
@@ -180,7 +180,7 @@ class SessaConfig:
 
     @property
     def feeds_back(self) -> bool:
-        """Whether any layer has a feedback solve."""
+        """Return True when any layer has a feedback solve."""
         return any(kind.feeds_back for kind in self.kinds)
 
     @classmethod

@@ -36,17 +36,17 @@ class LayerKind:
 
     @property
     def attends(self) -> bool:
-        """Whether the mixer begins with attention, so whether RoPE and key/value heads apply."""
+        """Return True when the mixer begins with attention, which has RoPE and key/value heads."""
         return self.mixer != "mamba2"
 
     @property
     def feeds_back(self) -> bool:
-        """Whether the layer has a feedback solve."""
+        """Return True when the layer has a feedback solve."""
         return self.mixer == "sessa"
 
     @property
     def exports(self) -> bool:
-        """Whether the layer has an ONNX graph."""
+        """Return True when the layer has an ONNX graph."""
         return self.attends
 
     @property
@@ -124,9 +124,9 @@ OLD_MIXERS = ("sessa", "attention", "mamba2")
 
 
 def with_layer_kinds(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Keys of a config.json with the old `mixer`, `attention_block`, `feedback` as `layer_kinds`.
+    """Return the keys of a config.json with `layer_kinds` in place of the OLD_KEYS.
 
-    Raises SessaError for a value that they could not have, and for both spellings together.
+    Raises SessaError for a value that an old key could not have, and for both spellings together.
     """
     rest = {name: value for name, value in given.items() if name not in OLD_KEYS}
     if len(rest) == len(given):

@@ -1,4 +1,4 @@
-"""Argument rules of `feedback_solve` that both frameworks share."""
+"""Rules for the arguments of `feedback_solve` that both frameworks share."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ log = logging.getLogger("sessa")
 def check_arrays(
     kind: type, f: Any, q: Any, k: Any, gamma: Any, past_s: Any, key_mask: Any
 ) -> None:
-    """Raise TypeError, naming the argument, unless all are arrays of this kind or absent."""
+    """Raise TypeError that names the argument unless every argument is an array of this kind.
+
+    past_s and key_mask may be None.
+    """
     for name, array in (("f", f), ("q", q), ("k", k), ("gamma", gamma)):
         if not isinstance(array, kind):
             raise TypeError(f"{name} is a {type(array).__name__}, expected a {kind.__name__}")
@@ -24,7 +27,7 @@ def check_arrays(
 
 
 def check_shapes(f: Any, q: Any, k: Any, gamma: Any, past_s: Any, key_mask: Any) -> None:
-    """Raise ValueError, naming the argument, unless the shapes fit one feedback solve.
+    """Raise ValueError that names the argument unless all shapes fit one feedback solve.
 
     f (B, T, D), q (B, T, K), k (B, P+T, K), gamma (B, T), past_s (B, P, D), key_mask (B, P+T).
     """
@@ -53,7 +56,7 @@ def check_shapes(f: Any, q: Any, k: Any, gamma: Any, past_s: Any, key_mask: Any)
 
 
 def check_backend(backend: str) -> None:
-    """Raise ValueError unless `backend` is one that exists."""
+    """Raise ValueError unless `backend` is one of BACKENDS."""
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}, expected one of {', '.join(BACKENDS)}")
 
@@ -64,10 +67,10 @@ def _say_once(message: str) -> None:
 
 
 def choose_backend(backend: str, unavailable_reason: Callable[[], str | None]) -> str:
-    """Resolve "auto" to "kernel" or "blocked" and say once in the log which one and why.
+    """Resolve "auto" to "kernel" or "blocked"; the choice and its reason are logged once.
 
     `unavailable_reason` returns the reason why the kernel cannot run here, or None. Raises
-    ValueError with that reason when the kernel is asked for where it cannot run.
+    ValueError with that reason when `backend` is "kernel" and the kernel cannot run.
     """
     if backend not in ("auto", "kernel"):
         return backend

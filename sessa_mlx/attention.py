@@ -61,8 +61,8 @@ def causal_attention(
 ) -> mx.array:
     """Softmax attention over keys j <= P + t, scale d^-1/2, by the fused kernel; (B, H, T, d).
 
-    A mask is built only for padding. Every query sees itself, so a padded row gives no NaN; what it
-    gives means nothing.
+    A mask is built only for padding. Every query sees itself, so a padded row is never NaN;
+    its result has no meaning.
     """
     T, S, scale = q.shape[2], k.shape[2], q.shape[-1] ** -0.5
     if key_mask is None:
@@ -99,10 +99,10 @@ class AttentionMixer(nn.Module):
         cache: SessaLayerCache | None = None,
         key_mask: mx.array | None = None,  # (B, P+T)
     ) -> mx.array:
-        """Mix a (B, T, D) over time; with a cache, a continues what the cache holds.
+        """Mix a (B, T, D) over time; with a cache, a follows the cached positions.
 
-        rope are the tables of `rope_of`, for a caller that shares them between layers; by default
-        they are built here, from the position of the cache and the mask.
+        `rope` are the tables of `rope_of`, from a caller that shares them between layers. Without
+        them they are built here, from the position of the cache and the mask.
         """
         B, T, D = a.shape
         d = self.config.head_dim

@@ -1,4 +1,4 @@
-"""Derivatives and routing of one model on one text, for `sessa influence`, in MLX."""
+"""Derivatives and routing of one model on one text, for the analysis of influence, in MLX."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class InfluenceProbe:
         dy = mx.zeros_like(x)
         dy[mx.arange(R), mx.array(times)] = mx.array(cotangents, dtype=x.dtype)
         _, (dx,) = mx.vjp(run, [x], [dy])
-        # Squared in float64, which GPUs lack: float32 squares lose what is below 1e-19.
+        # Squares are taken in float64, which GPUs lack: in float32 values below 1e-19 vanish.
         return np.square(to_numpy(dx).astype(np.float64)).sum(-1)
 
     def feedback(

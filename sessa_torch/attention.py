@@ -76,7 +76,7 @@ def causal_attention(
     """Softmax attention over keys j <= P + t, scale d^-1/2, by the fused kernel; (B, H, T, d).
 
     A mask is built only for padding or for a chunk after a past. Every query sees itself, so a
-    padded row gives no NaN; what it gives means nothing.
+    padded row is never NaN; its result has no meaning.
     """
     T, S = q.shape[2], k.shape[2]
     grouped = q.shape[1] != k.shape[1]
@@ -116,10 +116,10 @@ class AttentionMixer(nn.Module):
         cache: SessaLayerCache | None = None,
         key_mask: Tensor | None = None,  # (B, P+T)
     ) -> Tensor:
-        """Mix a (B, T, D) over time; with a cache, a continues what the cache holds.
+        """Mix a (B, T, D) over time; with a cache, a follows the cached positions.
 
-        rope are the tables of `rope_of`, for a caller that shares them between layers; by default
-        they are built here, from the position of the cache and the mask.
+        `rope` are the tables of `rope_of`, from a caller that shares them between layers. Without
+        them they are built here, from the position of the cache and the mask.
         """
         B, T, D = a.shape
         d = self.config.head_dim

@@ -1,4 +1,4 @@
-"""Derivatives and routing of one model on one text, for `sessa influence`, in PyTorch."""
+"""Derivatives and routing of one model on one text, for the analysis of influence, in PyTorch."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class InfluenceProbe:
             y.device
         )
         (dx,) = torch.autograd.grad(y, x, dy)
-        # Squared in float64, which MPS lacks: float32 squares lose what is below 1e-19.
+        # Squares are taken in float64, which MPS lacks: in float32 values below 1e-19 vanish.
         return to_numpy(dx.cpu().double().square().sum(-1))
 
     @torch.no_grad()

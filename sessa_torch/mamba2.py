@@ -1,4 +1,4 @@
-"""The Mamba-2 mixer: a scalar-decay state space, by chunks for training, by steps for decoding.
+"""The Mamba-2 mixer: a state space with scalar decays, in chunks to train, in steps to decode.
 
 Letters: B batch, T time, D width, H heads of width P, N state size, Q chunk, n chunks, W width of
 the convolution; x, dt, A, b, c as in state-spaces/mamba (b and c are shared by all heads).
@@ -41,13 +41,13 @@ def ssd_chunked(
     """T rows of the recurrence of `ssd_step` as matrix products: y (B, T, H, P), the last state.
 
     dt and A must be float32 at least: decays and states are computed in their dtype, the large
-    products in that of x. Section 6 of arXiv 2405.21060; memory O(T Q), since the (T/Q)^2 decays
-    between chunks are fewer up to T = Q^3.
+    products in the dtype of x. Section 6 of arXiv 2405.21060. Memory is O(T Q) up to T = Q^3, where
+    the (T/Q)^2 decays between chunks become more numerous.
     """
     T, H, P = x.shape[1:]
     Q = min(CHUNK, T)
     x, dt, b, c = (_chunks(rows, Q) for rows in (x, dt, b, c))
-    # One step may forget at most exp(-40), less than float64 resolves: sums of logs stay accurate.
+    # A decay below exp(-40) is zero to float64 precision; the bound keeps sums of logs accurate.
     logs = (dt * A).clamp_min(-40).cumsum(2)  # (B, n, Q, H)
     inputs = (x * dt[..., None]).to(x.dtype)  # (B, n, Q, H, P)
     weights = (c @ b.mT)[:, :, None] * _decays(logs.mT).to(x.dtype)  # (B, n, H, Q, Q)
@@ -61,7 +61,7 @@ def ssd_chunked(
 
 
 def _chunks(rows: Tensor, Q: int) -> Tensor:
-    """(B, T, ...) -> (B, n, Q, ...); rows of padding have dt = 0, so they change no state."""
+    """(B, T, ...) -> (B, n, Q, ...); padding rows have dt = 0, so they change no state."""
     missing = -rows.shape[1] % Q
     if missing:
         rows = F.pad(rows, [0, 0] * (rows.ndim - 2) + [0, missing])
@@ -72,13 +72,16 @@ def _decays(logs: Tensor) -> Tensor:
     """exp(logs[i] - logs[j]) for j <= i, else 0: (..., Q) -> (..., Q, Q)."""
     Q = logs.shape[-1]
     future = torch.full((Q, Q), -torch.inf, dtype=logs.dtype, device=logs.device).triu(1)
-    # Masked before exp: above the diagonal it would overflow and poison the gradient. The sum of a
-    # negated row and the work in place spare copies of the largest array there is.
+    # Mask before exp, which would overflow above the diagonal and make the gradient NaN. Adding a
+    # negated row and working in place avoids copies of the largest array.
     return (logs[..., :, None] + (-logs)[..., None, :]).add_(future).exp_()
 
 
 def _carry(local: Tensor, totals: Tensor, state: Tensor | None) -> Tensor:
-    """States (B, n+1, N, H, P) at the chunks' borders, from what each adds and its decay."""
+    """States (B, n+1, N, H, P) before, between and after the chunks.
+
+    `local` is what each chunk adds to the state, `totals` the logarithm of its decay.
+    """
     local = local.to(totals.dtype)
     first = torch.zeros_like(local[:, 0]) if state is None else state.permute(0, 3, 1, 2)
     local = torch.cat([first[:, None], local], 1)
@@ -129,7 +132,7 @@ class Mamba2Mixer(nn.Module):
         cache: Mamba2LayerCache | None = None,
         key_mask: Tensor | None = None,  # (B, P+T)
     ) -> Tensor:
-        """Mix a (B, T, D) over time; with a cache, a continues what the cache holds.
+        """Mix a (B, T, D) over time; with a cache, a follows the cached positions.
 
         A position that key_mask hides enters neither the convolution nor the state.
         """

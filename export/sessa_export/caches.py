@@ -1,4 +1,4 @@
-"""How the runner keeps the caches of an exported model between two runs, for each layout.
+"""The caches of an exported model between two runs of the runner, for each layout.
 
 Letters: B batch, T new tokens, P past tokens, C rows of a buffer.
 """
@@ -14,7 +14,7 @@ ROOM = 64
 
 
 class GrownCaches:
-    """natural and uniform: the caches that one run returns are the past of the next, uncopied."""
+    """Caches for natural and uniform: the output of one run is the past of the next, uncopied."""
 
     def __init__(self, session: Any) -> None:
         self.session = session
@@ -51,12 +51,12 @@ class GrownCaches:
 
 
 class BufferedCaches:
-    """buffer: the caches stay where they are and a run's new rows are written into them."""
+    """Caches for buffer: they stay in place, and the new rows of a run are written into them."""
 
     def __init__(self, session: Any) -> None:
         self.session = session
         self.inputs = [i for i in session.get_inputs() if i.name.startswith("past_key_values")]
-        # Feedback keys have a row that nobody sees; its axis has another name.
+        # Feedback keys have a spare row that no query sees, so their axis has another name.
         self.spare = [int(i.shape[2] != self.inputs[0].shape[2]) for i in self.inputs]
         self.vocabulary = next(o.shape[2] for o in session.get_outputs() if o.name == "logits")
         self.buffers: list[np.ndarray] = []
@@ -72,12 +72,12 @@ class BufferedCaches:
         (B, T), P = tokens.shape, self.length
         if not self.buffers or len(self.buffers[0]) != B:
             self.buffers = self._zeros(B, 0)
-        # Before the first token there is nothing to read, however large the buffers are.
+        # Before the first token no row is valid, however large the buffers are.
         C = self.buffers[0].shape[2] if P else 0
         if self.bound != (B, T, C):
             self._bind(B, T, C)
         self.ids[:] = tokens
-        # Unused rows stay hidden.
+        # The mask of unused rows stays 0.
         self.seen[:, :P], self.seen[:, C:] = mask[:, :P], mask[:, P:]
         self.session.run_with_iobinding(self.binding)
         self._write(self.rows, P + T)
@@ -94,7 +94,7 @@ class BufferedCaches:
         return [np.zeros(shape, np.float32) for shape in shapes]
 
     def _write(self, rows: list[np.ndarray], stop: int) -> None:
-        """Put new rows after those that the buffers hold, in larger buffers if need be."""
+        """Append rows to the buffers, after a copy to larger buffers where these are full."""
         if stop > self.buffers[0].shape[2]:
             old, self.buffers = self.arrays(), self._zeros(len(rows[0]), stop + ROOM)
             for buffer, value in zip(self.buffers, old, strict=True):
@@ -104,12 +104,12 @@ class BufferedCaches:
         self.length = stop
 
     def _bind(self, B: int, T: int, C: int) -> None:
-        """Bind arrays for runs of T tokens after C rows; later runs of that shape fill them in."""
+        """Bind arrays for runs of T tokens after C rows; later runs of this shape reuse them."""
         self.ids, self.seen = np.zeros((B, T), np.int64), np.zeros((B, C + T), np.int64)
         self.logits = np.empty((B, T, self.vocabulary), np.float32)
         self.rows = [np.empty((B, i.shape[1], T, i.shape[3]), np.float32) for i in self.inputs]
         self.past = self.buffers if C else self._zeros(B, 0)
-        # What a run of several tokens returns is the caller's.
+        # The caller keeps the logits of a run of several tokens, so its arrays are not reused.
         self.binding, self.bound = self.session.io_binding(), (B, T, C) if T == 1 else ()
         self.binding.bind_cpu_input("input_ids", self.ids)
         self.binding.bind_cpu_input("attention_mask", self.seen)

@@ -22,10 +22,10 @@ from sessa_export.operator_body import DOMAIN, OP_TYPE, VERSION, add_function
 from sessa_export.runtime import CONFIG_KEY
 
 OPSETS = (21, 22, 23)
-# From here on there are Attention and RotaryEmbedding; earlier sets get plain operators.
+# The first set with Attention and RotaryEmbedding; graphs of earlier sets use plain operators.
 FUSED_OPSET = 23
 IR_VERSION = 10
-# A score that no softmax sees; finite, so that a row with nothing to see stays a number.
+# The score of a hidden key. It is finite so that a row without a visible key is not NaN.
 HIDDEN = np.float32(-1e30)
 # A protobuf message ends at 2 GiB; the graph itself needs a little of that.
 EXTERNAL_DATA_BYTES = 2 * 10**9
@@ -34,7 +34,7 @@ Weights = Mapping[str, np.ndarray]
 
 
 class Builder:
-    """Collects nodes and initializers; every method returns the name of the tensor it makes."""
+    """Nodes and initializers of a graph; every method returns the name of the tensor it adds."""
 
     def __init__(self) -> None:
         self.nodes: list[onnx.NodeProto] = []
@@ -50,12 +50,15 @@ class Builder:
         return output
 
     def name(self, op: str) -> str:
-        """A name that no other node has, in subgraphs neither."""
+        """A name that is unique among all nodes, those of subgraphs included."""
         self.count += 1
         return f"{self.scope}{op}_{self.count}"
 
     def either(self, condition: str, then: Callable[[], str], otherwise: Callable[[], str]) -> str:
-        """Append an If on the nodes that two functions add; each returns its float32 result."""
+        """Append an If whose branches are the nodes that `then` and `otherwise` add.
+
+        Each function returns the name of its float32 result.
+        """
         outer, branches = self.nodes, {}
         for key, make in (("then_branch", then), ("else_branch", otherwise)):
             self.nodes = []
@@ -114,10 +117,10 @@ def build_model(
     """The whole model in float32: ids, mask and past caches in, logits and present caches out.
 
     input_ids (B, T) and attention_mask (B, S) are int64, zero for padding; past_key_values.{j}.key
-    and .value are (B, heads, P, width) as in `kv_layers`, P may be 0; logits are (B, T, V);
+    and .value are (B, heads, P, width) as in `kv_layers`, and P may be 0; logits are (B, T, V);
     present.{j}.* hold S tokens. In the buffer layout the past is a buffer whose unused rows are
-    masked, feedback keys have one row more that is never seen, and new.{j}.* (B, heads, T, width)
-    take the place of present.{j}.*. Raises SessaError for a Mamba-2 layer, an opset that is not in
+    masked, feedback keys have one more row that no query sees, and new.{j}.* (B, heads, T, width)
+    replace present.{j}.*. Raises SessaError for a Mamba-2 layer, an opset that is not in
     OPSETS and a layout that is not in LAYOUTS.
     """
     require_supported(config)
@@ -183,8 +186,8 @@ def _rotation(
 def _rotate(g: Builder, config: SessaConfig, x: str, shared: Shared) -> str:
     """RoPE of interleaved pairs; x (B, heads, T, d).
 
-    Without RotaryEmbedding the turned pair (-x1, x0) is a product with a constant: Split and Concat
-    of single columns cost more in ONNX Runtime.
+    Without RotaryEmbedding the rotated pair (-x1, x0) is a product with a constant matrix, because
+    Split and Concat of single columns are slower in ONNX Runtime.
     """
     if shared.rotation is None:
         return x
@@ -286,7 +289,7 @@ def _softmax_read(g: Builder, config: SessaConfig, q: str, k: str, v: str, share
         return g.add("Attention", q, k, v, shared.bias, scale=d**-0.5)
 
     def regroup(x: str, heads: int, width: int | None = None) -> str:
-        # The H/G query heads of one key head stand below one another, so keys need no repeating.
+        # The H/G query heads of one key head are stacked along the rows, so no key is repeated.
         if G == H:
             return x
         last = g.ints(width) if width else shared.total
@@ -353,8 +356,8 @@ def _buffered_solve(
 ) -> str:
     """The operator on a buffer of keys (B, C + 1, D).
 
-    A single token never sees its own key, so the buffer with its spare row stands for past and new
-    keys together.
+    A single token never sees its own key, so the buffer with its spare row can serve as past and
+    new keys together.
     """
     (j,) = shared.pairs[i][1:]
     buffer = g.add("Squeeze", f"past_key_values.{j}.key", g.ints(1))

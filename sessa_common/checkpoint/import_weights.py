@@ -1,4 +1,4 @@
-"""Weights under other people's names: the author's release, one layer or a stack, and MLX files."""
+"""Import of weights under other names: the author's release, one layer or a stack, MLX files."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ SHAPE_KEYS = {
 
 @dataclass
 class ImportedWeights:
-    """Weights by our names, the release's buffers of layer 0, and what had to be assumed."""
+    """Weights by our names, the release's buffers of layer 0, and notes on assumed values."""
 
     weights: Tensors
     buffers: Tensors
@@ -144,10 +144,10 @@ def _outside_name(name: str, where: str) -> str:
 
 
 def find_config(found: ImportedWeights, given: Mapping[str, Any], where: str) -> SessaConfig:
-    """The configuration that shapes and buffers tell, with `given` (keys of config.json) over it.
+    """The configuration that shapes and buffers determine, with the keys `given` over it.
 
-    Raises SessaError that says which option is missing: neither the number of heads nor RoPE can
-    be read from the weights alone. Keys that get the release's defaults are listed in the notes.
+    Raises SessaError that says which key is missing: neither the number of heads nor RoPE can be
+    read from the weights alone. Keys that get the release's defaults are listed in the notes.
     """
     weights = found.weights
     told = infer_config(found, where)
@@ -276,7 +276,7 @@ def _told_by_buffers(found: ImportedWeights, where: str) -> dict[str, Any]:
 
 
 def complete(found: ImportedWeights, config: SessaConfig, seed: int) -> None:
-    """Add what a language model has and a bare stack of layers has not; the notes say what.
+    """Add the tensors that a bare stack of layers lacks for a language model, and note them.
 
     The embedding is drawn as for a new model, the final norm is 1 and 0, in the weights' dtype.
     """
@@ -290,6 +290,11 @@ def complete(found: ImportedWeights, config: SessaConfig, seed: int) -> None:
     drawn = initial_weights(config, seed)
     for name in missing:
         weights[name] = drawn[name].astype(NUMPY_DTYPES[config.dtype])
-        how = "1" if name == "model.norm.weight" else "0" if name == "model.norm.bias" else (
-            f"random numbers, seed {seed}: train before use")  # fmt: skip
+        how = (
+            "1"
+            if name == "model.norm.weight"
+            else "0"
+            if name == "model.norm.bias"
+            else (f"random numbers, seed {seed}: train before use")
+        )
         found.notes.append(f"invented {name} {weights[name].shape}: {how}")

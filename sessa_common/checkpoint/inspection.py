@@ -1,4 +1,4 @@
-"""What is in a checkpoint folder or a weight file: architecture, parameters, bytes, types."""
+"""Contents of a checkpoint folder or a weight file: architecture, parameters, bytes, types."""
 
 from __future__ import annotations
 

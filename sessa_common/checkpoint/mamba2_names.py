@@ -68,8 +68,10 @@ def mamba2_config(
     lowest, highest = settings.get("time_step_limit") or (0.0, math.inf)
     # Some versions write infinity as an object.
     if lowest != 0 or (isinstance(highest, (int, float)) and math.isfinite(highest)):
-        raise SessaError(f"{where}: time_step_limit is {[lowest, highest]}; only steps without a "
-                         "limit can be converted")  # fmt: skip
+        raise SessaError(
+            f"{where}: time_step_limit is {[lowest, highest]}; only steps without a "
+            "limit can be converted"
+        )
     keys = {ours: settings.get(key, default) for ours, (key, default) in KEYS.items()}
     dtype = settings.get("dtype") or settings.get("torch_dtype") or "float32"
     keys |= {
@@ -80,6 +82,8 @@ def mamba2_config(
     }
     notes = []
     if "max_position_embeddings" not in given:
-        notes.append(f"assumed max_position_embeddings = {CONTEXT}; the layers have no limit "
-                     "(`config` sets another)")  # fmt: skip
+        notes.append(
+            f"assumed max_position_embeddings = {CONTEXT}; the layers have no limit "
+            "(`config` sets another)"
+        )
     return {**keys, "max_position_embeddings": CONTEXT, **given}, notes

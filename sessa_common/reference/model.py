@@ -20,6 +20,7 @@ from sessa_common.reference.mamba2 import Mamba2LayerCache, empty_mamba_cache, m
 from sessa_common.reference.ops import (
     attention,
     attention_backward,
+    cross_entropy,
     f64,
     feedback_solve,
     feedback_solve_backward,
@@ -412,23 +413,6 @@ def model_logits(
     """
     c = _model(config, weights, input_ids, attention_mask, cache)
     return c.normed @ _head(config, weights).T
-
-
-def cross_entropy(
-    logits: np.ndarray, targets: np.ndarray, weight: np.ndarray | None = None
-) -> tuple[float, np.ndarray]:
-    """Mean loss in nats over targets (B, T), and its gradient at logits (B, T, V).
-
-    weight (B, T) counts each target; None counts all alike.
-    """
-    logits = f64(logits)
-    weight = np.ones(targets.shape) if weight is None else f64(weight)
-    share = weight / weight.sum()
-    shifted = logits - logits.max(axis=-1, keepdims=True)
-    logp = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-    hit = np.arange(logits.shape[-1]) == np.asarray(targets)[..., None]
-    loss = -float((share * logp[hit].reshape(targets.shape)).sum())
-    return loss, (np.exp(logp) - hit) * share[..., None]
 
 
 def model_backward(

@@ -1,7 +1,7 @@
-"""Float64 NumPy operators with their gradients: the parts of `sessa_common.reference.model`.
+"""Operators in float64 NumPy with their gradients, of which the reference model is made.
 
 Letters: B batch, T time, P past, D width, H heads, G key/value heads, d = D/H, K feedback key
-width. Arrays of any floating type are taken; everything is computed and returned in float64.
+width. Arguments may have any floating type; everything is computed and returned in float64.
 Equations are those of arXiv 2604.18580, sections 3 and 5.
 """
 
@@ -22,14 +22,14 @@ def f64(x: np.ndarray) -> np.ndarray:
 def visible_columns(
     T: int, P: int, key_mask: np.ndarray | None = None, *, strict: bool
 ) -> np.ndarray:
-    """Which of the P+T columns each row sees, (1 or B, T, P+T): j <= P+t, or j < P+t if strict."""
+    """Mask (1 or B, T, P+T) of the columns that row t sees: j <= P+t, or j < P+t if strict."""
     last = P + np.arange(T)[:, None] - int(strict)
     visible = (np.arange(P + T) <= last)[None]
     return visible if key_mask is None else visible & np.asarray(key_mask, dtype=bool)[:, None]
 
 
 def masked_softmax(scores: np.ndarray, visible: np.ndarray) -> np.ndarray:
-    """Softmax over the visible columns; a row that sees nothing is all zeros."""
+    """Softmax over the visible columns; a row without a visible column is all zeros."""
     scores = np.where(visible, scores, -np.inf)
     top = scores.max(axis=-1, keepdims=True, initial=-np.inf)
     weights = np.exp(scores - np.where(np.isfinite(top), top, 0.0))
@@ -38,7 +38,7 @@ def masked_softmax(scores: np.ndarray, visible: np.ndarray) -> np.ndarray:
 
 
 def softmax_backward(dweights: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Gradient at the scores, given the softmax's output and the gradient there."""
+    """Gradient at the scores, given the softmax's output and the gradient at that output."""
     return weights * (dweights - (dweights * weights).sum(axis=-1, keepdims=True))
 
 
@@ -63,7 +63,7 @@ def feedback_solve(
     """Solve (I - N) s = f with N = diag(gamma) alpha, by forward substitution.
 
     f (B, T, D), q (B, T, K), k (B, P+T, K), gamma (B, T), past_s (B, P, D), key_mask (B, P+T) with
-    True for visible. Returns s (B, T, D); a row with nothing visible gives s = f.
+    True for visible. Returns s (B, T, D); a row without a visible column gives s = f.
     """
     N = f64(gamma)[..., None] * feedback_weights(q, k, key_mask)
     T, P = f.shape[1], k.shape[1] - f.shape[1]
@@ -106,7 +106,7 @@ def feedback_solve_backward(
 def uniform_kernel(gamma: float | np.ndarray, T: int) -> np.ndarray:
     """(I - N)^-1, (T, T), when every row attends uniformly: alpha[t, j] = 1/t for j < t.
 
-    A constant gain uses the Gamma ratio of Corollary F.2; gains (T,) that vary use
+    A constant gain uses the Gamma ratio of Corollary F.2; varying gains (T,) use
     K[t, tau] = gamma_t/t * prod_{i=tau+1}^{t-1} (1 + gamma_i/i). |gamma| < 1.
     """
     if np.ndim(gamma) == 0:
@@ -124,7 +124,7 @@ def uniform_kernel(gamma: float | np.ndarray, T: int) -> np.ndarray:
 
 
 def rotate(x: np.ndarray, positions: np.ndarray, theta: float) -> np.ndarray:
-    """RoPE on x (B, H, T, d): the pairs (0,1), (2,3), ... turn by position times frequency.
+    """RoPE on x (B, H, T, d): the pairs (0,1), (2,3), ... rotate by position times frequency.
 
     positions (1 or B, T). The rotation by -positions is the inverse and the transpose.
     """
@@ -140,7 +140,7 @@ def attention_weights(
 ) -> np.ndarray:
     """Causal softmax weights (B, H, T, P+T) of q (B, H, T, d) on k (B, G, P+T, d).
 
-    A row that the mask leaves with nothing attends itself.
+    A row without a visible column attends to itself.
     """
     H, T, d = q.shape[1:]
     P = k.shape[2] - T
@@ -198,7 +198,7 @@ def gelu_derivative(x: np.ndarray) -> np.ndarray:
 
 
 def silu(x: np.ndarray) -> np.ndarray:
-    """x times the logistic function, which is a half plus half a tanh at any size of x."""
+    """x times the logistic function, written with tanh because exp overflows for large -x."""
     return x * 0.5 * (1 + np.tanh(x / 2))
 
 
@@ -229,3 +229,20 @@ def layer_norm_backward(
     dx = scale * (dunit - dunit.mean(axis=-1, keepdims=True) - unit * along)
     rows = tuple(range(x.ndim - 1))
     return dx, (dy * unit).sum(axis=rows), dy.sum(axis=rows)
+
+
+def cross_entropy(
+    logits: np.ndarray, targets: np.ndarray, weight: np.ndarray | None = None
+) -> tuple[float, np.ndarray]:
+    """Mean loss in nats over targets (B, T), and its gradient at logits (B, T, V).
+
+    weight (B, T) counts each target; None counts all alike.
+    """
+    logits = f64(logits)
+    weight = np.ones(targets.shape) if weight is None else f64(weight)
+    share = weight / weight.sum()
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    logp = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    hit = np.arange(logits.shape[-1]) == np.asarray(targets)[..., None]
+    loss = -float((share * logp[hit].reshape(targets.shape)).sum())
+    return loss, (np.exp(logp) - hit) * share[..., None]

@@ -1,4 +1,4 @@
-"""Compares a runtime with the float64 NumPy reference: prefill, decoding and an uneven batch."""
+"""Comparison of a runtime with the float64 reference: prefill, decoding and an uneven batch."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Result:
-    """How well one runtime agrees in one case; difference is over the largest expected logit."""
+    """Agreement of one runtime with one case; difference is over the largest expected logit."""
 
     case: str
     difference: float
@@ -44,7 +44,7 @@ class Result:
 
     @property
     def ok(self) -> bool:
-        """Whether the runtime computes what the reference computes."""
+        """Return True when the runtime computes what the reference computes."""
         return self.difference <= self.tolerance
 
 

@@ -82,13 +82,17 @@ def test_a_weight_file_beside_an_old_config_is_read(name: str, tmp_path: Path) -
     ("old", "kinds"),
     [
         ({"mixer": ["sessa", "attention"], "feedback": False}, ("gated_attention", "transformer")),
-        ({"mixer": ["attention", "mamba2"], "attention_block": "gated"},
-         ("gated_attention", "mamba2")),
-        ({"mixer": ["sessa", "attention"], "attention_block": "gated"},
-         ("sessa", "gated_attention")),
+        (
+            {"mixer": ["attention", "mamba2"], "attention_block": "gated"},
+            ("gated_attention", "mamba2"),
+        ),
+        (
+            {"mixer": ["sessa", "attention"], "attention_block": "gated"},
+            ("sessa", "gated_attention"),
+        ),
         ({"feedback": False, "attention_block": "mlp"}, "gated_attention"),
     ],
-)  # fmt: skip
+)
 def test_old_keys_are_translated_layer_by_layer(old: dict, kinds: object) -> None:
     assert SessaConfig.from_dict({**old, "num_hidden_layers": 2}).layer_kinds == kinds
 

@@ -107,13 +107,23 @@ def pytorchs_own_block(config):
     """torch.nn's pre-norm block, and its parameters under our names (q, k and v are one there)."""
     D = config.hidden_size
     block = torch.nn.TransformerEncoderLayer(
-        D, config.num_attention_heads, config.intermediate_size, 0.0, "gelu",
-        config.layer_norm_eps, batch_first=True, norm_first=True, dtype=torch.float64,
-    )  # fmt: skip
+        D,
+        config.num_attention_heads,
+        config.intermediate_size,
+        0.0,
+        "gelu",
+        config.layer_norm_eps,
+        batch_first=True,
+        norm_first=True,
+        dtype=torch.float64,
+    )
     names = {
-        "norm1": "ln", "norm2": "ln_mlp", "self_attn.out_proj": "mixer.out_proj",
-        "linear1": "mlp.up_proj", "linear2": "mlp.down_proj",
-    }  # fmt: skip
+        "norm1": "ln",
+        "norm2": "ln_mlp",
+        "self_attn.out_proj": "mixer.out_proj",
+        "linear1": "mlp.up_proj",
+        "linear2": "mlp.down_proj",
+    }
 
     def ours(values):
         found = {}
@@ -131,9 +141,14 @@ def pytorchs_own_block(config):
 @pytest.mark.parametrize(("framework", "dtype"), CASES)
 def test_standard_block_is_pytorchs_own(framework, dtype):
     config = SessaConfig(
-        hidden_size=24, num_hidden_layers=1, num_attention_heads=3, intermediate_size=40,
-        use_forward_rope=False, layer_kinds="transformer", layer_norm_eps=1e-4,
-    )  # fmt: skip
+        hidden_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=3,
+        intermediate_size=40,
+        use_forward_rope=False,
+        layer_kinds="transformer",
+        layer_norm_eps=1e-4,
+    )
     torch.manual_seed(0)
     block, ours = pytorchs_own_block(config)
     with torch.no_grad():

@@ -127,13 +127,21 @@ def transformers_model(config: SessaConfig, weights: dict[str, np.ndarray]):
     inner = config.mamba_expand * config.hidden_size
     theirs = transformers.Mamba2ForCausalLM(
         transformers.Mamba2Config(
-            vocab_size=config.vocab_size, hidden_size=config.hidden_size, n_groups=1,
-            num_hidden_layers=config.num_hidden_layers, expand=config.mamba_expand,
-            state_size=config.mamba_d_state, head_dim=config.mamba_d_head, chunk_size=16,
-            num_heads=inner // config.mamba_d_head, conv_kernel=config.mamba_d_conv,
-            layer_norm_epsilon=config.layer_norm_eps, tie_word_embeddings=True, rms_norm=True,
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            n_groups=1,
+            num_hidden_layers=config.num_hidden_layers,
+            expand=config.mamba_expand,
+            state_size=config.mamba_d_state,
+            head_dim=config.mamba_d_head,
+            chunk_size=16,
+            num_heads=inner // config.mamba_d_head,
+            conv_kernel=config.mamba_d_conv,
+            layer_norm_epsilon=config.layer_norm_eps,
+            tie_word_embeddings=True,
+            rms_norm=True,
         )
-    ).double()  # fmt: skip
+    ).double()
     spelling = {
         name: name.replace("model.embed_tokens", "backbone.embeddings")
         .replace("model.layers", "backbone.layers")

@@ -15,8 +15,14 @@ from sessa_common.config import SessaConfig, parameter_shapes
 from sessa_common.errors import SessaError
 from sessa_common.reference import model as reference
 
-BASE = {"vocab_size": 60, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "mamba_d_state": 10, "mamba_d_head": 8}  # fmt: skip
+BASE = {
+    "vocab_size": 60,
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "mamba_d_state": 10,
+    "mamba_d_head": 8,
+}
 VARIANTS = {
     "base": {},
     "grouped": {"num_key_value_heads": 2},
@@ -260,10 +266,16 @@ def test_the_residual_stream_gets_terms_of_equal_size():
     )
     weights = initial_weights(config, 0)
     terms = {
-        "0.mixer.out_proj": (128, 4), "1.mixer.out_proj": (64, 8), "1.mlp.down_proj": (256, 8),
-        "1.mixer.q_proj": (64, 1), "2.W_out": (64, 4), "2.mixer.out_proj": (64, 1),
-        "3.mixer.out_proj": (64, 8), "3.mlp.down_proj": (256, 8), "3.mixer.proj_fb": (64, 1),
-    }  # fmt: skip
+        "0.mixer.out_proj": (128, 4),
+        "1.mixer.out_proj": (64, 8),
+        "1.mlp.down_proj": (256, 8),
+        "1.mixer.q_proj": (64, 1),
+        "2.W_out": (64, 4),
+        "2.mixer.out_proj": (64, 1),
+        "3.mixer.out_proj": (64, 8),
+        "3.mlp.down_proj": (256, 8),
+        "3.mixer.proj_fb": (64, 1),
+    }
     for name, (fan_in, count) in terms.items():
         spread = weights[f"model.layers.{name}.weight"].std()
         assert spread == pytest.approx((fan_in * count) ** -0.5, rel=0.05), name

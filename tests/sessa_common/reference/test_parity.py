@@ -173,9 +173,12 @@ class Bent:
 
 @pytest.mark.parametrize(
     "where, wrong",
-    [("prefill", {"prefill", "decode", "padded batch"}), ("decode", {"decode", "padded batch"}),
-     ("padding", {"padded batch"})],
-)  # fmt: skip
+    [
+        ("prefill", {"prefill", "decode", "padded batch"}),
+        ("decode", {"decode", "padded batch"}),
+        ("padding", {"padded batch"}),
+    ],
+)
 @pytest.mark.parametrize("error", [1.0, float("nan")])
 def test_comparison_sees_where_a_runtime_is_wrong(folders, where, wrong, error) -> None:
     config = small_config("untied")

@@ -12,54 +12,97 @@ from sessa_common.reference import model as reference
 from sessa_common.reference.ops import masked_softmax
 
 CONFIGS = {
-    "mha": SessaConfig(
-        vocab_size=11, hidden_size=12, num_hidden_layers=2, num_attention_heads=3
-    ),
+    "mha": SessaConfig(vocab_size=11, hidden_size=12, num_hidden_layers=2, num_attention_heads=3),
     "gqa_untied": SessaConfig(
-        vocab_size=11, hidden_size=24, num_hidden_layers=2, num_attention_heads=6,
-        num_key_value_heads=2, tie_word_embeddings=False, gamma_max=0.9,
+        vocab_size=11,
+        hidden_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        tie_word_embeddings=False,
+        gamma_max=0.9,
     ),
     "single_norope": SessaConfig(
-        vocab_size=11, hidden_size=10, num_hidden_layers=1, num_attention_heads=1,
+        vocab_size=11,
+        hidden_size=10,
+        num_hidden_layers=1,
+        num_attention_heads=1,
         use_forward_rope=False,
     ),
     "no_feedback": SessaConfig(
-        vocab_size=11, hidden_size=12, num_hidden_layers=2, num_attention_heads=2,
+        vocab_size=11,
+        hidden_size=12,
+        num_hidden_layers=2,
+        num_attention_heads=2,
         layer_kinds="gated_attention",
     ),
     "standard": SessaConfig(
-        vocab_size=11, hidden_size=12, num_hidden_layers=2, num_attention_heads=6,
-        num_key_value_heads=3, layer_kinds="transformer", intermediate_size=20,
+        vocab_size=11,
+        hidden_size=12,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        layer_kinds="transformer",
+        intermediate_size=20,
     ),
     "standard_one_head": SessaConfig(
-        vocab_size=11, hidden_size=10, num_hidden_layers=1, num_attention_heads=1,
-        layer_kinds="transformer", tie_word_embeddings=False,
+        vocab_size=11,
+        hidden_size=10,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        layer_kinds="transformer",
+        tie_word_embeddings=False,
     ),
     "gated_then_sessa": SessaConfig(
-        vocab_size=11, hidden_size=12, num_hidden_layers=2, num_attention_heads=2,
+        vocab_size=11,
+        hidden_size=12,
+        num_hidden_layers=2,
+        num_attention_heads=2,
         layer_kinds=("gated_attention", "sessa"),
     ),
     "standard_with_feedback": SessaConfig(
-        vocab_size=11, hidden_size=12, num_hidden_layers=2, num_attention_heads=6,
-        num_key_value_heads=3, layer_kinds=("sessa_transformer", "transformer"),
-        intermediate_size=20, gamma_max=0.9,
+        vocab_size=11,
+        hidden_size=12,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        layer_kinds=("sessa_transformer", "transformer"),
+        intermediate_size=20,
+        gamma_max=0.9,
     ),
-}  # fmt: skip
+}
 RECURRENT = {
     "mamba2": SessaConfig(
-        vocab_size=11, hidden_size=12, num_hidden_layers=2, num_attention_heads=3,
-        layer_kinds="mamba2", mamba_d_state=5, mamba_d_head=6, mamba_d_conv=3,
+        vocab_size=11,
+        hidden_size=12,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        layer_kinds="mamba2",
+        mamba_d_state=5,
+        mamba_d_head=6,
+        mamba_d_conv=3,
         tie_word_embeddings=False,
     ),
     "mamba2_no_window": SessaConfig(
-        vocab_size=11, hidden_size=10, num_hidden_layers=1, num_attention_heads=1,
-        layer_kinds="mamba2", mamba_d_state=3, mamba_d_head=4, mamba_d_conv=1,
+        vocab_size=11,
+        hidden_size=10,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        layer_kinds="mamba2",
+        mamba_d_state=3,
+        mamba_d_head=4,
+        mamba_d_conv=1,
     ),
     "hybrid": SessaConfig(
-        vocab_size=11, hidden_size=12, num_hidden_layers=3, num_attention_heads=2,
-        layer_kinds=("mamba2", "transformer", "sessa"), mamba_d_state=5, mamba_d_head=8,
+        vocab_size=11,
+        hidden_size=12,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        layer_kinds=("mamba2", "transformer", "sessa"),
+        mamba_d_state=5,
+        mamba_d_head=8,
     ),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(params=CONFIGS)
@@ -344,8 +387,11 @@ def test_no_feedback_keeps_the_attention_output():
     config = CONFIGS["mha"]
     weights = layer_weights(config)
     x = np.random.default_rng(10).normal(size=(2, 5, config.hidden_size))
-    closed = {**weights, "mixer.gamma_ctx.weight": np.zeros((1, config.hidden_size)),
-              "mixer.gamma_bias": np.array(0.0)}  # fmt: skip
+    closed = {
+        **weights,
+        "mixer.gamma_ctx.weight": np.zeros((1, config.hidden_size)),
+        "mixer.gamma_bias": np.array(0.0),
+    }
     want = reference.layer_forward(config, closed, x)
     feedback = ("mixer.proj_fb", "mixer.gamma")
     plain = {name: value for name, value in weights.items() if not name.startswith(feedback)}

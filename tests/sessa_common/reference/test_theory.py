@@ -164,8 +164,10 @@ def _triton_process() -> subprocess.Popen:
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), str(ROOT / "tools")])
     return subprocess.Popen(
         [sys.executable, "-W", "ignore", __file__],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env,
-    )  # fmt: skip
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=env,
+    )
 
 
 def triton(f, q, k, gamma, ds):
@@ -186,7 +188,7 @@ def send(pipe: Any, arrays: Results) -> None:
 
 
 def receive(pipe: Any) -> Results:
-    """What `send` wrote; nothing at the end of the pipe."""
+    """Read what `send` wrote; nothing at the end of the pipe."""
     size = int.from_bytes(pipe.read(8), "little")
     return dict(np.load(io.BytesIO(pipe.read(size)), allow_pickle=False)) if size else {}
 
@@ -201,8 +203,11 @@ def _ends_the_triton_process():
 
 BACKENDS = (
     Backend("numpy", numpy_reference, np.float64),
-    *(Backend(f"torch-{way}", pytorch(way), dtype) for way in ("naive", "blocked")
-      for dtype in (np.float64, np.float32)),
+    *(
+        Backend(f"torch-{way}", pytorch(way), dtype)
+        for way in ("naive", "blocked")
+        for dtype in (np.float64, np.float32)
+    ),
     Backend("triton-interpreter", triton, lengths=SHORT, longest=97),
     Backend("torch-metal-emulator", metal("torch"), lengths=SHORT, longest=130),
     Backend("mlx-metal-emulator", metal("mlx"), lengths=SHORT, longest=130),
@@ -210,7 +215,7 @@ BACKENDS = (
     Backend("mlx-blocked", mlx("blocked")),
     Backend("onnx-body", onnx_body, differentiates=False),
     Backend("onnx-native", onnx_native, differentiates=False),
-)  # fmt: skip
+)
 every_backend = pytest.mark.parametrize("backend", BACKENDS, ids=str)
 SMOOTH = [backend for backend in BACKENDS if backend.differentiates]
 differentiable = pytest.mark.parametrize("backend", SMOOTH, ids=str)
