@@ -136,6 +136,24 @@ def test_left_padded_prompts_equal_single_prompts(framework, variant):
 
 
 @frameworks
+@pytest.mark.parametrize(
+    ("kind", "without_feedback"),
+    [("sessa", "gated_attention"), ("sessa_transformer", "transformer")],
+)
+def test_a_gain_of_zero_changes_no_bit(framework, kind, without_feedback):
+    config, plain = (SessaConfig(**BASE, layer_kinds=name) for name in (kind, without_feedback))
+    weights = initial_weights(config, 4)
+    for name in weights:
+        if "gamma_" in name:
+            weights[name] = np.zeros_like(weights[name])
+    kept = {name: weights[name] for name in parameter_shapes(plain)}
+    ids = tokens(130)
+    got = run(framework, framework.checkpoint.build_model(config, weights), ids)
+    want = run(framework, framework.checkpoint.build_model(plain, kept), ids)
+    np.testing.assert_array_equal(got, want)
+
+
+@frameworks
 def test_a_mask_longer_or_shorter_than_the_tokens_is_refused(framework):
     model, config, _ = make(framework)
     cache = new_cache(framework, config)
