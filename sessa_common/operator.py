@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 BACKENDS = ("auto", "naive", "blocked", "kernel")
+PRECISIONS = ("auto", "float32", "bfloat16")
 log = logging.getLogger("sessa")
 
 
@@ -59,6 +60,12 @@ def check_backend(backend: str) -> None:
     """Raise ValueError unless `backend` is one of BACKENDS."""
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}, expected one of {', '.join(BACKENDS)}")
+
+
+def check_precision(precision: str) -> None:
+    """Raise ValueError unless `precision` is one that exists."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision is {precision!r}, expected one of {', '.join(PRECISIONS)}")
 
 
 @cache

@@ -132,3 +132,20 @@ def wait(flag, count):
 def signal(flag):
     tl.debug_barrier()
     tl.atomic_add(flag, 1, sem="release")
+
+
+@triton.jit
+def start_next_kernel():
+    """Let the next kernel start, once all programs of this one have, if it was launched to overlap.
+
+    It sees what this kernel writes only after wait_for_kernel_before.
+    """
+    tl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; mov.u32 $0, 0;", "=r", [], tl.int32, False, 1
+    )
+
+
+@triton.jit
+def wait_for_kernel_before():
+    """Wait for the end of the kernel that let this one start; what it wrote is then visible."""
+    tl.inline_asm_elementwise("griddepcontrol.wait; mov.u32 $0, 0;", "=r", [], tl.int32, False, 1)

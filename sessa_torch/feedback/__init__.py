@@ -9,7 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sessa_common.operator import check_arrays, check_backend, check_shapes, choose_backend
+from sessa_common.operator import (
+    check_arrays,
+    check_backend,
+    check_precision,
+    check_shapes,
+    choose_backend,
+)
 from sessa_torch.feedback import blocked
 from sessa_torch.feedback.naive import feedback_solve_naive
 from sessa_torch.feedback.outputs import sum_type
@@ -26,18 +32,25 @@ def feedback_solve(
     past_s: Tensor | None = None,
     key_mask: Tensor | None = None,
     backend: str = "auto",
+    precision: str = "auto",
 ) -> Tensor:
     """Solve s_t = f_t + gamma_t sum_{j<t} softmax_j(q_t k_j / sqrt(K)) s_j (arXiv 2604.18580, 3).
 
     Args: f (B, T, D); q (B, T, K); k (B, P+T, K); gamma (B, T); past_s (B, P, D), states already
     solved; key_mask (B, P+T) bool, True = visible; backend "auto", "naive", "blocked" or "kernel".
     Returns s (B, T, D) in the dtype of f; a row that sees nothing gives s = f. Sums and softmax run
-    in float32 (float64 for float64). Under autocast the operator takes its inputs as they come. The
-    CUDA kernels count on |gamma| <= 1, as the model's gains are.
+    in float32 (float64 for float64). precision is the type of what the CUDA kernels multiply:
+    "float32", or "bfloat16", to which float32 operands are rounded while sums and s stay float32
+    (16-bit operands are taken as they are); "auto" follows q and k. The other backends do not heed
+    it. docs/precision.md has the errors. States that are stored in 16 bits lose more: bfloat16
+    tells apart the first 15 positions of the positional code, float16 the first 71 (Lemma 4.10 at
+    gain 0.76). Under autocast the operator takes its inputs as they come. The CUDA kernels count on
+    |gamma| <= 1, as the model's gains are.
     Raises ValueError or TypeError, naming the argument, for shapes, dtypes or devices that do not
     fit, and ValueError with the reason when the kernel is asked for where it cannot run.
     """
     check_backend(backend)
+    check_precision(precision)
     check_arrays(Tensor, f, q, k, gamma, past_s, key_mask)
     check_shapes(f, q, k, gamma, past_s, key_mask)
     _check_types(f, q, k, gamma, past_s, key_mask)
@@ -55,7 +68,7 @@ def feedback_solve(
     solve = _Eager.apply if torch.is_grad_enabled() else _solve
     if torch.compiler.is_compiling():
         solve = _forward
-    return solve(f, q, k, gamma, past_s, key_mask, backend)[0]
+    return solve(f, q, k, gamma, past_s, key_mask, backend, precision)[0]
 
 
 def _check_types(
@@ -103,9 +116,18 @@ def _solve(
     past_s: Tensor | None,
     key_mask: Tensor | None,
     backend: str,
+    precision: str = "auto",
 ) -> tuple[Tensor, Tensor]:
+    solver = _implementation(backend, f, q)
     with _no_autocast(f.device):
-        return _implementation(backend, f, q).solve_forward(f, q, k, gamma, past_s, key_mask)
+        return solver.solve_forward(
+            f, q, k, gamma, past_s, key_mask, **_options(solver, f, precision)
+        )
+
+
+def _options(solver: Any, f: Tensor, precision: str) -> dict[str, str]:
+    """What only the CUDA kernels take: the other backends have one way to multiply."""
+    return {"precision": precision} if f.is_cuda and solver is not blocked else {}
 
 
 def _no_autocast(device: torch.device) -> AbstractContextManager[None]:
@@ -125,10 +147,13 @@ def _gradients(
     past_s: Tensor | None,
     key_mask: Tensor | None,
     backend: str,
+    precision: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    solve = _implementation(backend, s, q)
+    solver = _implementation(backend, s, q)
     with _no_autocast(s.device):
-        *grads, dpast_s = solve.solve_backward(ds, q, k, gamma, s, lse, past_s, key_mask)
+        *grads, dpast_s = solver.solve_backward(
+            ds, q, k, gamma, s, lse, past_s, key_mask, **_options(solver, s, precision)
+        )
     # A custom op returns tensors only; an empty one stands for "no past".
     return *grads, s.new_empty(0) if dpast_s is None else dpast_s
 
@@ -138,31 +163,31 @@ _backward = torch.library.custom_op("sessa::feedback_solve_backward", _gradients
 
 
 @_forward.register_fake
-def _(f, q, k, gamma, past_s, key_mask, backend):
+def _(f, q, k, gamma, past_s, key_mask, backend, precision="auto"):
     lse = f.new_empty(f.shape[:2], dtype=sum_type(f.device))
     return torch.empty_like(f, memory_format=torch.contiguous_format), lse
 
 
 @_backward.register_fake
-def _(ds, q, k, gamma, s, lse, past_s, key_mask, backend):
+def _(ds, q, k, gamma, s, lse, past_s, key_mask, backend, precision="auto"):
     like = [s, q, k, gamma] + ([] if past_s is None else [past_s])
     grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in like]
     return tuple(grads + ([s.new_empty(0)] if past_s is None else []))
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    _, q, k, gamma, past_s, key_mask, ctx.backend = inputs
+    _, q, k, gamma, past_s, key_mask, *ctx.ways = inputs
     ctx.has_past = past_s is not None
     ctx.save_for_backward(q, k, gamma, *output, past_s, key_mask)
 
 
 def _by_input(ctx: Any, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
     df, dq, dk, dgamma, dpast_s = grads
-    return df, dq, dk, dgamma, dpast_s if ctx.has_past else None, None, None
+    return df, dq, dk, dgamma, dpast_s if ctx.has_past else None, None, None, None
 
 
 def _differentiate(ctx: Any, ds: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    return _by_input(ctx, _backward(ds, *ctx.saved_tensors, ctx.backend))
+    return _by_input(ctx, _backward(ds, *ctx.saved_tensors, *ctx.ways))
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
@@ -182,4 +207,4 @@ class _Eager(torch.autograd.Function):
     def backward(ctx: Any, ds: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         # Of the custom op autograd knows that it has no second derivative, and says so.
         gradients: Any = _backward if torch.is_grad_enabled() else _gradients
-        return _by_input(ctx, gradients(ds, *ctx.saved_tensors, ctx.backend))
+        return _by_input(ctx, gradients(ds, *ctx.saved_tensors, *ctx.ways))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sessa_torch.cuda import device
 from sessa_torch.feedback import blocked
-from sessa_torch.feedback.cuda_sizes import DECODE_ROWS, DECODE_WIDTH, SINGLE_SHARED
+from sessa_torch.feedback.cuda_sizes import DECODE_ROWS, SINGLE_SHARED
 
 
 def unavailable_reason(f: Tensor, q: Tensor) -> str | None:
@@ -34,6 +34,7 @@ def solve_forward(
     gamma: Tensor,  # (B, T)
     past_s: Tensor | None = None,  # (B, P, D)
     key_mask: Tensor | None = None,  # (B, P+T)
+    precision: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Solve (I - N) s = f; give s (B, T, D) like f and the log-sum-exp (B, T) of every score row.
 
@@ -42,10 +43,10 @@ def solve_forward(
     if past_s is not None and _is_few(f, past_s):
         from sessa_torch.feedback import cuda_decode
 
-        return cuda_decode.solve_few_rows(f, q, k, gamma, past_s, key_mask)
+        return cuda_decode.solve_few_rows(f, q, k, gamma, past_s, key_mask, precision)
     from sessa_torch.feedback import cuda_forward
 
-    return cuda_forward.solve_forward(f, q, k, gamma, past_s, key_mask)
+    return cuda_forward.solve_forward(f, q, k, gamma, past_s, key_mask, precision)
 
 
 def solve_backward(
@@ -57,6 +58,7 @@ def solve_backward(
     lse: Tensor,  # (B, T)
     past_s: Tensor | None = None,  # (B, P, D)
     key_mask: Tensor | None = None,  # (B, P+T)
+    precision: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of f, q, k, gamma and past_s (None without a past) from ds, the gradient of s."""
     if past_s is not None and _is_few(s, past_s):
@@ -64,9 +66,9 @@ def solve_backward(
         return blocked.solve_backward(ds, q, k, gamma, s, lse, past_s, key_mask)
     from sessa_torch.feedback import cuda_backward
 
-    return cuda_backward.solve_backward(ds, q, k, gamma, s, lse, past_s, key_mask)
+    return cuda_backward.solve_backward(ds, q, k, gamma, s, lse, past_s, key_mask, precision)
 
 
 def _is_few(new: Tensor, past: Tensor) -> bool:
     """True if cuda_decode.py solves these new rows (B, T, D) behind the past (B, P, D)."""
-    return new.shape[1] <= DECODE_ROWS and past.shape[1] > 0 and new.shape[2] <= DECODE_WIDTH
+    return new.shape[1] <= DECODE_ROWS and past.shape[1] > 0

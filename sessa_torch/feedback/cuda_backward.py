@@ -30,7 +30,7 @@ from sessa_torch.cuda.launch import (
 )
 from sessa_torch.cuda.tiles import accumulate_tile, load_block, log2_prob, score_tile, tile_offsets
 from sessa_torch.feedback.cuda_forward import run_solve
-from sessa_torch.feedback.cuda_sizes import Tiles, gradient_tiles, precision
+from sessa_torch.feedback.cuda_sizes import Tiles, gradient_tiles, product_precision
 from sessa_torch.feedback.outputs import from_row
 
 # The workspace has so many elements, but at least so many tiles of rows.
@@ -48,13 +48,15 @@ def solve_backward(
     lse: Tensor,  # (B, T)
     past_s: Tensor | None,  # (B, P, D)
     key_mask: Tensor | None,  # (B, P+T)
+    precision: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """`cuda.solve_backward` for any number of rows.
 
     With r = rowsum(alpha * u s^T) the score gradient is gamma alpha (u s^T - r) and the gradient of
-    gamma is r.
+    gamma is r. Where s is float32 all products are.
     """
-    dtype = torch.promote_types(s.dtype, q.dtype)
+    single = precision == "float32"
+    dtype = torch.float32 if single else torch.promote_types(s.dtype, q.dtype)
     B, T, D = s.shape
     columns = k.shape[1]
     ds = rows_contiguous(ds.to(dtype))
@@ -141,7 +143,7 @@ def gradient_kernels(
     t: Tiles, D: int, K: int, dtype: torch.dtype, device: torch.device, masked: bool
 ) -> tuple[Prepared, ...]:
     """The kernels of `score_gradients`, in the order in which they run."""
-    common: dict[str, Any] = {"BM": t.rows, "BK": t.inner, "PRECISION": precision(dtype)}
+    common: dict[str, Any] = {"BM": t.rows, "BK": t.inner, "PRECISION": product_precision(dtype)}
     common["USE_TMA"] = has_tma(device)
     common |= {"num_warps": t.warps, "num_stages": t.stages}
     return (

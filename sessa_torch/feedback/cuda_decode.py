@@ -1,26 +1,92 @@
-"""The solve of a few new rows behind a long past on CUDA: every cached key and state is read once.
+"""Triton kernels for at most DECODE_ROWS new rows behind a past, and their launches.
 
-The past is split over time so that one sequence fills the device. Each program computes the softmax
-of its part (maximum, sum, weighted states); a second kernel adds the parts in a fixed order and
-solves the few new rows among themselves.
+Decoding is bound by memory, so every cached key and state is read once, as it is stored, and the
+past is split over time so that one sequence fills the device. Each program keeps the softmax of its
+share of the past (maximum, sum, weighted states); a last kernel adds the shares in a fixed order
+and solves the few new rows among themselves.
+
+One row multiplies and adds without tensor cores, in one pass over keys and states. More rows take
+two passes, scores and then weighted states, so that the second can be split over columns too.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from sessa_torch.cuda.device import num_sms
-from sessa_torch.cuda.launch import mask_bytes, prepared, rows_contiguous
-from sessa_torch.cuda.tiles import NOTHING, log_sum
-from sessa_torch.feedback.cuda_sizes import DECODE_ROWS, gradient_tiles, precision
+from sessa_torch.cuda.device import has_tma, is_interpreter, num_sms, shared_memory
+from sessa_torch.cuda.launch import prepared, rows_contiguous
+from sessa_torch.cuda.tiles import NOTHING, log_sum, start_next_kernel, wait_for_kernel_before
+from sessa_torch.feedback.cuda_sizes import DECODE_ROWS, product_precision
 
-# Rows of a tile.
-ROWS = tl.constexpr(DECODE_ROWS)
+# One row reads steps of so many keys and states at most, this deep ahead of their use, and with so
+# few warps that a warp sums a whole key. A step takes one part in STEP_SHARE of the shared memory.
+MOST_KEYS, ONE_ROW_STAGES, ONE_ROW_WARPS, STEP_SHARE = 128, 3, 4, 7
+# Shared memory of a program in the interpreter: small, so that there are several steps.
+KIB = 1024
+INTERPRETED_SHARED = 56 * KIB
+# Width up to which keys and states of one row are held whole.
+ONE_ROW_WIDTH = 4096
+# Most shares of the past, so that the last kernel holds its columns of all of them.
+MOST_SHARES, MOST_SHARES_OF_ROWS = 256, 64
+# For more than one row: keys of a tile of scores, bytes of each in a step, steps ahead, warps.
+KEYS, KEY_BYTES, KEY_STAGES, KEY_WARPS = 64, 256, 4, 4
+# Columns of a tile of states, a quarter of that with less shared memory; bytes of a column in a
+# step, steps ahead, programs on a multiprocessor at a time. Wide tiles have more warps.
+COLUMNS, COLUMNS_SHARED, COLUMN_BYTES, STATE_STAGES, ROWS_PER_SM = 512, 160 * KIB, 64, 3, 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Past:
+    """The past of a few new rows as the kernels read it, with the new keys behind it."""
+
+    q: Tensor  # (B, T, K)
+    k: Tensor  # (B, P+T, K)
+    s: Tensor  # (B, P, D)
+    mask: Tensor | None  # (B, P+T), bytes
+    length: Tensor | None  # (), int32, on the device
+    rows: int  # P, or with a length the most that it may be
+
+    @property
+    def flags(self) -> dict[str, bool]:
+        """Constants of the kernels."""
+        return {"MASKED": self.mask is not None, "LIVE": self.length is not None}
+
+    @property
+    def extra(self) -> tuple[Tensor, Tensor]:
+        """Mask and length as pointers; a kernel does not read the one that is absent."""
+        absent = self.q
+        return (
+            absent if self.mask is None else self.mask,
+            absent if self.length is None else self.length,
+        )
+
+    @property
+    def mask_stride(self) -> int:
+        """Distance of two sequences in the mask."""
+        return 0 if self.mask is None else self.mask.stride(0)
+
+    @property
+    def scale(self) -> float:
+        """The factor of scores, whose powers are taken of 2."""
+        return self.q.shape[2] ** -0.5 * math.log2(math.e)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shares:
+    """The past as the last kernel takes it: scores of the new keys, sums and parts of each share.
+
+    One row has no new keys to read.
+    """
+
+    scores: Tensor  # (B, T, P+T)
+    sums: Tensor  # (B, splits, 2, T)
+    parts: Tensor  # (B, splits, T, D)
 
 
 def solve_few_rows(
@@ -29,144 +95,345 @@ def solve_few_rows(
     k: Tensor,  # (B, P+T, K)
     gamma: Tensor,  # (B, T)
     past_s: Tensor,  # (B, P, D)
-    key_mask: Tensor | None,  # (B, P+T)
+    key_mask: Tensor | None = None,  # (B, P+T)
+    precision: str = "auto",
+    length: Tensor | None = None,  # (), int32
 ) -> tuple[Tensor, Tensor]:
-    """`cuda.solve_forward` for at most DECODE_ROWS rows behind a past."""
-    dtype = torch.promote_types(f.dtype, q.dtype)
-    q, k = q.to(dtype), k.to(dtype)
-    (B, T, D), P, K = f.shape, past_s.shape[1], q.shape[2]
+    """s (B, T, D) like f and the log-sum-exp (B, T) of at most DECODE_ROWS rows behind a past.
+
+    Keys and states are read where they lie, in any mix of types. With a length on the device k,
+    past_s and key_mask are buffers with room for more: the past is their first `length` rows, and
+    the keys of the new rows follow it. Products of 16-bit keys, and of 16-bit states with more rows
+    than one, have 16-bit operands (the latter not with precision "float32"), all others float32.
+    """
+    (B, T, D), K = f.shape, q.shape[2]
     f, q, k, past_s = (rows_contiguous(x) for x in (f, q, k, past_s))
-    seen, gamma = mask_bytes(key_mask), gamma.contiguous()
-    wide = 1 << max(D - 1, 15).bit_length()
-    block = max(16, min(64, 2**16 // (wide * q.element_size())))
-    # At most 128 shares, so that the second kernel holds one row of all of them.
-    splits = max(1, min(128, num_sms(q.device) // B, -(-P // block)))
-    share = -(-P // (splits * block)) * block
-    splits = -(-P // share)
-    sums = torch.empty(B, splits, 2, ROWS.value, dtype=torch.float32, device=f.device)
-    parts = torch.empty(B, splits, T, D, dtype=torch.float32, device=f.device)
+    gamma = gamma.contiguous()
+    mask = None if key_mask is None else rows_contiguous(key_mask).view(torch.uint8)
+    rows = min(past_s.shape[1], k.shape[1] - T)
+    past = Past(q=q, k=k, s=past_s, mask=mask, length=length, rows=rows)
+    one = T == 1 and max(D, K) <= ONE_ROW_WIDTH
+    shares = _read_with_one_row(past) if one else _read_with_rows(past, precision)
     s = torch.empty(B, T, D, dtype=f.dtype, device=f.device)
     lse = torch.empty(B, T, dtype=torch.float64, device=f.device)
-    # One wide piece of K would be buffered whole for every stage, beyond the shared memory.
-    inner = gradient_tiles(q.dtype, q.device).inner
-    inner = min(inner, 1 << max(K - 1, 15).bit_length())
-    common = {"K": K, "D": D, "BK": inner, "SCALE": K**-0.5 * math.log2(math.e)}
-    common |= {"MASKED": key_mask is not None, "PRECISION": precision(q.dtype)}
-    seen = q if seen is None else seen
-    prepared(past_kernel, BN=block, BD=wide, num_warps=8, **common).launch(
-        (splits, B), (q, k, past_s, seen, sums, parts), (),
-        (*q.stride()[:2], *k.stride()[:2], *past_s.stride()[:2], T, P, share),
-    )
-    most = max(16, 1 << (splits - 1).bit_length())
-    prepared(combine_kernel, BD=32, SPLITS=most, num_warps=4, **common).launch(
-        (-(-D // 32), B), (f, q, k, gamma, seen, sums, parts, s, lse), (),
-        (*f.stride()[:2], *q.stride()[:2], *k.stride()[:2], T, P, splits),
+    splits, columns = shares.sums.shape[1], 32 if T == 1 else 16
+    early = one and overlaps(f.device)
+    prepared(
+        combine_kernel, D=D, BD=columns, ROWS=1 if T == 1 else DECODE_ROWS,
+        SPLITS=power_of_two(splits), LIVE=length is not None, OVERLAP=early,
+        num_warps=4 if T == 1 else 8, **({"launch_pdl": True} if early else {}),
+    ).launch(
+        (-(-D // columns), B),
+        (f, gamma, shares.scores, past.extra[1], shares.sums, shares.parts, s, lse),
+        (), (*f.stride()[:2], T, rows, shares.scores.shape[2], splits),
     )
     return s, lse
 
 
-@triton.jit(do_not_specialize=["T", "P", "share"])
-def past_kernel(
-    q, k, past, mask, sums, parts, sqb, sqt, skb, skt, spb, spt, T, P, share,
+def _read_with_one_row(past: Past) -> Shares:
+    (B, _, K), D, device = past.q.shape, past.s.shape[2], past.q.device
+    BK, BD = power_of_two(K), power_of_two(D)
+    sizes = past.k.element_size(), past.s.element_size()
+    keys, per_sm = one_row_steps(
+        K * sizes[0] + D * sizes[1], BK * sizes[0] + BD * sizes[1], device
+    )
+    splits = number_of_shares(B, -(-past.rows // keys), MOST_SHARES, per_sm, device)
+    sums = torch.empty(B, splits, 2, 1, dtype=torch.float32, device=device)
+    parts = torch.empty(B, splits, 1, D, dtype=torch.float32, device=device)
+    prepared(
+        one_row_kernel, K=K, D=D, BN=keys, BK=BK, BD=BD, STAGES=ONE_ROW_STAGES, SCALE=past.scale,
+        K_UNIT=unit(past.k), S_UNIT=unit(past.s), num_warps=ONE_ROW_WARPS,
+        OVERLAP=overlaps(device), **past.flags,
+    ).launch(
+        (splits, B), (past.q, past.k, past.s, *past.extra, sums, parts), (),
+        (past.q.stride(0), *past.k.stride()[:2], *past.s.stride()[:2], past.mask_stride,
+         past.rows, splits),
+    )
+    return Shares(scores=sums, sums=sums, parts=parts)
+
+
+def _read_with_rows(past: Past, precision: str) -> Shares:
+    scores = _scores(past)
+    sums, parts = _weighted_states(past, scores, precision)
+    return Shares(scores=scores, sums=sums, parts=parts)
+
+
+def _scores(past: Past) -> Tensor:
+    """Scores (B, T, P+T) of the new rows and all keys, the new ones included."""
+    (B, T, K), columns = past.q.shape, past.rows + past.q.shape[1]
+    scores = torch.empty(B, T, columns, dtype=torch.float32, device=past.q.device)
+    inner = min(KEY_BYTES // past.q.element_size(), power_of_two(K, 16))
+    prepared(
+        scores_kernel, K=K, BN=KEYS, BK=inner, ROWS=DECODE_ROWS, STAGES=KEY_STAGES,
+        UNIT=unit(past.k), SCALE=past.scale, PRECISION=product_precision(past.q.dtype),
+        num_warps=KEY_WARPS, **past.flags,
+    ).launch(
+        (-(-columns // KEYS), B), (past.q, past.k, *past.extra, scores), (),
+        (*past.q.stride()[:2], *past.k.stride()[:2], past.mask_stride, T, past.rows, columns),
+    )
+    return scores
+
+
+def _weighted_states(past: Past, scores: Tensor, precision: str) -> tuple[Tensor, Tensor]:
+    """Sums (B, splits, 2, T) and parts (B, splits, T, D) of all shares of the past."""
+    (B, T, columns), D, device = scores.shape, past.s.shape[2], scores.device
+    most = COLUMNS if _shared(device) >= COLUMNS_SHARED else COLUMNS // 4
+    width = min(most, power_of_two(D, 16))
+    widen = precision == "float32" and past.s.dtype.itemsize == 2
+    states = COLUMN_BYTES // past.s.element_size()
+    pieces, steps = -(-D // width), -(-past.rows // states)
+    splits = number_of_shares(B * pieces, steps, MOST_SHARES_OF_ROWS, ROWS_PER_SM, device)
+    sums = torch.empty(B, splits, 2, T, dtype=torch.float32, device=device)
+    parts = torch.empty(B, splits, T, D, dtype=torch.float32, device=device)
+    prepared(
+        weighted_states_kernel, D=D, BN=states, BD=width, ROWS=DECODE_ROWS, STAGES=STATE_STAGES,
+        WIDE=widen, PRECISION=product_precision(torch.float32 if widen else past.s.dtype),
+        UNIT=unit(past.s), num_warps=8 if width > 128 else 4, **past.flags,
+    ).launch(
+        (pieces, splits, B), (scores, past.s, *past.extra, sums, parts), (),
+        (*past.s.stride()[:2], past.mask_stride, T, past.rows, columns, splits),
+    )
+    return sums, parts
+
+
+def overlaps(device: torch.device) -> bool:
+    """True if the last kernel is started before the one before it ends, which GPUs from Hopper on
+    can do (programmatic dependent launch)."""
+    return has_tma(device) and not is_interpreter()
+
+
+def unit(cache: Tensor) -> int:
+    """Elements that may be read at once: the greatest power of two up to 16 in the strides.
+
+    Triton finds out about 16 only, and would read a row of 1,000 numbers one by one.
+    """
+    return math.gcd(16, *cache.stride()[:2])
+
+
+def power_of_two(count: int, least: int = 1) -> int:
+    """The smallest power of two that is at least both."""
+    return 1 << (max(count, least) - 1).bit_length()
+
+
+def one_row_steps(row_bytes: int, held_bytes: int, device: torch.device) -> tuple[int, int]:
+    """Keys and states of a step for one row, and how many such programs a multiprocessor holds.
+
+    A key and a state have row_bytes, and held_bytes with their widths filled up to powers of two.
+    """
+    shared = _shared(device)
+    keys = min(max(shared // STEP_SHARE // row_bytes, 2), MOST_KEYS)
+    keys = 1 << keys.bit_length() - 1
+    ahead = (ONE_ROW_STAGES - 1) * keys * held_bytes
+    return keys, max(1, shared // (ahead + KIB))
+
+
+def _shared(device: torch.device) -> int:
+    return INTERPRETED_SHARED if is_interpreter() else shared_memory(device)
+
+
+def number_of_shares(
+    sequences: int, steps: int, most: int, per_sm: int, device: torch.device
+) -> int:
+    """Shares of the past so that all programs of all sequences, per_sm at a time on each
+    multiprocessor, end at about the same time."""
+    programs = per_sm * num_sms(device)
+    most = max(1, min(most, steps))
+    for splits in range(1, most + 1):
+        full = sequences * splits / programs
+        if math.ceil(full) <= 1.05 * full:
+            return splits
+    return most
+
+
+@triton.jit
+def share_of_past(length, P, split, splits, LIVE: tl.constexpr):
+    """Length of the past, and first and last row (exclusive) of one share of it.
+
+    With LIVE the length is read from the device, so that a captured graph follows a growing cache.
+    """
+    if LIVE:
+        P = tl.load(length)
+    share = tl.cdiv(P, splits)
+    begin = split * share
+    return P, begin, tl.minimum(begin + share, P)
+
+
+@triton.jit(do_not_specialize=["smb", "P", "splits"])
+def one_row_kernel(
+    q, k, past, mask, length, sums, parts, sqb, skb, skt, spb, spt, smb, P, splits,
     K: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
-    SCALE: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    K_UNIT: tl.constexpr, S_UNIT: tl.constexpr, STAGES: tl.constexpr, SCALE: tl.constexpr,
+    MASKED: tl.constexpr, LIVE: tl.constexpr, OVERLAP: tl.constexpr,
 ):
-    """Softmax of the rows over one share of the past: sums (B, splits, 2, ROWS) takes maximum and
-    sum, parts (B, splits, T, D) the states weighted by exp2(score - maximum)."""
-    split = tl.program_id(0)
+    """Softmax of one row over a share of the past: sums (B, splits, 2) takes maximum and sum, parts
+    (B, splits, D) the states weighted by exp2(score - maximum)."""
+    if OVERLAP:
+        start_next_kernel()
+    skb, skt = skb // K_UNIT * K_UNIT, skt // K_UNIT * K_UNIT
+    spb, spt = spb // S_UNIT * S_UNIT, spt // S_UNIT * S_UNIT
+    split, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    P, begin, end = share_of_past(length, P, split, splits, LIVE)
+    inner, d, near = tl.arange(0, BK), tl.arange(0, BD), tl.arange(0, BN)
+    x = tl.load(q + b * sqb + inner, mask=inner < K, other=0.0).to(tl.float32) * SCALE
+    k += b * skb
+    past += b * spb
+    top, total = tl.full((), NOTHING, tl.float32), tl.zeros((), tl.float32)
+    acc = tl.zeros((BD,), tl.float32)
+    for first in tl.range(begin, end, BN, num_stages=STAGES):
+        row = (first + near).to(tl.int64)[:, None]
+        seen = first + near < end
+        y = tl.load(k + row * skt + inner[None, :], mask=seen[:, None] & (inner < K)[None, :])
+        v = tl.load(past + row * spt + d[None, :], mask=seen[:, None] & (d < D)[None, :])
+        if MASKED:
+            seen = seen & (tl.load(mask + b * smb + first + near, mask=seen, other=0) != 0)
+        # Selected after the load: what is hidden or outside may be anything.
+        y = tl.where((inner < K)[None, :], y.to(tl.float32), 0.0)
+        s = tl.where(seen, tl.sum(y * x[None, :], 1), float("-inf"))
+        new = tl.maximum(top, tl.max(s, 0))
+        e = tl.exp2(s - new)
+        keep = tl.exp2(top - new)
+        total = total * keep + tl.sum(e, 0)
+        v = tl.where(seen[:, None], v.to(tl.float32), 0.0)
+        acc = acc * keep + tl.sum(v * e[:, None], 0)
+        top = new
+    part = b * splits + split
+    tl.store(sums + part * 2, top)
+    tl.store(sums + part * 2 + 1, total)
+    tl.store(parts + part * D + d, acc, mask=d < D)
+
+
+@triton.jit(do_not_specialize=["smb", "T", "P", "C"])
+def scores_kernel(
+    q, k, mask, length, scores, sqb, sqt, skb, skt, smb, T, P, C,
+    K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
+    UNIT: tl.constexpr, SCALE: tl.constexpr, MASKED: tl.constexpr, LIVE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Scores (B, T, C) of the new rows and BN keys, -inf where a key is hidden."""
+    skb, skt = skb // UNIT * UNIT, skt // UNIT * UNIT
     b = tl.program_id(1).to(tl.int64)
-    rows = tl.arange(0, ROWS)
-    inner = tl.arange(0, BK)
-    d = tl.arange(0, BD)
-    q_rows = q + b * sqb + (tl.minimum(rows, T - 1).to(tl.int64) * sqt)[:, None]
+    if LIVE:
+        P = tl.load(length)
+    rows, inner = tl.arange(0, ROWS), tl.arange(0, BK)
+    cols = tl.program_id(0) * BN + tl.arange(0, BN)
+    inside = cols < P + T
+    q_at = q + b * sqb + (rows.to(tl.int64) * sqt)[:, None]
+    k_at = k + b * skb + (cols.to(tl.int64) * skt)[:, None]
+    s = tl.zeros((ROWS, BN), tl.float32)
+    for start in tl.range(0, K, BK, num_stages=STAGES):
+        at = start + inner
+        x = tl.load(q_at + at[None, :], mask=(rows < T)[:, None] & (at < K)[None, :], other=0.0)
+        y = tl.load(k_at + at[None, :], mask=inside[:, None] & (at < K)[None, :], other=0.0)
+        s = tl.dot(x, y.T, s, input_precision=PRECISION)
+    s *= SCALE
+    if MASKED:
+        seen = tl.load(mask + b * smb + cols, mask=inside, other=0) != 0
+        s = tl.where(seen[None, :], s, float("-inf"))
+    at = scores + (b * T + rows[:, None]) * C + cols[None, :]
+    tl.store(at, s, mask=(rows < T)[:, None] & inside[None, :])
+
+
+@triton.jit(do_not_specialize=["smb", "T", "P", "C", "splits"])
+def weighted_states_kernel(
+    scores, past, mask, length, sums, parts, spb, spt, smb, T, P, C, splits,
+    D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
+    UNIT: tl.constexpr, MASKED: tl.constexpr, LIVE: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Softmax of the rows over a share of the past, and BD columns of the states weighted by it.
+
+    sums is (B, splits, 2, T), parts (B, splits, T, D). With WIDE 16-bit states are multiplied as
+    float32.
+    """
+    spb, spt = spb // UNIT * UNIT, spt // UNIT * UNIT
+    split, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    P, begin, end = share_of_past(length, P, split, splits, LIVE)
+    rows, near = tl.arange(0, ROWS), tl.arange(0, BN)
+    d = tl.program_id(0) * BD + tl.arange(0, BD)
+    row_ok, d_ok = rows < T, d < D
+    s_at = scores + (b * T + rows[:, None]) * C + near[None, :]
+    past += b * spb
     top = tl.full((ROWS,), NOTHING, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, BD), tl.float32)
-    for first in range(split * share, tl.minimum((split + 1) * share, P), BN):
-        cols = first + tl.arange(0, BN)
-        near = tl.minimum(cols, P - 1).to(tl.int64)
-        k_cols = k + b * skb + (near * skt)[None, :]
-        s = tl.zeros((ROWS, BN), tl.float32)
-        for start in range(0, K, BK):
-            inside = start + inner < K
-            x = tl.load(q_rows + (start + inner)[None, :], mask=inside[None, :], other=0.0)
-            y = tl.load(k_cols + (start + inner)[:, None], mask=inside[:, None], other=0.0)
-            s = tl.dot(x, y, s, input_precision=PRECISION)
-        seen = cols < P
+    for first in tl.range(begin, end, BN, num_stages=STAGES):
+        row = (first + near).to(tl.int64)[:, None]
+        seen = first + near < end
+        ok = row_ok[:, None] & seen[None, :]
+        s = tl.load(s_at + first, mask=ok, other=float("-inf"))
+        v = tl.load(past + row * spt + d[None, :], mask=seen[:, None] & d_ok[None, :], other=0.0)
+        if WIDE:
+            v = v.to(tl.float32)
         if MASKED:
-            seen = seen & (tl.load(mask + b * (P + T) + near) != 0)
-        s = tl.where(seen[None, :], s * SCALE, float("-inf"))
+            seen = seen & (tl.load(mask + b * smb + first + near, mask=seen, other=0) != 0)
+            v = tl.where(seen[:, None], v, 0.0)
         new = tl.maximum(top, tl.max(s, 1))
-        e = tl.exp2(s - new[:, None]).to(q.dtype.element_ty)
+        e = tl.exp2(s - new[:, None]).to(v.dtype)
         keep = tl.exp2(top - new)
+        # The sum of what is multiplied, so that the weights of a row add up to one.
         total = total * keep + tl.sum(e.to(tl.float32), 1)
-        v_at = past + b * spb + (near * spt)[:, None] + d[None, :]
-        v = tl.load(v_at, mask=(d < D)[None, :], other=0.0).to(q.dtype.element_ty)
         acc = tl.dot(e, v, acc * keep[:, None], input_precision=PRECISION)
         top = new
-    part = b * tl.num_programs(0) + split
-    tl.store(sums + part * 2 * ROWS + rows, top)
-    tl.store(sums + part * 2 * ROWS + ROWS + rows, total)
+    part = b * splits + split
+    if tl.program_id(0) == 0:
+        tl.store(sums + part * 2 * T + rows, top, mask=row_ok)
+        tl.store(sums + part * 2 * T + T + rows, total, mask=row_ok)
     at = parts + (part * T + rows[:, None]) * D + d[None, :]
-    tl.store(at, acc, mask=(rows < T)[:, None] & (d < D)[None, :])
+    tl.store(at, acc, mask=row_ok[:, None] & d_ok[None, :])
 
 
-@triton.jit(do_not_specialize=["T", "P", "splits"])
+@triton.jit(do_not_specialize=["T", "P", "C", "splits"])
 def combine_kernel(
-    f, q, k, gamma, mask, sums, parts, s, lse, sfb, sft, sqb, sqt, skb, skt, T, P, splits,
-    K: tl.constexpr, D: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, SPLITS: tl.constexpr,
-    SCALE: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    f, gamma, scores, length, sums, parts, s, lse, sfb, sft, T, P, C, splits,
+    D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr, LIVE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Add the shares of the past and solve the new rows among themselves, for BD columns of s."""
     b = tl.program_id(1).to(tl.int64)
-    rows = tl.arange(0, ROWS)
-    inner = tl.arange(0, BK)
+    rows, split = tl.arange(0, ROWS), tl.arange(0, SPLITS)
     d = tl.program_id(0) * BD + tl.arange(0, BD)
-    split = tl.arange(0, SPLITS)
-    near = tl.minimum(rows, T - 1).to(tl.int64)
-    new = tl.zeros((ROWS, ROWS), tl.float32)
-    if T > 1:
-        for start in range(0, K, BK):
-            inside = start + inner < K
-            x_at = q + b * sqb + (near * sqt)[:, None] + (start + inner)[None, :]
-            y_at = k + b * skb + ((P + near) * skt)[None, :] + (start + inner)[:, None]
-            x = tl.load(x_at, mask=inside[None, :], other=0.0)
-            y = tl.load(y_at, mask=inside[:, None], other=0.0)
-            new = tl.dot(x, y, new, input_precision=PRECISION)
-    seen = (rows[None, :] < rows[:, None]) & (rows < T)[None, :]
-    if MASKED:
-        seen = seen & (tl.load(mask + b * (P + T) + P + near) != 0)[None, :]
-    new = tl.where(seen, new * SCALE, float("-inf"))
-    at = sums + ((b * splits + split) * 2 * ROWS)[:, None] + rows[None, :]
-    live = (split < splits)[:, None] & (rows >= 0)[None, :]
-    tops = tl.load(at, mask=live, other=NOTHING)
-    top = tl.maximum(tl.max(tops, 0), tl.max(new, 1))
-    e = tl.exp2(new - top[:, None])
-    total = tl.load(at + ROWS, mask=live, other=0.0) * tl.exp2(tops - top[None, :])
-    total = tl.sum(total, 0) + tl.sum(e, 1)
+    row_ok, d_ok = rows < T, d < D
+    ok = row_ok[:, None] & d_ok[None, :]
+    f_at = f + b * sfb + (rows.to(tl.int64) * sft)[:, None] + d[None, :]
+    right = tl.load(f_at, mask=ok, other=0.0).to(tl.float32)
+    own = tl.load(gamma + b * T + rows, mask=row_ok, other=0.0).to(tl.float32)
+    if OVERLAP:
+        wait_for_kernel_before()
+    live = (split < splits)[:, None] & row_ok[None, :]
+    part = b * splits + split
+    sums_at = sums + (part * 2 * T)[:, None] + rows[None, :]
+    tops = tl.load(sums_at, mask=live, other=NOTHING)
+    totals = tl.load(sums_at + T, mask=live, other=0.0)
+    at = parts + ((part[:, None] * T + rows[None, :]) * D)[:, :, None] + d[None, None, :]
+    shares = tl.load(at, mask=live[:, :, None] & d_ok[None, None, :], other=0.0)
+    top = tl.max(tops, 0)
+    if ROWS > 1:
+        if LIVE:
+            P = tl.load(length)
+        earlier = (rows[None, :] < rows[:, None]) & row_ok[:, None]
+        new_at = scores + (b * T + rows[:, None]) * C + P + rows[None, :]
+        new = tl.load(new_at, mask=earlier, other=float("-inf"))
+        top = tl.maximum(top, tl.max(new, 1))
+        e = tl.exp2(new - top[:, None])
+    weights = tl.exp2(tops - top[None, :])
+    total = tl.sum(totals * weights, 0)
+    if ROWS > 1:
+        total += tl.sum(e, 1)
     visible = total > 0
-    own = tl.load(gamma + b * T + rows, mask=rows < T, other=0.0).to(tl.float32)
     gain = tl.where(visible, own / tl.where(visible, total, 1.0), 0.0)
-    rhs = tl.zeros((ROWS, BD), tl.float32)
-    for t in range(T):
-        # Row t of every share, weighted by exp2 of its maximum over the row's own.
-        one = tl.load(
-            sums + (b * splits + split) * 2 * ROWS + t, mask=split < splits, other=NOTHING
-        )
-        weight = tl.exp2(one - tl.max(tl.where(rows == t, top, 2 * NOTHING), 0))
-        part_at = parts + (((b * splits + split) * T + t) * D)[:, None] + d[None, :]
-        part = tl.load(part_at, mask=(split < splits)[:, None] & (d < D)[None, :], other=0.0)
-        rhs = tl.where((rows == t)[:, None], tl.sum(part * weight[:, None], 0)[None, :], rhs)
-    ok = (rows < T)[:, None] & (d < D)[None, :]
-    f_at = f + b * sfb + (near * sft)[:, None] + d[None, :]
-    rhs = rhs * gain[:, None] + tl.load(f_at, mask=ok, other=0.0).to(tl.float32)
-    # The strictly lower triangular N is nilpotent: its inverse is (I + N)(I + N^2)(I + N^4)....
-    power = e * gain[:, None]
-    X = power
-    for _ in range(3):
-        power = tl.dot(power, power, input_precision="ieee")
-        X += power + tl.dot(X, power, input_precision="ieee")
-    rhs = tl.dot(X, rhs, rhs, input_precision="ieee")
-    tl.store(s + (b * T + rows[:, None]) * D + d[None, :], rhs.to(s.dtype.element_ty), mask=ok)
+    z = right + tl.sum(shares * weights[:, :, None], 0) * gain[:, None]
+    if ROWS > 1:
+        # The strictly lower triangular N is nilpotent: its inverse is (I + N)(I + N^2)(I + N^4)....
+        power = e * gain[:, None]
+        X = power
+        for _ in range(3):
+            power = tl.dot(power, power, input_precision="ieee")
+            X += power + tl.dot(X, power, input_precision="ieee")
+        # What no row sees may be anything.
+        used = tl.max(e, 0) > 0
+        z = tl.dot(X, tl.where(used[:, None], z, 0.0), z, input_precision="ieee")
+    # A row without feedback is f itself, whatever the states are.
+    z = tl.where(gain[:, None] == 0, right, z)
+    tl.store(s + (b * T + rows[:, None]) * D + d[None, :], z.to(s.dtype.element_ty), mask=ok)
     if tl.program_id(0) == 0:
-        tl.store(lse + b * T + rows, log_sum(top, total), mask=rows < T)
+        tl.store(lse + b * T + rows, log_sum(top, total), mask=row_ok)

@@ -44,7 +44,12 @@ from sessa_torch.cuda.launch import (
     rows_contiguous,
 )
 from sessa_torch.cuda.tiles import accumulate_tile, signal, tile_column, tile_offsets, wait
-from sessa_torch.feedback.cuda_sizes import Tiles, precision, solve_tiles
+from sessa_torch.feedback.cuda_sizes import (
+    Tiles,
+    operand_types,
+    product_precision,
+    solve_tiles,
+)
 from sessa_torch.feedback.cuda_weights import LINKS, inverse_task, scores_task
 from sessa_torch.feedback.outputs import from_row
 
@@ -63,17 +68,27 @@ def solve_forward(
     gamma: Tensor,  # (B, T)
     past_s: Tensor | None,  # (B, P, D)
     key_mask: Tensor | None,  # (B, P+T)
+    precision: str,
 ) -> tuple[Tensor, Tensor]:
-    """`cuda.solve_forward` for any number of rows."""
+    """`cuda.solve_forward` for any number of rows.
+
+    With 16-bit products of float32 rows the states are kept twice: rounded, as operands of later
+    rows, and in float32, as the result.
+    """
     B, T, D = f.shape
     P = k.shape[1] - T
-    dtype = torch.promote_types(f.dtype, q.dtype)
-    states = aligned_empty(B, P + T, D, dtype=dtype, device=f.device)
+    scored, mixed = operand_types(f.dtype, q.dtype, precision)
+    states = aligned_empty(B, P + T, D, dtype=mixed, device=f.device)
     if past_s is not None:
         states[:, :P] = past_s
     lse = torch.empty(B, T, dtype=torch.float64, device=f.device)
-    right, (q, k) = rows_contiguous(f.to(dtype)), (aligned(x.to(dtype)) for x in (q, k))
+    q, k = (aligned(x.to(scored)) for x in (q, k))
     gain, mask = gamma.contiguous(), mask_bytes(key_mask)
+    if f.dtype.itemsize > mixed.itemsize:
+        s = torch.empty(B, T, D, dtype=f.dtype, device=f.device)
+        run_solve(rows_contiguous(f), q, k, gain, mask, lse, states, s, reverse=False)
+        return s, lse
+    right = rows_contiguous(f.to(mixed))
     run_solve(right, q, k, gain, mask, lse, states, reverse=False)
     return from_row(states, P, f.dtype), lse
 
@@ -86,25 +101,30 @@ def run_solve(
     mask: Tensor | None,
     lse: Tensor,
     out: Tensor,
+    s: Tensor | None = None,
     *,
     reverse: bool,
 ) -> None:
     """Run the solve kernel on f and write its solution to out (B, P+T, D).
 
-    Forward in time the first P rows of out hold the past states. In reverse the kernel solves for
+    Forward in time the first P rows of out hold the past states, and s (B, T, D) takes the solution
+    of the new rows before it is rounded to the type of out. In reverse the kernel solves for
     the gradient u: f is the gradient of s, q are the keys and k the queries.
     """
     (B, T, D), K, rows = f.shape, q.shape[2], out.shape[1]
-    plan = solve_plan(B, T, rows, D, K, q.dtype, q.device, reverse, mask is not None)
+    plan = solve_plan(
+        B, T, rows, D, K, q.dtype, out.dtype, q.device, reverse, mask is not None, s is not None
+    )
     t, values = plan.tiles, out
     if reverse:
-        values = aligned_empty(B, plan.columns, D, dtype=q.dtype, device=q.device)
-    p = q.new_empty(plan.cells, t.inner)
+        values = aligned_empty(B, plan.columns, D, dtype=out.dtype, device=q.device)
+    p = out.new_empty(plan.cells, t.inner)
     work = q.new_empty(plan.work, dtype=torch.float32)
     flags = torch.zeros(plan.flags, dtype=torch.int32, device=q.device)
     plan.kernel.launch(
         (plan.tasks,),
-        (f, q, k, gamma, q if mask is None else mask, lse, values, out, p, work, flags),
+        (f, q, k, gamma, q if mask is None else mask, lse, values, out, out if s is None else s, p,
+         work, flags),
         (blocks(q, 1, t.rows, t.inner), blocks(k, 1, t.columns, t.inner),
          blocks(p, t.rows, t.inner), blocks(values, 1, t.inner, t.width)),
         (*f.stride()[:2], *q.stride()[:2], *k.stride()[:2], out.stride(1), *plan.numbers),
@@ -132,10 +152,13 @@ class SolvePlan:
 
 @functools.lru_cache(MOST_COMPILED)
 def solve_plan(
-    B: int, T: int, rows: int, D: int, K: int, dtype: torch.dtype, device: torch.device,
-    reverse: bool, masked: bool,
+    B: int, T: int, rows: int, D: int, K: int, dtype: torch.dtype, mixed: torch.dtype,
+    device: torch.device, reverse: bool, masked: bool, apart: bool,
 ) -> SolvePlan:
-    """The plan of a solve of T rows, whose solution has `rows` rows with the past."""
+    """The plan of a solve of T rows, whose solution has `rows` rows with the past.
+
+    dtype is the type of queries and keys, mixed that of weights and states, of the same size.
+    """
     t = solve_tiles(dtype, device, min(D, K))
     columns = T if reverse else rows
     tiles, parts = -(-rows // t.rows), -(-D // t.width)
@@ -149,14 +172,15 @@ def solve_plan(
     per, most = t.columns * t.chunk // t.rows, padded // t.rows
     chunks = sum(-(-min(row + 1, most) // per) for row in range(first, tiles))
     ring = min(tiles, lag + 2 + num_sms(device) // (B * parts))
-    half = dtype == torch.float16
+    half = mixed == torch.float16
     kernel = prepared(
         solve_kernel,
         D=D, BM=t.rows, BN=t.columns, BK=t.inner, BD=t.width, CHUNK=t.chunk,
         DOUBLINGS=t.rows.bit_length() - 3,
         SCALE=K**-0.5 * math.log2(math.e), HEADROOM=14.0 if half else 60.0,
-        SHIFT=15.0 if half else 0.0, REVERSE=reverse, MASKED=masked,
-        EXACT="tf32" if dtype.itemsize == 2 else precision(dtype), PRECISION=precision(dtype),
+        SHIFT=15.0 if half else 0.0, REVERSE=reverse, MASKED=masked, APART=apart,
+        EXACT="tf32" if dtype.itemsize == 2 else product_precision(dtype),
+        PRECISION=product_precision(dtype),
         USE_TMA=has_tma(device), FENCE=has_tma(device) and not is_interpreter(),
         num_warps=t.warps, num_stages=t.stages,
     )
@@ -197,10 +221,11 @@ def read_solved(
 
 @triton.jit
 def mix_task(
-    f, v, out, p, p_blocks, v_blocks, at, gain, inverse_done, solved, sft, sv, b, row, part,
+    f, v, out, s, p, p_blocks, v_blocks, at, gain, inverse_done, solved, sft, sv, b, row, part,
     T, P, NP,
     D: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr,
-    REVERSE: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr, FENCE: tl.constexpr,
+    REVERSE: tl.constexpr, APART: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
+    FENCE: tl.constexpr,
 ):
     """Solve one row tile for BD columns of the states; solved counts the tiles done, in order."""
     local = tl.arange(0, BM)
@@ -248,6 +273,10 @@ def mix_task(
         w_at = v + ((NP - 1 - rows).to(tl.int64) * sv)[:, None] + d[None, :]
         tl.store(w_at, w.to(v.dtype.element_ty), mask=(rows < NP)[:, None] & d_ok)
     signal(solved)
+    if APART:
+        # After the signal: later rows do not wait for what they do not read.
+        s_at = s + (f_rows.to(tl.int64) * D)[:, None] + d[None, :]
+        tl.store(s_at, z.to(s.dtype.element_ty), mask=f_ok)
 
 
 @triton.jit
@@ -276,17 +305,19 @@ def tickets_before(
 
 @triton.jit(do_not_specialize=["B", "T", "P", "ring", "inverse_lag", "mix_lag"])
 def solve_kernel(
-    f, q, k, gamma, mask, lse, v, out, p, work, flags, q_blocks, k_blocks, p_blocks, v_blocks,
+    f, q, k, gamma, mask, lse, v, out, s, p, work, flags, q_blocks, k_blocks, p_blocks, v_blocks,
     sfb, sft, sqb, sqt, skb, skt, sv, B, T, P, ring, inverse_lag, mix_lag, width,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     BD: tl.constexpr, CHUNK: tl.constexpr, DOUBLINGS: tl.constexpr, SCALE: tl.constexpr,
     HEADROOM: tl.constexpr, SHIFT: tl.constexpr, REVERSE: tl.constexpr, MASKED: tl.constexpr,
-    USE_TMA: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, FENCE: tl.constexpr,
+    APART: tl.constexpr, USE_TMA: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+    FENCE: tl.constexpr,
 ):
     """Draw a ticket: step by step the chunks of scores, an inverse and the mixes, of each sequence.
 
     gamma, lse (B, T) and mask (B, P+T) are contiguous, out (B, P+T, D) and v too but for the stride
-    sv of their rows. Forward v is out, whose first P rows are given; backward in time v (B, NP, D)
+    sv of their rows. Forward v is out, whose first P rows are given, and with APART the contiguous
+    s (B, T, D) takes the solution too, in a wider type; backward in time v (B, NP, D)
     takes w, the last rows of which are the last ones in time. A slot of the ring is BM x NP in p,
     in blocks, see cells, and the statistics and factors in work. The lags are the steps by which
     the tickets of a row tile's inverse and mixes follow those of its first scores. USE_TMA says
@@ -354,8 +385,8 @@ def solve_kernel(
         v_rows = NP if REVERSE else columns
         each = v_rows.to(tl.int64) * sv
         mix_task(
-            f + wide * sfb, v + wide * each, out + wide * (P + T) * sv, p,
+            f + wide * sfb, v + wide * each, out + wide * (P + T) * sv, s + wide * T * D, p,
             ring_blocks, (v, each, sv, v_rows, D, v_blocks), slot * (NP // BK * BM), gain,
             inverse_done, solved + part, sft, sv, b, row, part, T, P, NP,
-            D, BM, BD, BK, REVERSE, USE_TMA, PRECISION, FENCE,
+            D, BM, BD, BK, REVERSE, APART, USE_TMA, PRECISION, FENCE,
         )

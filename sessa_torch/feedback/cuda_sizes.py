@@ -36,8 +36,8 @@ WIDE_FROM, WIDE_SHARED = 1024, 200 * 1024
 SINGLE = Tiles(rows=64, columns=64, inner=32, width=128, warps=4)
 SINGLE_GRADIENT = Tiles(rows=128, columns=128, inner=32, width=128)
 SINGLE_SHARED = 128 * 1024
-# New rows and columns of s up to which cuda_decode.py solves a few rows behind a past.
-DECODE_ROWS, DECODE_WIDTH = 16, 2048
+# Number of new rows up to which cuda_decode.py solves those behind a past.
+DECODE_ROWS = 16
 
 
 def solve_tiles(dtype: torch.dtype, device: torch.device, width: int) -> Tiles:
@@ -56,7 +56,20 @@ def gradient_tiles(dtype: torch.dtype, device: torch.device) -> Tiles:
     return SINGLE_GRADIENT if dtype == torch.float32 else HALF
 
 
-def precision(dtype: torch.dtype) -> str:
+def operand_types(
+    f: torch.dtype, q: torch.dtype, precision: str
+) -> tuple[torch.dtype, torch.dtype]:
+    """Types of the operands of two products: queries with keys, and weights with states.
+
+    float32 is rounded to bfloat16, whose range it has, where 16 bits are asked for.
+    """
+    if precision == "float32" or (precision == "auto" and q == torch.float32):
+        return torch.float32, torch.float32
+    scores, states = (x if x.itemsize == 2 else torch.bfloat16 for x in (q, f))
+    return scores, states
+
+
+def product_precision(dtype: torch.dtype) -> str:
     """Triton's name for how products of this dtype run.
 
     float32 runs as three TF32 products, which keep float32's accuracy. A single one does not, not

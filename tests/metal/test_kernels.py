@@ -98,6 +98,14 @@ def test_one_new_token(twin: str, P: int, masked: bool) -> None:
 
 
 @twins
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("case", [Case(70, P=5, gamma=0.0), Case(1, P=40, gamma=0.0)], ids=str)
+def test_without_gain_a_row_is_f_bit_for_bit(twin: str, dtype: str, case: Case) -> None:
+    computed, _ = emulated(twin, case, dtype)
+    np.testing.assert_array_equal(computed["s"], inputs(case, dtype)["f"].astype(np.float64))
+
+
+@twins
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("case", [Case(70, B=2, P=5, masked=True), Case(1, P=70)], ids=str)
 def test_every_schedule_gives_the_same_bits(twin: str, dtype: str, case: Case) -> None:

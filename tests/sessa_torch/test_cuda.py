@@ -100,6 +100,91 @@ def test_inputs_that_lie_in_other_ways(dtype):
     assert_right((*odd, *inputs[3:]), dtype)
 
 
+MIXED = [(torch.bfloat16, torch.float32), (torch.float16, torch.float32),
+         (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)]  # fmt: skip
+
+
+def draw_caches(T, P, widths, keys, states, room=70):
+    """f, q, gamma and a mask; buffers of keys and states whose first rows are the past."""
+    f, q, k, gamma, past, mask, _ = draw(torch.float32, T, widths, P=P + room, hidden=0.3)
+    k, past, q = k.to(keys), past.to(states), q.to(keys)
+    gamma[:, ::3] = 0
+    k[~mask], past[~mask[:, : P + room]] = torch.nan, torch.inf
+    return f, q, k, gamma, past, mask
+
+
+def exact_behind(P, f, q, k, gamma, past, mask):
+    """s in float64 behind the first P rows of the caches, with zeros where keys are hidden."""
+    seen = mask[:, : P + f.shape[1], None]
+    k = k[:, : P + f.shape[1]].double().masked_fill(~seen, 0)
+    past = past[:, :P].double().masked_fill(~seen[:, :P], 0)
+    return blocked.solve_forward(f.double(), q.double(), k, gamma.double(), past, seen[..., 0])[0]
+
+
+@pytest.mark.parametrize("T", [1, 2, 16])
+@pytest.mark.parametrize("types", MIXED, ids=str)
+@pytest.mark.parametrize("widths", [NARROW, (1100, 1000), (2500, 80)])
+def test_decoding_reads_caches_of_any_types(widths, types, T):
+    for P in (1, 64, 500, 3001):
+        f, q, k, gamma, past, mask = given = draw_caches(T, P, widths, *types)
+        want = exact_behind(P, *given)
+        behind = {"past_s": past[:, :P], "key_mask": mask[:, : P + T]}
+        exact = T == 1 or types[1] == torch.float32
+        for precision, limit in (("auto", 5e-6 if exact else 5e-3), ("float32", 5e-6)):
+            s = feedback_solve(f, q, k[:, : P + T], gamma, **behind, precision=precision)
+            assert s.dtype == torch.float32
+            assert (s.double() - want).norm() <= limit * want.norm()
+            assert torch.equal(s[gamma == 0], f[gamma == 0])
+
+
+@pytest.mark.parametrize("T", [1, 3])
+def test_a_captured_graph_follows_a_growing_cache(T):
+    from sessa_torch.feedback.cuda_decode import solve_few_rows
+
+    given = draw_caches(T, 0, (72, 40), *MIXED[0], room=900)
+    length = torch.zeros((), dtype=torch.int32, device="cuda")
+    solve_few_rows(*given, length=length)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        s, _ = solve_few_rows(*given, length=length)
+    for P in (0, 1, 63, 64, 500, 900):
+        length.fill_(P)
+        graph.replay()
+        want = exact_behind(P, *given)
+        assert (s.double() - want).norm() <= 5e-6 * want.norm(), P
+
+
+@pytest.mark.parametrize("T", [17, 129, 400])
+@pytest.mark.parametrize("types", MIXED[:2], ids=str)
+@pytest.mark.parametrize("widths", [NARROW, WIDE])
+def test_pieces_of_a_prompt_with_16_bit_products(widths, types, T):
+    for P in (0, 1, 127, 128, 500):
+        f, q, k, gamma, past, mask, _ = draw(torch.float32, T, widths, P=P, hidden=0.3)
+        q, k = q.to(types[0]), k.to(types[0])
+        gamma[:, ::3] = 0
+        exact = (x if x is None else x.double() for x in (f, q, k, gamma, past))
+        want, _ = blocked.solve_forward(*exact, mask)
+        for precision, limit in (("auto", 5e-3), ("float32", 5e-6)):
+            s = feedback_solve(f, q, k, gamma, past_s=past, key_mask=mask, precision=precision)
+            assert s.dtype == torch.float32
+            assert (s.double() - want).norm() <= limit * want.norm(), (P, precision)
+            assert torch.equal(s[gamma == 0], f[gamma == 0])
+
+
+def test_float32_can_be_rounded_and_16_bits_widened():
+    f, q, k, gamma, past, mask, _ = draw(torch.float32, 300, P=150, hidden=0.3)
+    exact = blocked.solve_forward(*(x.double() for x in (f, q, k, gamma, past)), mask)[0]
+    errors = [
+        ((feedback_solve(f, q, k, gamma, past_s=past, key_mask=mask, precision=p) - exact).norm())
+        for p in ("auto", "bfloat16")
+    ]
+    assert errors[0] <= 5e-6 * exact.norm() < 100 * errors[0] < errors[1] <= 1e-2 * exact.norm()
+    low = [x.bfloat16() for x in (f, q, k)]
+    exact = blocked.solve_forward(*(x.double() for x in (*low, gamma, past)), mask)[0]
+    s = feedback_solve(*low, gamma, past_s=past, key_mask=mask, precision="float32")
+    assert torch.equal(s, exact.bfloat16()) or (s - exact).norm() <= 2**-8 * exact.norm()
+
+
 @pytest.mark.parametrize("widths", [NARROW, WIDE])
 def test_the_same_inputs_give_the_same_bits(widths):
     inputs = draw(torch.bfloat16, 1500, widths, P=40)

@@ -113,6 +113,20 @@ def test_extreme_gains(framework, backend, gain):
 
 @frameworks
 @backends
+@pytest.mark.parametrize("precision", ["auto", "float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_without_gain_a_row_is_f_bit_for_bit(framework, backend, dtype, precision):
+    arrays, _, _ = draw(12, T=70, P=5)
+    arrays["gamma"][:, ::2] = 0
+    typed = {n: framework.array(x, dtype if n in "qk" else "float32") for n, x in arrays.items()}
+    s = framework.numpy(framework.solve(**typed, backend=backend, precision=precision))
+    f = framework.numpy(typed["f"])
+    np.testing.assert_array_equal(s[:, ::2], f[:, ::2])
+    assert (s[:, 1::2] != f[:, 1::2]).any()
+
+
+@frameworks
+@backends
 def test_logits_up_to_eighty(framework, backend):
     arrays, key_mask, ds = draw(4, T=63)
     scores = arrays["q"] @ arrays["k"].swapaxes(1, 2) / 24**0.5
@@ -378,6 +392,8 @@ def test_wrong_types_are_refused_by_name(framework):
         framework.solve(**good, past_s=arrays["f"])
     with pytest.raises(ValueError, match="backend is 'fast'"):
         framework.solve(**good, backend="fast")
+    with pytest.raises(ValueError, match="precision is 'half'"):
+        framework.solve(**good, precision="half")
     with pytest.raises(ValueError, match="'kernel' cannot run here: "):
         framework.solve(**good, backend="kernel")
 
