@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from sessa_cli.common import make_console, print_json, say
-from sessa_common.checkpoint.inspection import Description, describe
+from sessa_common.inspection import Description, describe
 
 
 def info(

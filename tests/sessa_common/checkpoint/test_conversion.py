@@ -24,10 +24,10 @@ from sessa_common.checkpoint.folder import (
     write_json,
 )
 from sessa_common.checkpoint.initialization import initial_weights
-from sessa_common.checkpoint.inspection import describe
 from sessa_common.checkpoint.quantization import quantize_weights
 from sessa_common.config import SessaConfig, parameter_shapes
 from sessa_common.errors import SessaError
+from sessa_common.inspection import describe
 from sessa_common.reference import model as reference
 
 mx = pytest.importorskip("mlx.core")
