@@ -12,14 +12,13 @@ width and dtype: cuDNN with heads of 128, flash with heads of 64.
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measure import RESULTS, machine, peak_mib, save, table
+from measure import RESULTS, machine, median_ms, peak_mib, save, table
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -85,28 +84,6 @@ def errors(solve: Callable[..., Tensor], args: list[Tensor], backward: bool) -> 
     return [((x.double() - y).norm() / y.norm()).item() for x, y in pairs]
 
 
-def timed(run: Callable[[], Any], calls: int, repeats: int = 5) -> float:
-    """Milliseconds of one call: the median of several rows of calls, after one to warm up."""
-    if repeats > 1:
-        run()
-    times = []
-    for _ in range(repeats):
-        if CUDA:
-            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda.synchronize()
-            first.record()
-        start = time.perf_counter()
-        for _ in range(calls):
-            run()
-        if CUDA:
-            last.record()
-            torch.cuda.synchronize()
-            times.append(first.elapsed_time(last) / calls)
-        else:
-            times.append(1e3 * (time.perf_counter() - start) / calls)
-    return sorted(times)[repeats // 2]
-
-
 def steps(run: Callable[..., Tensor], args: list[Tensor], backward: bool) -> Callable[[], Any]:
     """One forward call, or one forward and backward call."""
     if not backward:
@@ -148,7 +125,7 @@ def ceiling() -> float:
     """Operations a second of a large matrix product on random data."""
     n = 8192 if CUDA else 2048
     a = torch.randn(n, n, device=DEVICE, dtype=DTYPE)
-    return 2 * n**3 / timed(lambda: a @ a, 5) * 1e3
+    return 2 * n**3 / median_ms(lambda: a @ a, warm=1, calls=5) * 1e3
 
 
 def compared(prefix: str, took: float, cudnn: float) -> dict[str, Any]:
@@ -169,20 +146,27 @@ def case(B: int, T: int, D: int, backward: bool, rate: float) -> dict[str, Any]:
     # Long enough that the start of the host after a pause hardly counts.
     calls = max(1, min(200 if CUDA else 10, 2**32 // (B * T * T)))
     run = steps(feedback_solve, args, backward)
-    took = timed(run, calls, 5 if T <= 2**17 else 1)
+    # One call is enough, and already long, where T is very large.
+    repeats, warm = (5, 1) if T <= 2**17 else (1, 0)
+    took = median_ms(run, repeats, warm, calls)
     row |= {"ms": round(took, 3), "peak MiB": round(peak_mib(run))}
     row["of ceiling"] = f"{(7 if backward else 2) * B * T * T * D / took * 1e3 / rate:.0%}"
     if CUDA and T <= 2**17:
         cudnn = attention(B, T, D, 128, SDPBackend.CUDNN_ATTENTION, backward)
         flash = attention(B, T, D, 64, SDPBackend.FLASH_ATTENTION, backward)
-        row |= compared("", took, timed(cudnn, calls))
-        row["flash ms"] = round(timed(flash, calls), 3)
+        row |= compared("", took, median_ms(cudnn, warm=1, calls=calls))
+        row["flash ms"] = round(median_ms(flash, warm=1, calls=calls), 3)
         if T <= 2**14:
-            row["graph ms"] = round(timed(graphed(run), calls), 3)
-            row |= compared("graph ", row["graph ms"], timed(graphed(cudnn), calls))
+            row["graph ms"] = round(median_ms(graphed(run), warm=1, calls=calls), 3)
+            row |= compared(
+                "graph ", row["graph ms"], median_ms(graphed(cudnn), warm=1, calls=calls)
+            )
     if T <= NAIVE_UP_TO:
         run = steps(naive, args, backward)
-        row |= {"naive ms": round(timed(run, 1, 3), 2), "naive MiB": round(peak_mib(run))}
+        row |= {
+            "naive ms": round(median_ms(run, repeats=3, warm=1), 2),
+            "naive MiB": round(peak_mib(run)),
+        }
     return row
 
 

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from sessa_common.markdown import markdown_table
+
 RESULTS = Path(__file__).parent / "results"
 MIB = 2**20
 
@@ -38,24 +40,51 @@ def _cpu_name() -> str:
     return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
 
 
-def median_ms(run: Callable[[], Any], repeats: int = 5, warm: int = 2) -> float:
-    """Median wall time of run() in milliseconds, by events on CUDA."""
+def median_ms(run: Callable[[], Any], repeats: int = 5, warm: int = 2, calls: int = 1) -> float:
+    """Median time of one run() in milliseconds, by events on CUDA and by the wall clock elsewhere.
+
+    Every repeat times `calls` calls in a row, so that a pause before it weighs little.
+    """
+    if not torch.cuda.is_available():
+        return wall_ms(run, repeats=repeats, warm=warm, calls=calls)
     for _ in range(warm):
         run()
     times = []
     for _ in range(repeats):
-        if torch.cuda.is_available():
-            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            first.record()
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        first.record()
+        for _ in range(calls):
             run()
-            last.record()
-            torch.cuda.synchronize()
-            times.append(first.elapsed_time(last))
-        else:
-            start = time.perf_counter()
-            run()
-            times.append(1e3 * (time.perf_counter() - start))
+        last.record()
+        torch.cuda.synchronize()
+        times.append(first.elapsed_time(last) / calls)
     return sorted(times)[repeats // 2]
+
+
+def wall_ms(
+    run: Callable[[], Any],
+    *,
+    repeats: int = 5,
+    warm: int = 0,
+    calls: int = 1,
+    seconds: float = 0.0,
+    wait: Callable[[Any], Any] = lambda result: None,
+) -> float:
+    """Median wall time of one run() in milliseconds; `wait` gets its result and ends its work.
+
+    At least `repeats` repeats of `calls` calls are timed, and more until `seconds` have passed.
+    """
+    for _ in range(warm):
+        wait(run())
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(times) < repeats or time.perf_counter() < end:
+        start = time.perf_counter()
+        for _ in range(calls):
+            wait(run())
+        times.append(1e3 * (time.perf_counter() - start) / calls)
+    return sorted(times)[len(times) // 2]
 
 
 def peak_mib(run: Callable[[], Any]) -> float:
@@ -91,8 +120,6 @@ def save(name: str, rows: list[dict[str, Any]], folder: Path = RESULTS) -> Path:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Rows as a Markdown table, with the columns in the order they first appear."""
+    """Format rows as a Markdown table, with the columns in the order they first appear."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    lines = [columns, ["---"] * len(columns)]
-    lines += [[str(row.get(column, "")) for column in columns] for row in rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    return markdown_table(columns, [[str(row.get(name, "")) for name in columns] for row in rows])

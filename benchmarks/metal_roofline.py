@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sessa_common.markdown import markdown_table
+
 # Rows of a block row, and of a tile in it, as in the Metal source.
 BLOCK, TILE = 256, 32
 BANDWIDTH = 400e9  # bytes/s, the same on the three
@@ -80,13 +82,15 @@ def step_time(P: int, D: int) -> float:
 
 
 def main() -> None:
-    print("| chip | T | D | products | passes | chain | forward | products | passes | backward |")
-    print("| --- " * 10 + "|")
+    lines = []
     for chip in CHIPS:
         for T, D in ((4096, 512), (4096, 1024), (16384, 1024)):
-            t = {name: f"{1e3 * seconds:.3g}" for name, seconds in times(chip, T, D).items()}
-            cells = [chip.name, T, D, *(t[column] for column in COLUMNS)]
-            print("| " + " | ".join(map(str, cells)) + " |")
+            found = times(chip, T, D)
+            cells = [f"{1e3 * found[column]:.3g}" for column in COLUMNS]
+            lines.append([chip.name, str(T), str(D), *cells])
+    # The columns of the table are named without the pass that they belong to.
+    names = [column.removeprefix("forward ").removeprefix("backward ") for column in COLUMNS]
+    print(markdown_table(["chip", "T", "D", *names], lines))
     for P, D in ((4096, 512), (4096, 1024), (16384, 1024)):
         print(f"decode step at P {P}, D {D}: {1e6 * step_time(P, D):.0f} us")
 

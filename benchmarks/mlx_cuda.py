@@ -21,7 +21,6 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 # MLX reads the variable once; without it float32 products use 11-bit operands.
@@ -30,7 +29,7 @@ os.environ.setdefault("MLX_ENABLE_TF32", "0")
 import mlx.core as mx
 import numpy as np
 import torch
-from measure import MIB, machine, save, table
+from measure import MIB, machine, save, table, wall_ms
 
 import sessa_mlx
 from sessa_common.checkpoint.folder import save_weights
@@ -229,32 +228,14 @@ def print_error() -> None:
     print(relative_error(to_float64(run(*arrays)), exact))
 
 
-def mlx_ms(run: Callable[[], Any], seconds: float = 0.3) -> float:
+def mlx_ms(run: Callable[[], Any]) -> float:
     """Median wall time of an evaluated run() in milliseconds."""
-    times: list[float] = []
-    for _ in range(3):
-        mx.eval(run())
-    end = time.perf_counter() + seconds
-    while len(times) < 5 or time.perf_counter() < end:
-        start = time.perf_counter()
-        mx.eval(run())
-        times.append(1e3 * (time.perf_counter() - start))
-    return median(times)
+    return wall_ms(run, warm=3, seconds=0.3, wait=mx.eval)
 
 
-def torch_ms(run: Callable[[], Any], seconds: float = 0.3) -> float:
-    """Median wall time, as in `mlx_ms`, so that both times include the launches."""
-    times: list[float] = []
-    for _ in range(3):
-        run()
-    torch.cuda.synchronize()
-    end = time.perf_counter() + seconds
-    while len(times) < 5 or time.perf_counter() < end:
-        start = time.perf_counter()
-        run()
-        torch.cuda.synchronize()
-        times.append(1e3 * (time.perf_counter() - start))
-    return median(times)
+def torch_ms(run: Callable[[], Any]) -> float:
+    """Median wall time like `mlx_ms`, so that both frameworks pay for their launches."""
+    return wall_ms(run, warm=3, seconds=0.3, wait=lambda _: torch.cuda.synchronize())
 
 
 def torch_times(given: dict[str, Any], kind: str, backend: str) -> tuple[float, float]:

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-from measure import machine, save, table
+from measure import machine, save, table, wall_ms
 from torch.profiler import ProfilerActivity, profile
 
 from sessa_common.checkpoint.initialization import initial_weights
@@ -34,16 +33,6 @@ def learner(name: str, tokens: int, device: str, compile: bool) -> TrainBackend:
     )
     settings = TrainConfig(compile=compile)
     return TrainBackend(config, settings, initial_weights(config, 0), device)
-
-
-def median_ms(step: Callable[[], Any], repeats: int) -> float:
-    """Wall time of a step; it ends with a transfer, so the device has finished."""
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        step()
-        times.append(1e3 * (time.perf_counter() - start))
-    return sorted(times)[repeats // 2]
 
 
 def device_ms(step: Callable[[], Any], repeats: int = 5) -> float:
@@ -67,7 +56,8 @@ def case(name: str, batch: Batch, device: str, repeats: int) -> dict[str, Any]:
         losses[kind] = [step() for _ in range(AGREE_STEPS)]
         if not np.allclose(losses[kind], losses["eager"], rtol=AGREE):
             return row | {"compiled ms": f"losses {losses} disagree, not timed"}
-        row[f"{kind} ms"] = round(median_ms(step, repeats), 2)
+        # A step ends with a transfer of its loss, so the device has done its work.
+        row[f"{kind} ms"] = round(wall_ms(step, repeats=repeats), 2)
         if device.startswith("cuda"):
             row[f"{kind} device ms"] = round(device_ms(step), 2)
     return row
