@@ -1,4 +1,4 @@
-"""`sessa selftest` on this machine: right paths pass, a wrong one is seen and fails the command."""
+"""`sessa selftest` on this machine: right paths pass, a wrong path fails the command."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typer.testing import CliRunner, Result
 
 from sessa_cli import selftest
 from sessa_common.errors import SessaError
+from sessa_common.frameworks import framework
 
 SMALL = (selftest._Size(2, 20, 12, 8, P=3, masked=True), selftest._Size(1, 1, 12, 8, P=5))
 
@@ -44,12 +45,12 @@ def test_table_and_timings() -> None:
 
 @pytest.mark.parametrize("backend", ["torch", "mlx"])
 def test_a_wrong_path_fails_the_command(backend: str) -> None:
-    right = selftest.framework(backend, "feedback").feedback_solve
+    right = framework(backend, "feedback").feedback_solve
 
     def wrong(*arrays, **options):
         return right(*arrays, **options) * (1.1 if options["backend"] == "blocked" else 1)
 
-    feedback = selftest.framework(backend, "feedback")
+    feedback = framework(backend, "feedback")
     with mock.patch.object(feedback, "feedback_solve", wrong):
         result = run("--backend", backend, "--json", "--no-timings")
     assert result.exit_code == 1

@@ -1,4 +1,7 @@
-"""The two frameworks behind one small interface, so that a test is written once for both."""
+"""The two frameworks behind one interface, so that a test is written once for both.
+
+The interface is that of `sessa selftest`; the classes here add layers and models to it.
+"""
 
 from __future__ import annotations
 
@@ -11,31 +14,19 @@ import torch
 from mlx import nn as mlx_nn
 from mlx.utils import tree_flatten
 
-import sessa_mlx.checkpoint
-import sessa_mlx.feedback
 import sessa_mlx.model
-import sessa_torch.checkpoint
-import sessa_torch.feedback
 import sessa_torch.model
+from sessa_cli.twins import MlxTwin, TorchTwin
 
 Arrays = dict[str, np.ndarray]
 
 
-class Torch:
+class TorchFramework(TorchTwin):
     """PyTorch on the CPU."""
 
-    name = "torch"
-    solve = staticmethod(sessa_torch.feedback.feedback_solve)
-    model, checkpoint = sessa_torch.model, sessa_torch.checkpoint
-
-    def array(self, value: np.ndarray | None, dtype: str | None = None) -> Any:
-        if value is None:
-            return None
-        tensor = self.checkpoint.to_tensor(np.asarray(value))
-        return tensor.to(getattr(torch, dtype)) if dtype else tensor
-
-    def numpy(self, value: Any) -> np.ndarray:
-        return self.checkpoint.to_numpy(value)
+    def __init__(self) -> None:
+        super().__init__("cpu")
+        self.model = sessa_torch.model
 
     def gradients(self, loss: Callable[..., Any], inputs: Arrays, dtype: str) -> Arrays:
         """Gradients of a scalar function of keyword arrays."""
@@ -70,21 +61,12 @@ class Torch:
         return {name: self.numpy(p.grad) for name, p in model.named_parameters()}
 
 
-class MLX:
+class MlxFramework(MlxTwin):
     """MLX on its default device."""
 
-    name = "mlx"
-    solve = staticmethod(sessa_mlx.feedback.feedback_solve)
-    model, checkpoint = sessa_mlx.model, sessa_mlx.checkpoint
-
-    def array(self, value: np.ndarray | None, dtype: str | None = None) -> Any:
-        if value is None:
-            return None
-        array = self.checkpoint.to_tensor(np.asarray(value))
-        return array.astype(getattr(mx, dtype)) if dtype else array
-
-    def numpy(self, value: Any) -> np.ndarray:
-        return self.checkpoint.to_numpy(value)
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = sessa_mlx.model
 
     def gradients(self, loss: Callable[..., Any], inputs: Arrays, dtype: str) -> Arrays:
         """Gradients of a scalar function of keyword arrays."""
@@ -124,4 +106,5 @@ class MLX:
         return {name: self.numpy(value) for name, value in tree_flatten(grads)}
 
 
-FRAMEWORKS = [Torch(), MLX()]
+TORCH, MLX = TorchFramework(), MlxFramework()
+FRAMEWORKS = [TORCH, MLX]

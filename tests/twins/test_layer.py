@@ -7,7 +7,7 @@ from importlib import import_module
 import numpy as np
 import pytest
 import torch
-from support.frameworks import FRAMEWORKS, Torch
+from support.frameworks import FRAMEWORKS, TORCH
 from support.golden_cases import NAMES, golden_case, gradient_errors, relative_error
 
 from sessa_common.config import SessaConfig
@@ -23,7 +23,7 @@ CASES = [
 
 
 def tolerance(framework: object, dtype: str, name: str) -> float:
-    if dtype == "float64" and isinstance(framework, Torch):
+    if dtype == "float64" and framework is TORCH:
         return 1e-10
     return 1e-3 if name == "strong_feedback" else 1e-4
 

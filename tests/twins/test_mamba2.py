@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from support.frameworks import FRAMEWORKS, Torch
+from support.frameworks import FRAMEWORKS, TORCH
 from support.golden_cases import gradient_errors, relative_error
 
 import sessa_mlx.mamba2
@@ -62,7 +62,7 @@ def compare(framework, dtype, limit, scan, inputs):
         weights = [framework.array(value, dtype) for value in upstream]
         return lambda **a: sum((y * w).sum() for y, w in zip(scan(**a), weights, strict=True))
 
-    wanted = Torch().gradients(loss(recurrence, Torch(), "float64"), inputs, "float64")
+    wanted = TORCH.gradients(loss(recurrence, TORCH, "float64"), inputs, "float64")
     got = framework.gradients(loss(scan, framework, dtype), inputs, dtype)
     assert max(gradient_errors(got, wanted).values()) <= limit
 
@@ -181,10 +181,10 @@ def test_autograd_of_the_whole_model_equals_that_of_the_recurrence(monkeypatch):
     weights, ids = lively(config), np.random.default_rng(2).integers(0, 50, (B, 70))
     mask = np.arange(70) >= np.array([[0], [6]])
     dlogits = np.random.default_rng(3).normal(size=(B, 70, 50)) * mask[..., None]
-    build = Torch.checkpoint.build_model
+    build = TORCH.checkpoint.build_model
 
     def gradients():
-        return Torch().model_gradients(build(config, weights, dtype="float64"), ids, mask, dlogits)
+        return TORCH.model_gradients(build(config, weights, dtype="float64"), ids, mask, dlogits)
 
     got = gradients()
     monkeypatch.setattr(sessa_torch.mamba2, "ssd_chunked", recurrence)
@@ -196,6 +196,6 @@ def test_model_in_each_dtype_equals_the_reference(dtype):
     config = small()
     weights, ids = lively(config), np.random.default_rng(2).integers(0, 50, (2, 83))
     want = reference.model_logits(config, weights, ids)
-    model = Torch.checkpoint.build_model(config, weights, dtype=dtype)
+    model = TORCH.checkpoint.build_model(config, weights, dtype=dtype)
     limit = 1e-10 if dtype == "float64" else 1e-4
-    assert relative_error(Torch().numpy(model(torch.tensor(ids)).detach()), want) <= limit
+    assert relative_error(TORCH.numpy(model(torch.tensor(ids)).detach()), want) <= limit

@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from support.frameworks import FRAMEWORKS, Torch
+from support.frameworks import FRAMEWORKS, TORCH
 from support.golden_cases import gradient_errors, relative_error
 
 from sessa_common.checkpoint.folder import save_weights
@@ -166,8 +166,8 @@ def float64_gradients(config, weights, ids, mask, dlogits):
     """From the reference, or by autograd where the reference has none (see test_mamba2)."""
     if all(kind.attends for kind in config.kinds):
         return reference.model_backward(config, weights, ids, dlogits, mask)
-    model = Torch.checkpoint.build_model(config, weights, dtype="float64")
-    return Torch().model_gradients(model, ids, mask, dlogits)
+    model = TORCH.checkpoint.build_model(config, weights, dtype="float64")
+    return TORCH.model_gradients(model, ids, mask, dlogits)
 
 
 @frameworks
@@ -315,7 +315,7 @@ def test_mamba2_starts_in_its_ranges():
 @pytest.mark.parametrize("variant", ["base", "sessa_transformer", "hybrid"])
 def test_torch_compile_runs_the_whole_model(variant):
     with torch.enable_grad():
-        model, _, _ = make(Torch(), variant)
+        model, _, _ = make(TORCH, variant)
         ids = torch.tensor(tokens(20))
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
         torch.testing.assert_close(compiled(ids), model(ids))
