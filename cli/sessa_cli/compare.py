@@ -28,11 +28,7 @@ from sessa_common.experiments.comparison_runner import Runner, TrainCommand
 
 TRAIN = (sys.executable, "-m", "sessa_cli.main", "train")
 # Options of `sessa train` that are not named like their field.
-OPTIONS = {
-    "learning_rate": "lr",
-    "max_position_embeddings": "context",
-    "task_options": "task-option",
-}
+OPTIONS = {"task_options": "task-option"}
 AS_IN_TRAIN = "As in `sessa train`."
 
 
@@ -41,8 +37,9 @@ def compare(
     task: Annotated[
         str | None, typer.Option(help="symbolsoup, diffuse-mqar or a folder of `sessa data`.")
     ] = None,
-    task_option: Annotated[
-        list[str] | None, typer.Option(help="Option of the task, as name=value; repeatable.")
+    task_options: Annotated[
+        list[str] | None,
+        typer.Option("--task-option", help="Option of the task, as name=value; repeatable."),
     ] = None,
     data: Annotated[
         list[str] | None, typer.Option(help="Text instead of a task; as in `sessa train`.")
@@ -55,11 +52,12 @@ def compare(
         str,
         typer.Option(help=f"Of {', '.join(MODELS)}, or names of --config; separated by commas."),
     ] = ",".join(Comparison.models),
-    config: Annotated[
-        list[str] | None, typer.Option(help="name=config.json, a model of your own; repeatable.")
+    configs: Annotated[
+        list[str] | None,
+        typer.Option("--config", help="name=config.json, a model of your own; repeatable."),
     ] = None,
-    scale: Annotated[
-        str, typer.Option(help="Sizes of the presets, separated by commas.")
+    scales: Annotated[
+        str, typer.Option("--scale", help="Sizes of the presets, separated by commas.")
     ] = ",".join(Comparison.scales),
     seeds: Annotated[
         int, typer.Option(help="Seeds of each model; more can be added later.")
@@ -72,9 +70,12 @@ def compare(
     sweep_steps: Annotated[
         int, typer.Option(help="Steps of the runs that choose the rate; 0: a quarter of --steps.")
     ] = Comparison.sweep_steps,
-    control_task_option: Annotated[
+    control_task_options: Annotated[
         list[str] | None,
-        typer.Option(help="Option of the easy control task, as name=value; repeatable."),
+        typer.Option(
+            "--control-task-option",
+            help="Option of the easy control task, as name=value; repeatable.",
+        ),
     ] = None,
     control_steps: Annotated[
         int,
@@ -86,8 +87,9 @@ def compare(
         float, typer.Option(help="Share of the control's ceiling from which it is passed.")
     ] = Comparison.control_threshold,
     jobs: Annotated[int, typer.Option(help="Runs at the same time, on all devices together.")] = 1,
-    context: Annotated[
-        int | None, typer.Option(help="Context of models on text, as in `sessa train`.")
+    max_position_embeddings: Annotated[
+        int | None,
+        typer.Option("--max-position-embeddings", "--context", help=AS_IN_TRAIN),
     ] = None,
     tokenizer: Annotated[str | None, typer.Option(help=AS_IN_TRAIN)] = None,
     warmup_steps: Annotated[
@@ -127,7 +129,7 @@ def compare(
             "tokenizer": tokenizer,
             "text_field": text_field,
             "validation_data": tuple(validation_data or ()) or None,
-            "max_position_embeddings": context,
+            "max_position_embeddings": max_position_embeddings,
             "warmup_steps": warmup_steps,
             "weight_decay": weight_decay,
             "evaluate_every": evaluate_every,
@@ -138,17 +140,17 @@ def compare(
         }
         comparison = Comparison(
             task=task,
-            task_options=tuple(task_option or ()),
+            task_options=tuple(task_options or ()),
             data=tuple(data or ()),
             models=tuple(OLD_NAMES.get(name, name) for name in _names(models)),
-            scales=_names(scale),
-            configs=tuple(config or ()),
+            scales=_names(scales),
+            configs=tuple(configs or ()),
             seeds=seeds,
             steps=steps,
             batch_size=batch_size,
             learning_rates=_rates(learning_rates),
             sweep_steps=sweep_steps,
-            control_task_options=tuple(control_task_option or ()),
+            control_task_options=tuple(control_task_options or ()),
             control_steps=control_steps,
             control_threshold=control_threshold,
             settings={name: value for name, value in settings.items() if value is not None},

@@ -23,10 +23,11 @@ def data(
         list[str] | None,
         typer.Option("--task-option", help="Option of the task, as name=value; repeatable."),
     ] = None,
-    examples: Annotated[
-        int | None, typer.Option(help="Number of training examples of an endless task.")
+    train_examples: Annotated[
+        int | None,
+        typer.Option("--examples", help="Number of training examples of an endless task."),
     ] = None,
-    source: Annotated[
+    data: Annotated[
         list[str] | None,
         typer.Option(
             "--data", help=f"Source of {STORIES}: .parquet, .jsonl or .txt files, or hf:owner/name."
@@ -49,18 +50,18 @@ def data(
     """
     console = make_console()
     if name == STORIES:
-        if task_options or examples is not None:
+        if task_options or train_examples is not None:
             raise SessaError(f"--task-option and --examples do not go with {STORIES}")
-        train, held_out = write_stories(source or (), out, validation_fraction, force=force)
+        train, held_out = write_stories(data or (), out, validation_fraction, force=force)
         say(console, f"wrote {out}: {train:,} training and {held_out:,} held-out stories")
         return
-    if source:
+    if data:
         raise SessaError(f"--data goes with {STORIES}; {name} draws its own examples")
     task = new_task(name, parse_options(name, task_options or ()))
-    written = write_task(task, out, examples, force=force)
+    written = write_task(task, out, train_examples, force=force)
     say(
         console,
-        f"wrote {out}: {examples or task.train_examples:,} training, "
+        f"wrote {out}: {train_examples or task.train_examples:,} training, "
         f"{len(written.validation.tokens):,} validation, {len(written.test.tokens):,} test "
         f"examples of up to {task.context:,} tokens",
     )

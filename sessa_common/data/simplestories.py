@@ -24,9 +24,11 @@ def write_stories(
     """
     sources = tuple(sources)
     if not sources:
-        raise SessaError("simplestories needs data: files, or hf:SimpleStories/SimpleStories")
+        raise SessaError("simplestories needs `data`: files, or hf:SimpleStories/SimpleStories")
     if not 0 < validation_fraction < 1:
-        raise SessaError(f"validation_fraction is {validation_fraction}, expected between 0 and 1")
+        raise SessaError(
+            f"`validation_fraction` is {validation_fraction}, expected between 0 and 1"
+        )
     counts = [0, 0]
     with new_folder(folder, force=force) as scratch:
         with (
@@ -41,6 +43,6 @@ def write_stories(
         if not all(counts):
             raise SessaError(
                 f"{counts[0]} training and {counts[1]} held-out stories are too few; give more "
-                "data, or another validation_fraction"
+                "data, or another `validation_fraction`"
             )
     return counts[0], counts[1]

@@ -72,7 +72,7 @@ def read_task(spec: str, options: Sequence[str] = ()) -> Task:
         return new_task(spec, parse_options(spec, options))
     path = Path(spec) / TASK
     if options:
-        raise SessaError(f"{path} already holds the options of the task; leave task_options out")
+        raise SessaError(f"{path} already holds the options of the task; leave `task_options` out")
     stored = read_json(path)
     if not isinstance(found := stored.get("options"), dict):
         raise SessaError(f"{path}: it has no options, so `sessa data` did not write it")

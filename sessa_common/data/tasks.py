@@ -140,7 +140,7 @@ def make_data(task: Task, train_examples: int | None = None) -> TaskData:
 
 def _check_train_examples(task: Task, train_examples: int) -> None:
     if train_examples < 1:
-        raise SessaError(f"train_examples is {train_examples}, expected 1 or more")
+        raise SessaError(f"`train_examples` is {train_examples}, expected 1 or more")
     if task.train_examples:
         raise SessaError(
             f"{task.name} has a training set; set its size with the task option "
@@ -156,7 +156,7 @@ def write_task(
     Raises SessaError, before anything is drawn, for an endless task without `train_examples`.
     """
     if not task.train_examples and train_examples is None:
-        raise SessaError(f"{task.name} is endless: give the number of training examples")
+        raise SessaError(f"{task.name} is endless: give the number of `train_examples`")
     data = make_data(task, train_examples)
     write_data(data, folder, force=force)
     return data
@@ -165,7 +165,7 @@ def write_task(
 def write_data(data: TaskData, folder: Path, *, force: bool = False) -> None:
     """Write task.json and one safetensors file per split into a new folder."""
     if data.train is None:
-        raise SessaError(f"{data.task.name} is endless: give the number of training examples")
+        raise SessaError(f"{data.task.name} is endless: give the number of `train_examples`")
     with new_folder(folder, force=force) as scratch:
         for split, part in zip(SPLITS, (data.train, data.validation, data.test), strict=True):
             arrays = {"tokens": part.tokens, "weights": part.weights}
@@ -216,7 +216,7 @@ class TaskBatches:
             raise SessaError(
                 f"{task.name} has examples of {task.context} tokens, but the model has "
                 f"max_position_embeddings {config.max_position_embeddings}; choose a larger "
-                "max_position_embeddings, or task_options that make shorter examples"
+                "`max_position_embeddings`, or make shorter examples by `task_options`"
             )
         if len(task.vocabulary) > config.vocab_size:
             raise SessaError(

@@ -158,7 +158,7 @@ def test_the_other_commands_take_the_run_folder(backend, run_folder, tmp_path, c
         (("--tokenizer", "bytes"), "--tokenizer is about text"),
         (("--window", 9), "--sequence-length is about text"),
         (("--text-field", "story"), "--text-field is about text"),
-        (("--context", 22), "examples of 24 tokens.*choose a larger max_position_embeddings"),
+        (("--context", 22), "examples of 24 tokens.*choose a larger --max-position-embeddings"),
         (("--task", "sudoku"), "task is 'sudoku'"),
         (("--task-option", "lag=3"), "unknown option lag; known: min_tokens"),
         (("--task-option", "max_tokens"), "expected name=value"),
@@ -205,7 +205,7 @@ def test_data_writes_a_folder_that_trains(name, tmp_path, capsys):
     assert sessa("train", "--task", folder, *TINY, "--out", out) == 0
     assert json.loads((out / "result.json").read_text())["task"] == name
     beside = ("--task-option", "data_seed=1", "--out", tmp_path / "other")
-    assert "leave task_options out" in fails(capsys, "train", "--task", folder, *TINY, *beside)
+    assert "leave --task-option out" in fails(capsys, "train", "--task", folder, *TINY, *beside)
     again = ("data", name, *task_options, *examples, "--out", folder)
     assert "add --force" in fails(capsys, *again)
     assert sessa(*again, "--force") == 0
@@ -247,20 +247,20 @@ def test_simplestories_from_files_to_a_model(kind, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("diffuse-mqar",), "is endless: give the number of training examples"),
-        (("diffuse-mqar", "--examples", 0), "train_examples is 0, expected 1 or more"),
+        (("diffuse-mqar",), "is endless: give the number of --examples"),
+        (("diffuse-mqar", "--examples", 0), "--examples is 0, expected 1 or more"),
         (("diffuse-mqar", "--data", "x.jsonl"), "--data goes with simplestories"),
         (("symbolsoup", "--examples", 5), "set its size with the task option train_examples=5"),
         (("symbolsoup", "--task-option", "lag=5"), "unknown option lag"),
         (("sudoku",), "task is 'sudoku'"),
-        (("simplestories",), "simplestories needs data"),
+        (("simplestories",), "simplestories needs --data"),
         (("simplestories", "--examples", 5), "do not go with simplestories"),
         (("simplestories", "--data", "gone.jsonl"), "gone.jsonl: no such file"),
         (("simplestories", "--data", "other.jsonl"), "no field 'story'; it has text"),
         (("simplestories", "--data", "other.parquet"), "no column 'story'; it has text"),
         (("simplestories", "--data", "one.jsonl"), "are too few"),
         (("simplestories", "--data", "one.jsonl", "--validation-fraction", 1.5),
-         "validation_fraction is 1.5"),
+         "--validation-fraction is 1.5"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
 )  # fmt: skip

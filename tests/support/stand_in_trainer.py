@@ -24,7 +24,7 @@ for name in (
     "layer-kinds",
     "steps",
     "batch-size",
-    "lr",
+    "learning-rate",
     "seed",
     "warmup-steps",
     "out",
@@ -84,7 +84,7 @@ if broken.exists() and broken.read_text() in folder.name:
     print("error: the loss is nan")
     sys.exit(3)
 best = 3e-3 if given["preset"].startswith("sessa") else 1e-3
-loss = 0.5 + 100 * abs(float(given["lr"]) - best)
+loss = 0.5 + 100 * abs(float(given["learning_rate"]) - best)
 base = {"sessa-1m": 0.8, "transformer-1m": 0.6, "mamba2-1m": 0.3}[given["preset"]]
 accuracy = base + 0.02 * int(given["seed"]) - 0.1 * bool(given.get("layer_kinds"))
 if "density=0" in given["task_option"]:

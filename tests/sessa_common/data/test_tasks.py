@@ -122,7 +122,7 @@ def test_options_beside_a_folder_are_refused(tmp_path):
     write_data(make_data(tiny("symbolsoup")), tmp_path / "soup")
     with pytest.raises(
         SessaError,
-        match=r"task\.json already holds the options of the task; leave task_options out",
+        match=r"task\.json already holds the options of the task; leave `task_options` out",
     ):
         load_data(str(tmp_path / "soup"), ("min_tokens=20",))
 

@@ -124,7 +124,7 @@ def test_the_plan_has_every_command_and_configuration(trainer, tmp_path):
     words = plan["commands"]["runs/1m-gated_attention-seed2"]
     given = dict(itertools.pairwise(words))
     assert (
-        given["--lr"] == "0.003"
+        given["--learning-rate"] == "0.003"
         and given["--seed"] == "2"
         and given["--layer-kinds"] == "gated_attention"
     )
