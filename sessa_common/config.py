@@ -13,6 +13,9 @@ from sessa_common.layer_kinds import KINDS, LayerKind, with_layer_kinds
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 PRECISIONS = ("auto", "float32", "bfloat16")
+# Far beyond the deepest models; a number above it is a mistake, and lists of its layers would fill
+# the memory.
+MOST_LAYERS = 4096
 
 # Keys that other tools write into a config.json and that do not change what the model computes.
 FOREIGN_KEYS = frozenset(
@@ -106,6 +109,10 @@ class SessaConfig:
         ):
             value = getattr(self, name)
             _require(_is_count(value), f"{name} is {value!r}, expected a positive integer")
+        _require(
+            self.num_hidden_layers <= MOST_LAYERS,
+            f"num_hidden_layers is {self.num_hidden_layers}, expected at most {MOST_LAYERS}",
+        )
         for name in ("use_forward_rope", "tie_word_embeddings"):
             value = getattr(self, name)
             _require(isinstance(value, bool), f"{name} is {value!r}, expected true or false")
@@ -130,10 +137,9 @@ class SessaConfig:
             "or use_forward_rope=false",
         )
         _require(0 < self.gamma_max < 1, f"gamma_max is {self.gamma_max}, expected between 0 and 1")
-        _require(self.rope_theta > 0, f"rope_theta is {self.rope_theta}, expected above 0")
-        _require(
-            self.layer_norm_eps > 0, f"layer_norm_eps is {self.layer_norm_eps}, expected above 0"
-        )
+        for name in ("rope_theta", "layer_norm_eps"):
+            value = getattr(self, name)
+            _require(0 < value < math.inf, f"{name} is {value}, expected above 0 and finite")
         _require(
             self.dtype in DTYPES, f"dtype is {self.dtype!r}, expected one of {', '.join(DTYPES)}"
         )
@@ -327,15 +333,16 @@ class TrainConfig:
             "checkpoint_every",
         ):
             value = getattr(self, name)
-            _require(value == 0 or _is_count(value), f"{name} is {value!r}, expected 0 or more")
+            none = isinstance(value, int) and not isinstance(value, bool) and value == 0
+            _require(none or _is_count(value), f"{name} is {value!r}, expected 0 or more")
         for name in ("learning_rate", "adam_eps", "max_grad_norm"):
-            value = getattr(self, name)
-            _require(0 < value < float("inf"), f"{name} is {value!r}, expected above 0")
+            value = self._as_float(name)
+            _require(0 < value < math.inf, f"{name} is {value!r}, expected above 0")
         for name in ("min_lr_ratio", "weight_decay"):
-            value = getattr(self, name)
+            value = self._as_float(name)
             _require(0 <= value <= 1, f"{name} is {value!r}, expected from 0 to 1")
         for name in ("beta1", "beta2", "validation_fraction"):
-            value = getattr(self, name)
+            value = self._as_float(name)
             _require(0 <= value < 1, f"{name} is {value!r}, expected from 0 to below 1")
         _require(
             self.task is not None or not self.task_options,
@@ -350,6 +357,14 @@ class TrainConfig:
             value = getattr(self, name)
             _require(isinstance(value, bool), f"{name} is {value!r}, expected true or false")
         self._check_texts()
+
+    def _as_float(self, name: str) -> float:
+        # A file may write 0 for 0.0, which PyTorch's optimizer does not take.
+        value = getattr(self, name)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        _require(number, f"{name} is {value!r}, expected a number")
+        object.__setattr__(self, name, float(value))
+        return float(value)
 
     def _check_texts(self) -> None:
         for name in ("text_field", "split"):

@@ -50,6 +50,11 @@ class TerminalReporter:
         if self.progress.live.is_started:
             self.progress.stop()
 
+    def preparing(self, activity: str) -> None:
+        """Show what goes on before training."""
+        self.progress.update(self.task, total=None, status=activity)
+        self.progress.start()
+
     def started(self, record: Mapping[str, Any]) -> None:
         """Print a line about the run and show the bar."""
         say(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -13,6 +13,11 @@ from sessa_common.data.batches import Batch, RowOrder, next_token_batch
 from sessa_common.data.sources import ReadCounts, TextSource, read_documents
 from sessa_common.data.tokenizer import DroppedText, encode_documents
 from sessa_common.errors import SessaError
+from sessa_common.memory import require_memory
+
+# Receives a few words about what goes on.
+Tell = Callable[[str], None]
+TOLD_EVERY = 1_000_000
 
 
 def pack(documents: Iterable[np.ndarray], end_id: int, seed: int) -> np.ndarray:
@@ -23,10 +28,31 @@ def pack(documents: Iterable[np.ndarray], end_id: int, seed: int) -> np.ndarray:
     return np.concatenate([part for i in order for part in (documents[i], end)] or [end[:0]])
 
 
+def say_nothing(activity: str) -> None:
+    """Ignore words about progress."""
+
+
+def told(texts: Iterable[str], activity: str, tell: Tell) -> Iterator[str]:
+    """Pass texts on and tell, every million characters, how many of them there were."""
+    count, next_count = 0, 0
+    for text in texts:
+        yield text
+        count += len(text)
+        if count >= next_count:
+            tell(f"{activity}: {count:,} characters")
+            next_count = count + TOLD_EVERY
+
+
 def read_text_batches(
-    tokenizer: Tokenizer, end_id: int, config: SessaConfig, settings: TrainConfig
+    tokenizer: Tokenizer,
+    end_id: int,
+    config: SessaConfig,
+    settings: TrainConfig,
+    tell: Tell = say_nothing,
 ) -> TextBatches:
     """Read and tokenize the text of a training run; its notes say what was left out.
+
+    `tell` is called with a few words while the text is read.
 
     Raises SessaError for text that cannot be read and as `TextBatches` does.
     """
@@ -34,7 +60,9 @@ def read_text_batches(
 
     def packed(names: Sequence[str], what: str) -> np.ndarray:
         counts, dropped = ReadCounts(), DroppedText()
-        texts = read_documents(names, TextSource.of(settings), counts)
+        texts = told(
+            read_documents(names, TextSource.of(settings), counts), f"tokenizing {what}", tell
+        )
         # The order does not follow the run's seed, so that every seed holds out the same documents.
         tokens = pack((ids for ids, _ in encode_documents(tokenizer, texts, dropped)), end_id, 0)
         left_out = counts.notes() + dropped.notes()
@@ -69,6 +97,8 @@ class TextBatches:
         self.sequence_length = training_sequence_length(config, settings)
         self.batch_size, self.notes = settings.batch_size, notes
         row = self.sequence_length + 1
+        # Inputs, targets and their weights take 4 bytes a token each.
+        require_memory(12 * row * self.batch_size, f"a batch of {self.batch_size:,} rows")
         held_out = tokens[:0] if validation is None else validation
         _check_tokens(tokens, row, config, "the training text")
         if validation is not None:
@@ -78,8 +108,8 @@ class TextBatches:
             if cut < row:
                 raise SessaError(
                     f"the training text has {len(tokens)} tokens, too few for a training row and "
-                    f"a validation row of {row} each; give more text, a smaller sequence_length, "
-                    "a validation_fraction of 0, or validation_data"
+                    f"a validation row of {row} each; give more text, a smaller "
+                    "`sequence_length`, a `validation_fraction` of 0, or `validation_data`"
                 )
             tokens, held_out = tokens[:cut], tokens[cut:]
         self.tokens, self.held_out = tokens, held_out
@@ -119,8 +149,8 @@ def training_sequence_length(config: SessaConfig, settings: TrainConfig) -> int:
     if length > config.max_position_embeddings:
         raise SessaError(
             f"sequence_length is {length}, but the model has max_position_embeddings "
-            f"{config.max_position_embeddings}; choose a smaller sequence_length or a larger "
-            "max_position_embeddings"
+            f"{config.max_position_embeddings}; choose a smaller `sequence_length` or a larger "
+            "`max_position_embeddings`"
         )
     return length
 
@@ -140,7 +170,7 @@ def _check_tokens(tokens: np.ndarray, row: int, config: SessaConfig, what: str) 
     if len(tokens) < row:
         raise SessaError(
             f"{what} has {len(tokens)} tokens, expected at least {row} for one row; "
-            "give more text or a smaller sequence_length"
+            "give more text or a smaller `sequence_length`"
         )
     check_ids(tokens, config, what)
 

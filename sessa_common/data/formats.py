@@ -84,7 +84,7 @@ def field_of(row: Any, field: str, where: str) -> Row:
     if field not in row:
         raise SessaError(
             f"{where}: no field {field!r}; it has {', '.join(map(str, row))} "
-            "(text_field names the one to read)"
+            "(`text_field` names the one to read)"
         )
     value = row[field]
     if value is None:
@@ -191,7 +191,7 @@ def _parquet_rows(path: Path, column: str) -> Iterator[Row]:
             if column not in names:
                 raise SessaError(
                     f"{path}: no column {column!r}; it has {', '.join(names)} "
-                    "(text_field names the one to read)"
+                    "(`text_field` names the one to read)"
                 )
             if file.metadata.num_rows > MOST_ROWS_PER_BYTE * size:
                 raise SessaError(

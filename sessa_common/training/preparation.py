@@ -20,7 +20,13 @@ from sessa_common.checkpoint.run_files import STATE, TRAINING
 from sessa_common.checkpoint.storage import check_new_folder
 from sessa_common.config import PRESETS, SessaConfig, TrainConfig
 from sessa_common.data.batches import BatchSource
-from sessa_common.data.corpus import read_text_batches, training_sequence_length
+from sessa_common.data.corpus import (
+    Tell,
+    read_text_batches,
+    say_nothing,
+    told,
+    training_sequence_length,
+)
 from sessa_common.data.sources import TextSource, read_documents
 from sessa_common.data.task_registry import load_data
 from sessa_common.data.tasks import TaskBatches
@@ -87,14 +93,17 @@ class TrainRequest:
     fields: Mapping[str, Any] = field(default_factory=dict)
 
 
-def prepare(request: TrainRequest) -> Run:
-    """Read everything that a run needs; SessaError, with nothing written, when it cannot train."""
+def prepare(request: TrainRequest, tell: Tell = say_nothing) -> Run:
+    """Read everything that a run needs; SessaError, with nothing written, when it cannot train.
+
+    `tell` is called with a few words while something takes long.
+    """
     model_fields, settings_fields = split_fields(request.fields, SessaConfig, TrainConfig)
     if request.resume is not None:
         for name in ("out", "preset", "config", "init", "train_config", "force"):
             if getattr(request, name):
                 raise SessaError(f"`{name}` starts a new run, so it does not go with `resume`")
-        return _resumed_run(Path(request.resume), model_fields, settings_fields)
+        return _resumed_run(Path(request.resume), model_fields, settings_fields, tell)
     out = DEFAULT_FOLDER if request.out is None else Path(request.out)
     config = _choose_config(request, model_fields)
     settings = _choose_settings(request, settings_fields)
@@ -104,7 +113,7 @@ def prepare(request: TrainRequest) -> Run:
         fixed_context = init is not None or "max_position_embeddings" in model_fields
         return _task_run(out, config, settings, init, fixed_context=fixed_context)
     fixed_vocabulary = not (request.config is None and init is None) or "vocab_size" in model_fields
-    return _text_run(out, config, settings, init, fixed_vocabulary=fixed_vocabulary)
+    return _text_run(out, config, settings, init, tell, fixed_vocabulary=fixed_vocabulary)
 
 
 def _inputs(request: TrainRequest, settings: TrainConfig) -> list[Path]:
@@ -166,6 +175,7 @@ def _text_run(
     config: SessaConfig,
     settings: TrainConfig,
     init: Path | None,
+    tell: Tell,
     *,
     fixed_vocabulary: bool,
 ) -> Run:
@@ -175,7 +185,7 @@ def _text_run(
         tokenizer, end = read_tokenizer(init), end_token_id(init)
     else:
         spec = settings.tokenizer or str(config.vocab_size)
-        tokenizer, end = choose_tokenizer(spec, _bpe_sample(settings))
+        tokenizer, end = choose_tokenizer(spec, _bpe_sample(settings, tell))
     parse_special_tokens(tokenizer, settings.parse_special_tokens)
     if not fixed_vocabulary:
         config = dataclasses.replace(config, vocab_size=vocabulary_size(tokenizer))
@@ -187,7 +197,7 @@ def _text_run(
         folder=out,
         config=config,
         settings=settings,
-        source=read_text_batches(tokenizer, end, config, settings),
+        source=read_text_batches(tokenizer, end, config, settings, tell),
         weights=_first_weights(config, settings, init),
         tokenizer=tokenizer,
         end_id=end,
@@ -231,7 +241,9 @@ def _refuse_text_settings(settings: TrainConfig) -> None:
             raise SessaError(f"`{name}` is about text; it does not go with `task` {settings.task}")
 
 
-def _resumed_run(folder: Path, model_fields: Mapping[str, Any], given: Mapping[str, Any]) -> Run:
+def _resumed_run(
+    folder: Path, model_fields: Mapping[str, Any], given: Mapping[str, Any], tell: Tell
+) -> Run:
     """The run in a folder, to go on with; SessaError when a field would make it another run."""
     config = load_config(folder)
     _refuse_changes(config, model_fields, str(folder))
@@ -251,7 +263,7 @@ def _resumed_run(folder: Path, model_fields: Mapping[str, Any], given: Mapping[s
         folder=folder,
         config=config,
         settings=settings,
-        source=_read_source(tokenizer, end, config, settings),
+        source=_read_source(tokenizer, end, config, settings, tell),
         weights=load_weights(folder)[1],
         tokenizer=tokenizer,
         end_id=end,
@@ -260,12 +272,16 @@ def _resumed_run(folder: Path, model_fields: Mapping[str, Any], given: Mapping[s
 
 
 def _read_source(
-    tokenizer: Tokenizer, end: int, config: SessaConfig, settings: TrainConfig
+    tokenizer: Tokenizer,
+    end: int,
+    config: SessaConfig,
+    settings: TrainConfig,
+    tell: Tell,
 ) -> BatchSource:
     if settings.task is not None:
         return TaskBatches(load_data(settings.task, settings.task_options), config, settings)
     parse_special_tokens(tokenizer, settings.parse_special_tokens)
-    return read_text_batches(tokenizer, end, config, settings)
+    return read_text_batches(tokenizer, end, config, settings, tell)
 
 
 def _first_weights(
@@ -276,10 +292,12 @@ def _first_weights(
     return {name: value.astype(np.float32) for name, value in load_weights(init)[1].items()}
 
 
-def _bpe_sample(settings: TrainConfig) -> Iterator[str]:
+def _bpe_sample(settings: TrainConfig, tell: Tell) -> Iterator[str]:
     left = BPE_CHARACTERS
-    for text in read_documents(settings.data, TextSource.of(settings)):
+    texts = read_documents(settings.data, TextSource.of(settings))
+    for text in told(texts, "reading text for the tokenizer", tell):
         yield text[:left]
         left -= len(text)
         if left <= 0:
-            return
+            break
+    tell("training the tokenizer")

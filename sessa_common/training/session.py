@@ -58,7 +58,8 @@ def run_session(
     A new run folder is made after everything that can fail early was tried: the data are read, the
     tokenizer is there and the backend holds the weights on its device. Raises SessaError.
     """
-    run = prepare(request)
+    reporter = reporter or Silent()
+    run = prepare(request, reporter.preparing)
     steps = run.settings.steps
     if run.resumed and read_state_metadata(run.folder)[0] >= steps and not _is_untested(run):
         raise SessaError(
@@ -70,7 +71,6 @@ def run_session(
     else:
         step = 0
         create_run_folder(run, backend, force=request.force)
-    reporter = reporter or Silent()
     reporter.started(_first_record(run, backend, step))
     finished = Trainer(backend, run, step, reporter).train()
     if finished and isinstance(run.source, TaskBatches):

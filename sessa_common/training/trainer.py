@@ -24,6 +24,9 @@ from sessa_common.training.run_folder import Run, save_run
 class Reporter(Protocol):
     """Receives the progress of a run."""
 
+    def preparing(self, activity: str) -> None:
+        """Something that may take long goes on before training, such as reading the text."""
+
     def started(self, record: Mapping[str, Any]) -> None:
         """Training begins: folder, step, steps, parameters, vocab_size, device, precision.
 
@@ -39,6 +42,9 @@ class Reporter(Protocol):
 
 class Silent:
     """A `Reporter` that says nothing."""
+
+    def preparing(self, activity: str) -> None:
+        """Say nothing."""
 
     def started(self, record: Mapping[str, Any]) -> None:
         """Say nothing."""

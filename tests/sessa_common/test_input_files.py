@@ -8,7 +8,7 @@ import pytest
 from sessa_common import input_files, memory
 from sessa_common.checkpoint.import_weights import read_arrays
 from sessa_common.checkpoint.initialization import initial_weights
-from sessa_common.config import SessaConfig
+from sessa_common.config import SessaConfig, TrainConfig
 from sessa_common.errors import SessaError
 from sessa_common.input_files import require_modest_archive
 
@@ -37,3 +37,23 @@ def test_a_model_larger_than_the_memory_is_not_drawn(monkeypatch):
         initial_weights(config, 0)
     monkeypatch.setattr(memory, "total_memory", lambda: None)
     memory.require_memory(2**80, "anything")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_hidden_layers": 10**6}, "num_hidden_layers is 1000000, expected at most 4096"),
+        ({"rope_theta": float("inf")}, "rope_theta is inf, expected above 0 and finite"),
+        ({"layer_norm_eps": float("nan")}, "layer_norm_eps is nan, expected above 0 and finite"),
+    ],
+)
+def test_a_configuration_beyond_reason_is_refused_before_it_costs_anything(change, message):
+    with pytest.raises(SessaError, match=message):
+        SessaConfig.from_dict(change)
+
+
+def test_whole_numbers_are_taken_for_fractions_and_nothing_else_is():
+    assert repr(TrainConfig(beta1=0, weight_decay=1).beta1) == "0.0"
+    for field, value in {"beta1": True, "learning_rate": "1", "seed": False, "steps": 1.0}.items():
+        with pytest.raises(SessaError, match=f"{field} is "):
+            TrainConfig(**{field: value})

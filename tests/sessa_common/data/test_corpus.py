@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from sessa_common.config import SessaConfig, TrainConfig
 from sessa_common.data.batches import RowOrder, next_token_batch
-from sessa_common.data.corpus import TextBatches, pack, read_text_batches
+from sessa_common.data.corpus import TextBatches, pack, read_text_batches, told
 from sessa_common.data.tokenizer import byte_tokenizer
 from sessa_common.errors import SessaError
 
@@ -83,6 +83,7 @@ def test_fingerprint_follows_the_tokens():
         (np.zeros(17, np.int32), {}, "has 17 tokens, too few for a training row and a validation"),
         (np.zeros(33, np.int32), {}, "has 33 tokens, too few for a training row and a validation"),
         (np.full(99, 50, np.int32), {}, r"token id 50 is out of range, expected 0 to 49"),
+        (np.zeros(99, np.int32), {"batch_size": 10**12}, "a batch of 1,000,000,000,000 rows needs"),
         (np.full(99, -1, np.int32), {}, "token id -1 is out of range"),
         (
             np.zeros(99, np.int32),
@@ -96,6 +97,7 @@ def test_fingerprint_follows_the_tokens():
         "one row",
         "no validation row",
         "id too large",
+        "large batch",
         "id negative",
         "long rows",
     ],
@@ -141,3 +143,11 @@ def test_text_of_null_rows_alone_is_called_empty_with_the_reason(tmp_path):
     config, settings = SessaConfig(vocab_size=257), TrainConfig(data=(str(tmp_path),))
     with pytest.raises(SessaError, match="text is empty; skipped 3 rows whose text is null"):
         read_text_batches(byte_tokenizer(), 256, config, settings)
+
+
+def test_what_goes_on_is_told_about_once_a_million_characters():
+    activities = []
+    assert len(list(told(["x" * 400_000] * 10, "reading", activities.append))) == 10
+    assert activities == [
+        f"reading: {count:,} characters" for count in (400_000, 1_600_000, 2_800_000, 4_000_000)
+    ]
