@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from support.export_models import small_config, write_checkpoint
 from support.golden_cases import relative_error
+from support.in_process import sessa
 
 from sessa_common.checkpoint.conversion import convert, read_source
 from sessa_common.checkpoint.folder import load_config, load_weights, read_safetensors
@@ -66,6 +67,20 @@ def test_convert_writes_the_new_spelling(name: str, tmp_path: Path) -> None:
     )
     assert before.keys() == after.keys()
     assert all(before[tensor].tobytes() == after[tensor].tobytes() for tensor in before)
+
+
+def test_training_from_an_old_folder_writes_the_new_spelling(tmp_path: Path) -> None:
+    old, _ = write_checkpoint(tmp_path / "old", small_config("attention_gated"))
+    settings = json.loads((old / "config.json").read_text())
+    del settings["layer_kinds"]
+    (old / "config.json").write_text(json.dumps({**settings, "mixer": "sessa", "feedback": False}))
+    text, out = tmp_path / "text.txt", tmp_path / "new"
+    text.write_text("The rain fell in torrents. " * 40)
+    options = ("--steps", 1, "--sequence-length", 16, "--batch-size", 1, "--backend", "torch")
+    assert sessa("train", "--init", old, "--data", text, "--out", out, *options) == 0
+    settings = json.loads((out / "config.json").read_text())
+    assert settings["layer_kinds"] == "gated_attention"
+    assert not OLD_KEYS.keys() & settings.keys()
 
 
 @old_folders
