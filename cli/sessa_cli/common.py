@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 import time
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
 from sessa_cli.terminal import printable
 
@@ -29,6 +31,17 @@ def given_fields(params: dict[str, Any], *classes: type) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value not in (None, [], ())}
 
 
+class PlainConsole(Console):
+    """A console that prints strings as they are, with control characters spelled out.
+
+    Brackets in a file's name are no markup, colons no pictures, escape sequences no commands.
+    """
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Render a string, also one in a cell of a table."""
+        return super().render_str(printable(text), **options)
+
+
 class Stopwatch:
     """Measures the seconds since it was made."""
 
@@ -42,21 +55,22 @@ class Stopwatch:
 
 
 def make_console(json_output: bool = False) -> Console:
-    """The console for people: stdout, or stderr when stdout carries JSON.
-
-    Text is printed as it is: brackets in a file's name are no markup, colons no pictures.
-    """
-    return Console(stderr=json_output, markup=False, emoji=False)
+    """The console for people: stdout, or stderr when stdout carries JSON."""
+    return PlainConsole(stderr=json_output, markup=False, emoji=False)
 
 
 def say(console: Console, text: str) -> None:
     """Print a line as it is: not wrapped, not coloured, nothing in it read as markup."""
-    console.print(printable(text), soft_wrap=True, highlight=False, markup=False)
+    console.print(text, soft_wrap=True, highlight=False, markup=False)
 
 
 def print_json(value: dict[str, Any]) -> None:
-    """Print one JSON object on stdout; a number that is not finite becomes null."""
-    print(json.dumps(_finite(value), ensure_ascii=False, allow_nan=False))
+    """Print one JSON object on stdout; a number that is not finite becomes null.
+
+    Where stdout cannot carry every character, JSON's own escapes are used.
+    """
+    unicode = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+    print(json.dumps(_finite(value), ensure_ascii=not unicode, allow_nan=False))
 
 
 def _finite(value: Any) -> Any:

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-# PyTorch, CUDA and MLX report memory that they cannot get as a RuntimeError with such words.
-MEMORY_WORDS = ("out of memory", "allocate memory", "unable to allocate", "malloc")
+# Words of the RuntimeError by which PyTorch, CUDA, MLX and ONNX Runtime report missing memory.
+MEMORY_WORDS = (
+    "out of memory",
+    "allocate memory",
+    "unable to allocate",
+    "malloc",
+    "bad allocation",
+)
 
 
 def foreign_message(error: BaseException) -> str | None:

@@ -12,6 +12,7 @@ from rich.table import Table
 from sessa_cli.common import make_console, print_json, say
 from sessa_cli.foreign_errors import foreign_message
 from sessa_cli.terminal import SafeOutput, for_output, printable
+from sessa_common.training.metrics import read_metrics
 
 NAME = "[red]a[/red] [1] :smile:"
 
@@ -38,12 +39,24 @@ def test_numbers_that_json_has_no_word_for_are_null(number, capsys):
     }
 
 
+def test_an_old_terminal_gets_json_that_is_whole(monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="latin-1"))
+    print_json({"text": "日本 é 😀"})
+    sys.stdout.flush()
+    assert json.loads(raw.getvalue().decode("latin-1")) == {"text": "日本 é 😀"}
+
+
 def test_what_steers_a_terminal_is_shown_instead(capsys, monkeypatch):
     hostile = "a\x1b[2J\x9b31m\rb\x07\u202ec\n"
     shown = "a\\x1b[2J\\x9b31m\\rb\\x07\\u202ec\n"
     assert printable(hostile) == shown
     say(make_console(), hostile)
     assert capsys.readouterr().out == shown + "\n"
+    table = Table("name")
+    table.add_row("x\x1b[31my")
+    make_console().print(table)
+    assert "x\\x1b[31my" in capsys.readouterr().out
     assert for_output(hostile) == hostile
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     assert for_output(hostile) == shown
@@ -96,6 +109,17 @@ def test_closed_and_full_outputs_end_in_one_line_at_most():
     assert full.returncode == 2
     assert full.stderr == "error: standard output could not be written (No space left on device)\n"
     assert sessa_shell("$SESSA --help | head -1").stderr == ""
+
+
+@pytest.mark.parametrize("output", [">&-", "| true"])
+def test_training_goes_on_when_nobody_reads_what_it_reports(tmp_path, output):
+    (tmp_path / "d.txt").write_text("some words and other words " * 200)
+    size = "--tokenizer 300 --layers 1 --width 32 --heads 2 --context 32 --batch-size 2"
+    paths = f"--data {tmp_path / 'd.txt'} --out {tmp_path / 'run'}"
+    done = sessa_shell(f"$SESSA train {paths} {size} --steps 3 --evaluate-every 1 {output}")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert read_metrics(tmp_path / "run")[-1]["step"] == 3
+    assert (tmp_path / "run" / "model.safetensors").is_file()
 
 
 def test_memory_that_libraries_cannot_get_is_one_line():
