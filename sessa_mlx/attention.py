@@ -62,7 +62,8 @@ def causal_attention(
     """Softmax attention over keys j <= P + t, scale d^-1/2, by the fused kernel; (B, H, T, d).
 
     A mask is built only for padding. Every query sees itself, so a padded row is never NaN;
-    its result has no meaning.
+    its result has no meaning. Hidden keys and values
+    are read as zeros, because a weight of 0 would not hide NaN or infinity.
     """
     T, S, scale = q.shape[2], k.shape[2], q.shape[-1] ** -0.5
     if key_mask is None:
@@ -70,6 +71,7 @@ def causal_attention(
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
     row, column = mx.arange(S - T, S)[:, None], mx.arange(S)
     visible = (column <= row) & (key_mask[:, None, None, :] | (column == row))
+    k, v = (mx.where(key_mask[:, None, :, None], x, 0) for x in (k, v))
     return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=visible)
 
 

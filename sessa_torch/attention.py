@@ -76,7 +76,8 @@ def causal_attention(
     """Softmax attention over keys j <= P + t, scale d^-1/2, by the fused kernel; (B, H, T, d).
 
     A mask is built only for padding or for a chunk after a past. Every query sees itself, so a
-    padded row is never NaN; its result has no meaning.
+    padded row is never NaN; its result has no meaning. Hidden keys and values
+    are read as zeros, because a weight of 0 would not hide NaN or infinity.
     """
     T, S = q.shape[2], k.shape[2]
     grouped = q.shape[1] != k.shape[1]
@@ -87,6 +88,8 @@ def causal_attention(
     if key_mask is not None:
         own = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T)
         visible = visible & (key_mask[:, None, None, :] | own)
+        hidden = ~key_mask[:, None, :, None]
+        k, v = k.masked_fill(hidden, 0), v.masked_fill(hidden, 0)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=grouped)
 
 

@@ -3,14 +3,19 @@
 With rows split into blocks, s_i = X_i (f_i + N_ij s_j summed over j < i), X_i = (I - N_ii)^-1. One
 block row of scores is held at a time; nothing of size T x T exists in either direction. Only matrix
 products and element-wise operations are used, so every MLX device runs it on its own stream.
+
+A hidden key and its state are left out by selection, since 0 times NaN or infinity is NaN. For the
+same reason a row that is not finite is kept out of the products that solve the rows before it.
 """
 
 from __future__ import annotations
 
 import mlx.core as mx
 
+from sessa_mlx.feedback.masking import visible_rows
+
 BLOCK = 256
-LEAF = 64
+LEAF = 8
 
 
 def solve_forward(
@@ -29,10 +34,11 @@ def solve_forward(
     P = k.shape[1] - T
     work = mx.float64 if f.dtype == mx.float64 else mx.float32
     q, k, gamma = q.astype(work) * q.shape[-1] ** -0.5, k.astype(work), gamma.astype(work)
+    # The states as later rows read them: zero where the key is hidden.
     states = mx.zeros((B, P + T, D), dtype=work)
     if past_s is not None:
-        states[:, :P] = past_s.astype(work)
-    lse = []
+        states[:, :P] = visible_rows(past_s.astype(work), key_mask)
+    s, lse = [], []
     for start in range(0, T, BLOCK):
         rows = slice(start, min(start + BLOCK, T))
         old, new = P + rows.start, P + rows.stop
@@ -42,13 +48,16 @@ def solve_forward(
         top = mx.maximum(scores.max(-1, keepdims=True), mx.finfo(work).min)
         N = mx.exp(scores - top)
         total = N.sum(-1, keepdims=True)
-        lse.append(mx.where(total > 0, mx.log(total) + top, mx.inf).squeeze(-1))
-        N = N * (gamma[:, rows, None] / mx.where(total > 0, total, 1))
+        lse.append(mx.where(total == 0, mx.inf, mx.log(total) + top).squeeze(-1))
+        gain = gamma[:, rows, None] / mx.where(total == 0, 1, total)
+        N = N * gain
         rhs = f[:, rows].astype(work)
         if old:
             rhs = rhs + N[:, :, :old] @ states[:, :old]
-        states[:, old:new] = _solve_block(N[:, :, old:], rhs)
-    return states[:, P:].astype(f.dtype), mx.concatenate(lse, 1)
+        visible = None if key_mask is None else key_mask[:, old:new]
+        s.append(_solve_causally(N[:, :, old:], gain, rhs, visible))
+        states[:, old:new] = visible_rows(s[-1], visible)
+    return mx.concatenate(s, 1).astype(f.dtype), mx.concatenate(lse, 1)
 
 
 def solve_backward(
@@ -71,9 +80,11 @@ def solve_backward(
     P = k.shape[1] - T
     work = mx.float64 if s.dtype == mx.float64 else mx.float32
     scale = q.shape[-1] ** -0.5
-    qw, kw, gw, states = q.astype(work) * scale, k.astype(work), gamma.astype(work), s.astype(work)
+    qw, kw = q.astype(work) * scale, visible_rows(k.astype(work), key_mask)
+    gw, states = gamma.astype(work), s.astype(work)
     if past_s is not None:
         states = mx.concatenate([past_s.astype(work), states], 1)
+    states = visible_rows(states, key_mask)
     u = mx.concatenate([mx.zeros((B, P, D), dtype=work), ds.astype(work)], 1)
     dq, dk, dgamma = mx.zeros_like(qw), mx.zeros_like(kw), mx.zeros_like(gw)
     for start in reversed(range(0, T, BLOCK)):
@@ -84,7 +95,7 @@ def solve_backward(
         alpha = mx.exp(scores - lse[:, rows, None].astype(work))
         # 1 but for the rounding of lse, which far exceeds that of alpha where lse is large.
         total = alpha.sum(-1, keepdims=True)
-        alpha = alpha / mx.where(total > 0, total, 1)
+        alpha = alpha / mx.where(total == 0, 1, total)
         N = alpha * gw[:, rows, None]
         ui = _solve_block(N[:, :, old:], u[:, old:new], transposed=True)
         u[:, old:new] = ui
@@ -110,9 +121,30 @@ def _scores(q: mx.array, k: mx.array, key_mask: mx.array | None) -> mx.array:
     return mx.where(visible, q @ k.swapaxes(1, 2), -mx.inf)
 
 
+def _solve_causally(
+    N: mx.array,  # (B, n, n)
+    gain: mx.array,  # (B, n, 1)
+    rhs: mx.array,  # (B, n, D)
+    visible: mx.array | None,  # (B, n)
+) -> mx.array:
+    """(I - N)^-1 rhs, where no row can spoil the rows before it.
+
+    A row of N is finite if and only if its gain is. A row that is not finite is solved as zeros;
+    afterwards it gets its own values back, and the rows behind it become NaN unless its key is
+    hidden.
+    """
+    known = mx.isfinite(gain)
+    rhs = mx.where(known, rhs, mx.nan)
+    finite = mx.isfinite(rhs)
+    solved = _solve_block(mx.where(known, N, 0), mx.where(finite, rhs, 0))
+    spoils = ~finite if visible is None else ~finite & visible[:, :, None]
+    before = mx.cumsum(spoils.astype(mx.int32), axis=1, inclusive=False)
+    return mx.where(finite, mx.where(before > 0, mx.nan, solved), rhs)
+
+
 def _solve_block(N: mx.array, rhs: mx.array, *, transposed: bool = False) -> mx.array:
     """(I - N)^-1 rhs, or (I - N)^-T rhs, for strictly lower triangular N (B, n, n)."""
-    # Without the diagonal of ones, and not by addmm: the small is summed before it joins the large.
+    # Without the diagonal of ones, and not by addmm: small terms are summed before rhs is added.
     X = unit_lower_inverse(N) - mx.eye(N.shape[-1], dtype=N.dtype)
     return rhs + (X.swapaxes(1, 2) if transposed else X) @ rhs
 
@@ -120,19 +152,22 @@ def _solve_block(N: mx.array, rhs: mx.array, *, transposed: bool = False) -> mx.
 def unit_lower_inverse(N: mx.array) -> mx.array:
     """(I - N)^-1 for strictly lower triangular N (B, n, n), from matrix products only.
 
-    Leaves: N is nilpotent, so the inverse is (I + N)(I + N^2)(I + N^4)...; every power is bounded
-    because the rows of |N| sum to less than 1. Two neighbours X1, X2 merge by X2 N21 X1.
+    Two neighbouring diagonal blocks with inverses X1 and X2 merge by X2 N21 X1, from single rows
+    up. This is as accurate as substitution for gains of any size; powers of N are not, because
+    they grow and cancel where |gamma| > 1.
     """
     n, size = N.shape[-1], 1
     while size < n:
         size *= 2
     leaf = min(size, LEAF)
     padded = mx.pad(N, [(0, 0), (0, size - n), (0, size - n)]) if size > n else N
-    power = _diagonal_blocks(padded, leaf)  # (B, size / leaf, leaf, leaf)
-    X = power + mx.eye(leaf, dtype=N.dtype)
-    for _ in range(leaf.bit_length() - 2):
-        power = power @ power
-        X = X + X @ power
+    blocks = _diagonal_blocks(padded, leaf)  # (B, size / leaf, leaf, leaf)
+    X = mx.broadcast_to(mx.eye(leaf, dtype=N.dtype), blocks.shape)
+    half = 1
+    while half < leaf:
+        # Within a leaf all pairs merge by one product of whole matrices.
+        X = X + X @ mx.where(_lower_halves(leaf, half), blocks, 0) @ X
+        half *= 2
     while X.shape[1] > 1:
         half = X.shape[-1]
         low = _diagonal_blocks(padded, 2 * half)[..., half:, :half]
@@ -140,6 +175,12 @@ def unit_lower_inverse(N: mx.array) -> mx.array:
         top = mx.concatenate([first, mx.zeros_like(first)], -1)
         X = mx.concatenate([top, mx.concatenate([second @ low @ first, second], -1)], -2)
     return X[:, 0, :n, :n]
+
+
+def _lower_halves(n: int, half: int) -> mx.array:
+    """True (n, n) in the lower left quarter of every diagonal block of 2 half rows."""
+    index = mx.arange(n) // half
+    return (index[:, None] == index + 1) & (index % 2 == 0)
 
 
 def _diagonal_blocks(N: mx.array, size: int) -> mx.array:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+from sessa_mlx.feedback.masking import visible_rows
+
 
 def feedback_solve_naive(
     f: mx.array,  # (B, T, D)
@@ -18,7 +20,8 @@ def feedback_solve_naive(
     work = mx.float64 if f.dtype == mx.float64 else mx.float32
     states = [] if past_s is None else [past_s.astype(work)]
     visible = mx.ones(k.shape[:2], dtype=mx.bool_) if key_mask is None else key_mask
-    q, k, gamma = q.astype(work), k.astype(work), gamma.astype(work)
+    # Selected, not multiplied by a weight of 0: a hidden key or state may hold NaN.
+    q, k, gamma = q.astype(work), visible_rows(k.astype(work), key_mask), gamma.astype(work)
     for t in range(T):
         row = f[:, t].astype(work)
         if P + t:
@@ -26,7 +29,7 @@ def feedback_solve_naive(
             seen = visible[:, : P + t]
             # A finite floor keeps a row with nothing visible free of NaN, forward and backward.
             alpha = mx.softmax(mx.where(seen, scores, -1e30), axis=-1) * seen
-            mix = (alpha[:, None] @ mx.concatenate(states, 1))[:, 0]
+            mix = (alpha[:, None] @ visible_rows(mx.concatenate(states, 1), key_mask))[:, 0]
             row = row + gamma[:, t, None] * mix
         states.append(row[:, None])
     return mx.concatenate(states, 1)[:, P:].astype(f.dtype)

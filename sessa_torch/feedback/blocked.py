@@ -2,6 +2,9 @@
 
 With rows split into blocks, s_i = X_i (f_i + N_ij s_j summed over j < i), X_i = (I - N_ii)^-1. One
 block row of scores is held at a time; nothing of size T x T exists in either direction.
+
+A hidden key and its state are left out by selection, since 0 times NaN or infinity is NaN. For the
+same reason a row that is not finite is kept out of the products that solve the rows before it.
 """
 
 from __future__ import annotations
@@ -9,10 +12,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sessa_torch.feedback.masking import visible_rows
 from sessa_torch.feedback.outputs import from_row, sum_type
 
 BLOCK = 256
-LEAF = 64
+LEAF = 8
 
 
 def solve_forward(
@@ -31,9 +35,11 @@ def solve_forward(
     P = k.shape[1] - T
     work = torch.promote_types(f.dtype, torch.float32)
     q, k, gamma = q.to(work), k.to(work), gamma.to(work)
+    s = torch.empty(B, T, D, dtype=f.dtype, device=f.device)
+    # The states as later rows read them: zero where the key is hidden.
     states = torch.empty(B, P + T, D, dtype=work, device=f.device)
     if past_s is not None:
-        states[:, :P] = past_s
+        states[:, :P] = visible_rows(past_s, key_mask)
     lse = torch.empty(B, T, dtype=sum_type(f.device), device=f.device)
     block = _block_rows(P + T)
     tile = states.new_empty(B * min(block, T) * (P + T))
@@ -44,13 +50,15 @@ def solve_forward(
         top = scores.amax(-1, keepdim=True).clamp_min_(torch.finfo(work).min)
         weights = scores.sub_(top).exp_()
         total = weights.sum(-1, keepdim=True)
-        lse[:, rows] = torch.where(total > 0, total.log() + top, torch.inf).squeeze(-1)
+        lse[:, rows] = torch.where(total == 0, torch.inf, total.log() + top).squeeze(-1)
         gain = gamma[:, rows, None] / total.masked_fill(total == 0, 1)
         rhs = f[:, rows].to(work)
         if old:
             rhs = torch.addcmul(rhs, weights[:, :, :old] @ states[:, :old], gain)
-        states[:, old:new] = _solve_block(weights[:, :, old:] * gain, rhs)
-    return from_row(states, P, f.dtype), lse
+        visible = None if key_mask is None else key_mask[:, old:new]
+        solved = _solve_causally(weights[:, :, old:], gain, rhs, visible)
+        s[:, rows], states[:, old:new] = solved, visible_rows(solved, visible)
+    return s, lse
 
 
 def solve_backward(
@@ -74,9 +82,10 @@ def solve_backward(
     P = k.shape[1] - T
     work = torch.promote_types(s.dtype, torch.float32)
     scale = q.shape[-1] ** -0.5
-    qw, kw, gw, states = q.to(work), k.to(work), gamma.to(work), s.to(work)
+    qw, kw, gw, states = q.to(work), visible_rows(k.to(work), key_mask), gamma.to(work), s.to(work)
     if past_s is not None:
         states = torch.cat([past_s.to(work), states], 1)
+    states = visible_rows(states, key_mask)
     u = torch.cat([ds.new_zeros(B, P, D, dtype=work), ds.to(work)], 1)
     dq, dk, dgamma = (x.new_zeros(x.shape) for x in (qw, kw, gw))
     block = _block_rows(P + T)
@@ -109,14 +118,17 @@ def solve_backward(
 
 
 def _block_rows(keys: int) -> int:
-    """Rows of a block: large products run faster, but half of the diagonal one is for nothing."""
+    """Rows of a block.
+
+    Larger blocks make faster products, but half of each diagonal block is masked out.
+    """
     return BLOCK if keys < 16 * BLOCK else 2 * BLOCK
 
 
 def _scores(q: Tensor, k: Tensor, key_mask: Tensor | None, tile: Tensor) -> Tensor:
     """Scores (B, n, m) of n query rows, the last n of m keys being their own; -inf where hidden.
 
-    They are written to the flat workspace `tile`, whatever it holds.
+    They are a view of the flat workspace `tile`, whose former content does not matter.
     """
     (B, n, K), m = q.shape, k.shape[1]
     scores = tile[: B * n * m].view(B, n, m).baddbmm_(q, k.mT, beta=0, alpha=K**-0.5)
@@ -127,14 +139,35 @@ def _scores(q: Tensor, k: Tensor, key_mask: Tensor | None, tile: Tensor) -> Tens
     return scores
 
 
+def _solve_causally(
+    weights: Tensor,  # (B, n, n)
+    gain: Tensor,  # (B, n, 1)
+    rhs: Tensor,  # (B, n, D)
+    visible: Tensor | None,  # (B, n)
+) -> Tensor:
+    """(I - N)^-1 rhs for N = gain * weights, where no row can spoil the rows before it.
+
+    A row that is not finite is solved as zeros; afterwards it gets its own values back, and the
+    rows behind it become NaN unless its key is hidden.
+    """
+    known = gain.isfinite()
+    rhs = torch.where(known, rhs, torch.nan)
+    finite = rhs.isfinite()
+    N = torch.where(known, weights * gain, 0)
+    solved = _solve_block(N, torch.where(finite, rhs, 0))
+    spoils = ~finite if visible is None else ~finite & visible[:, :, None]
+    before = spoils.cumsum(1) - spoils.int()
+    return torch.where(finite, solved.masked_fill_(before > 0, torch.nan), rhs)
+
+
 def _solve_block(N: Tensor, rhs: Tensor, *, transposed: bool = False) -> Tensor:
     """(I - N)^-1 rhs, or (I - N)^-T rhs, for strictly lower triangular N (B, n, n)."""
     if rhs.device.type != "cpu":
-        # Without the diagonal of ones: the small is summed before it is added to the large.
+        # Without the diagonal of ones, small terms are summed before they are added to rhs.
         X = unit_lower_inverse(N).sub_(torch.eye(N.shape[-1], dtype=N.dtype, device=N.device))
         return torch.baddbmm(rhs, X.mT if transposed else X, rhs)
-    # One call instead of twenty. From the right BLAS would take the rows as they lie in memory, but
-    # round each element once for every few columns, so that s - f loses four times the digits.
+    # One call instead of twenty products. A solve from the right would read the rows as they lie in
+    # memory, but it rounds more often: the error of s - f is four times larger.
     A = -N.mT if transposed else -N
     return torch.linalg.solve_triangular(A, rhs, upper=transposed, unitriangular=True)
 
@@ -142,19 +175,22 @@ def _solve_block(N: Tensor, rhs: Tensor, *, transposed: bool = False) -> Tensor:
 def unit_lower_inverse(N: Tensor) -> Tensor:
     """(I - N)^-1 for strictly lower triangular N (B, n, n), from matrix products only.
 
-    Leaves: N is nilpotent, so the inverse is (I + N)(I + N^2)(I + N^4)...; every power is bounded
-    because the rows of |N| sum to less than 1. Two neighbours X1, X2 merge by X2 N21 X1.
+    Two neighbouring diagonal blocks with inverses X1 and X2 merge by X2 N21 X1, from single rows
+    up. This is as accurate as substitution for gains of any size; powers of N are not, because
+    they grow and cancel where |gamma| > 1.
     """
     n, size = N.shape[-1], 1
     while size < n:
         size *= 2
     leaf = min(size, LEAF)
     padded = torch.nn.functional.pad(N, (0, size - n, 0, size - n)) if size > n else N
-    power = _diagonal_blocks(padded, leaf)  # (B, size / leaf, leaf, leaf)
-    X = power + torch.eye(leaf, dtype=N.dtype, device=N.device)
-    for _ in range(leaf.bit_length() - 2):
-        power = power @ power
-        X = X + X @ power
+    blocks = _diagonal_blocks(padded, leaf)  # (B, size / leaf, leaf, leaf)
+    X = torch.eye(leaf, dtype=N.dtype, device=N.device).expand_as(blocks)
+    half = 1
+    while half < leaf:
+        # Within a leaf all pairs merge by one product of whole matrices.
+        X = X + X @ torch.where(_lower_halves(leaf, half, N.device), blocks, 0) @ X
+        half *= 2
     while X.shape[1] > 1:
         half = X.shape[-1]
         low = _diagonal_blocks(padded, 2 * half)[..., half:, :half]
@@ -162,6 +198,12 @@ def unit_lower_inverse(N: Tensor) -> Tensor:
         top = torch.cat([first, torch.zeros_like(first)], -1)
         X = torch.cat([top, torch.cat([second @ low @ first, second], -1)], -2)
     return X[:, 0, :n, :n]
+
+
+def _lower_halves(n: int, half: int, device: torch.device) -> Tensor:
+    """True (n, n) in the lower left quarter of every diagonal block of 2 half rows."""
+    index = torch.arange(n, device=device) // half
+    return (index[:, None] == index + 1) & (index % 2 == 0)
 
 
 def _diagonal_blocks(N: Tensor, size: int) -> Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sessa_torch.feedback.masking import visible_rows
+
 
 def feedback_solve_naive(
     f: Tensor,  # (B, T, D)
@@ -23,7 +25,8 @@ def feedback_solve_naive(
     visible = (
         torch.ones(k.shape[:2], dtype=torch.bool, device=k.device) if key_mask is None else key_mask
     )
-    q, k, gamma = q.to(work), k.to(work), gamma.to(work)
+    # Selected, not multiplied by a weight of 0: a hidden key or state may hold NaN.
+    q, k, gamma = q.to(work), visible_rows(k.to(work), key_mask), gamma.to(work)
     for t in range(T):
         row = f[:, t].to(work)
         if P + t:
@@ -32,7 +35,7 @@ def feedback_solve_naive(
             seen = visible[:, : P + t]
             # A finite floor keeps a row with nothing visible free of NaN, forward and backward.
             alpha = torch.softmax(scores.masked_fill(~seen, -1e30), -1) * seen
-            mix = torch.einsum("bj,bjd->bd", alpha, states)
+            mix = torch.einsum("bj,bjd->bd", alpha, visible_rows(states, key_mask))
             row = row + gamma[:, t, None] * mix
         states = torch.cat([states, row[:, None]], 1)
     return states[:, P:].to(f.dtype)
