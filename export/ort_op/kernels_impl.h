@@ -48,6 +48,7 @@ float scalar(const Tensor& tensor, int64_t index) {
   return x;
 }
 
+// A hidden key becomes zeros, since a score of NaN or infinity would survive the bias.
 void pack_keys(const Problem& p, const Workspace& w, int64_t b, int64_t panel) {
   const int64_t first = panel * kWidth, count = smaller(kWidth, p.S() - first);
   float* to = w.keys + (b * panels(p.S()) + panel) * p.K * kWidth;
@@ -56,7 +57,10 @@ void pack_keys(const Problem& p, const Workspace& w, int64_t b, int64_t panel) {
     for (int64_t i = 0; i < p.K; i += kLine) {
       const int64_t end = smaller(p.K, i + kLine);
       for (int64_t j = 0; j < count; ++j) {
-        for (int64_t d = i; d < end; ++d) to[d * kWidth + j] = to_float(from[j * p.K + d]);
+        const bool hidden = p.hides(b, first + j);
+        for (int64_t d = i; d < end; ++d) {
+          to[d * kWidth + j] = hidden ? 0.0f : to_float(from[j * p.K + d]);
+        }
       }
       for (int64_t j = count; j < kWidth; ++j) {
         for (int64_t d = i; d < end; ++d) to[d * kWidth + j] = 0;
@@ -80,16 +84,27 @@ inline float* state_panel(const Problem& p, const Workspace& w, int64_t b, int64
   return w.states + (b * panels(p.D) + panel) * p.S() * kWidth;
 }
 
+// Makes rows [first, last) of one panel of states zero where their keys are hidden, since a weight
+// of 0 would not hide NaN or infinity.
+void clear_hidden(const Problem& p, int64_t b, int64_t first, int64_t last, float* panel) {
+  if (!p.key_mask) return;
+  for (int64_t t = first; t < last; ++t) {
+    if (!p.hides(b, t)) continue;
+    for (int64_t j = 0; j < kWidth; ++j) panel[t * kWidth + j] = 0;
+  }
+}
+
 void pack_states(const Problem& p, const Workspace& w, int64_t b, int64_t panel) {
   float* to = state_panel(p, w, b, panel);
   if (p.P) copy_panel(p.past_s, b * p.P, p.P, p.D, panel, to);
+  clear_hidden(p, b, 0, p.P, to);
   copy_panel(p.f, b * p.T, p.T, p.D, panel, to + p.P * kWidth);
 }
 
 void pack_bias(const Problem& p, const Workspace& w, int64_t b) {
   float* to = w.bias + b * w.weight_stride;
   for (int64_t j = 0; j < w.weight_stride; ++j) {
-    to[j] = j < p.S() && !p.key_mask[b * p.S() + j] ? -kInfinity : 0.0f;
+    to[j] = j < p.S() && p.hides(b, j) ? -kInfinity : 0.0f;
   }
 }
 
@@ -151,7 +166,7 @@ void softmax(float* row, int64_t visible, const float* bias, float gain) {
     store(row + j, weight);
   }
   const float total = sum(totals);
-  const float factor = total > 0 ? gain / total : 0.0f;
+  const float factor = total == 0 ? 0.0f : gain / total;
   for (int64_t j = 0; j < end; j += kLanes) store(row + j, load(row + j) * factor);
 }
 
@@ -182,9 +197,11 @@ void weigh(const Problem& p, const Workspace& w, int64_t b, int64_t start, int64
   }
 }
 
-// x += strictly lower part of a times x, row after row; at most one tile of rows.
-void substitute(const float* a, int64_t a_stride, int64_t rows, float* x) {
+// x += strictly lower part of a times x, row after row; at most one tile of rows. `shown` says
+// which rows are read, null that all are.
+void substitute(const float* a, int64_t a_stride, int64_t rows, const uint8_t* shown, float* x) {
   for (int64_t i = 0; i < rows; ++i) {
+    if (shown && !shown[i]) continue;
     const Vec x0 = load(x + i * kWidth), x1 = load(x + i * kWidth + kLanes);
     for (int64_t j = i + 1; j < rows; ++j) {
       float* to = x + j * kWidth;
@@ -204,18 +221,21 @@ void write_rows(const float* from, int64_t rows, int64_t count, int64_t D, E* to
 void solve(const Problem& p, const Workspace& w, int64_t b, int64_t start, int64_t stop,
            int64_t panel) {
   const float* weights = w.weights + b * w.rows * w.weight_stride + p.P + start;
-  float* x = state_panel(p, w, b, panel) + (p.P + start) * kWidth;
-  for (int64_t i = 0; i < stop - start; i += kRows) {
-    const int64_t rows = smaller(kRows, stop - start - i);
-    const float* a = weights + i * w.weight_stride;
-    product(a, w.weight_stride, rows, x, i, x + i * kWidth, kWidth, true);
-    substitute(a + i, w.weight_stride, rows, x + i * kWidth);
-  }
+  float* states = state_panel(p, w, b, panel);
+  float* x = states + (p.P + start) * kWidth;
   const int64_t first = panel * kWidth, count = smaller(kWidth, p.D - first);
-  with_elements({p.s, p.f.type}, (b * p.T + start) * p.D + first, [&](auto* to) {
-    using E = std::remove_const_t<std::remove_pointer_t<decltype(to)>>;
-    write_rows(x, stop - start, count, p.D, const_cast<E*>(to));
-  });
+  for (int64_t i = 0; i < stop - start; i += kRows) {
+    const int64_t rows = smaller(kRows, stop - start - i), column = p.P + start + i;
+    const float* a = weights + i * w.weight_stride;
+    const uint8_t* shown = p.key_mask ? p.key_mask + b * p.S() + column : nullptr;
+    product(a, w.weight_stride, rows, x, i, x + i * kWidth, kWidth, true);
+    substitute(a + i, w.weight_stride, rows, shown, x + i * kWidth);
+    with_elements({p.s, p.f.type}, (b * p.T + start + i) * p.D + first, [&](auto* to) {
+      using E = std::remove_const_t<std::remove_pointer_t<decltype(to)>>;
+      write_rows(x + i * kWidth, rows, count, p.D, const_cast<E*>(to));
+    });
+    clear_hidden(p, b, column, column + rows, states);
+  }
 }
 
 void row_query(const Problem& p, int64_t b, int64_t t, float* query) {
@@ -253,6 +273,19 @@ inline void add_states(const float* weights, const E* states, int64_t D, float* 
   }
 }
 
+// out += the sum of weights[j] * states[j] over `count` states, of which only those are read that
+// `shown` shows; null shows all.
+template <class E>
+inline void add_shown(const uint8_t* shown, const float* weights, const E* states, int64_t count,
+                      int64_t D, float* out) {
+  for (int64_t j = 0, end; j < count; j = end) {
+    for (; shown && j < count && !shown[j];) ++j;
+    for (end = j; end < count && (!shown || shown[end]);) ++end;
+    for (; j + 4 <= end; j += 4) add_states<4>(weights + j, states + j * D, D, out);
+    for (; j < end; ++j) add_states<1>(weights + j, states + j * D, D, out);
+  }
+}
+
 // scores[0..count) become exp(score - top), and the part's top and total are set.
 void exponentials(const uint8_t* mask, int64_t count, float* scores, Part* part) {
   part->top = -kInfinity, part->total = 0;
@@ -280,15 +313,14 @@ void row_part(const Problem& p, int64_t b, const float* query, const float* solv
     for (; j + 4 <= count; j += 4) dots<4>(query, keys + j * p.K, p.K, scores + j);
     for (; j < count; ++j) dots<1>(query, keys + j * p.K, p.K, scores + j);
   });
-  exponentials(p.key_mask ? p.key_mask + b * p.S() + first : nullptr, count, scores, part);
+  const uint8_t* shown = p.key_mask ? p.key_mask + b * p.S() + first : nullptr;
+  exponentials(shown, count, scores, part);
   for (int64_t i = 0; i < p.D; ++i) part->read[i] = 0;
   const bool old = first < p.P;
   const Tensor states = old ? p.past_s : Tensor{solved, Type::kFloat};
   const int64_t row = old ? b * p.P + first : b * p.T + first - p.P;
   with_elements(states, row * p.D, [&](auto* from) {
-    int64_t j = 0;
-    for (; j + 4 <= count; j += 4) add_states<4>(scores + j, from + j * p.D, p.D, part->read);
-    for (; j < count; ++j) add_states<1>(scores + j, from + j * p.D, p.D, part->read);
+    add_shown(shown, scores, from, count, p.D, part->read);
   });
 }
 
@@ -298,14 +330,14 @@ void row_join(const Problem& p, int64_t b, int64_t t, Part* parts, int64_t count
   float* sums = solved + (b * p.T + t) * p.D;
   for (int64_t i = 0; i < p.D; ++i) sums[i] = 0;
   for (int64_t j = 0; j < count; ++j) {
-    // A part without a visible key weighs 0; -infinity - -infinity must not be taken.
-    if (!(parts[j].total > 0)) continue;
+    // A part without a visible key has the top -infinity, and -infinity - -infinity is NaN.
+    if (parts[j].total == 0) continue;
     const float weight = exp_negative(splat(parts[j].top - top))[0];
     total += weight * parts[j].total;
     for (int64_t i = 0; i < p.D; ++i) sums[i] += weight * parts[j].read[i];
   }
   const int64_t row = b * p.T + t;
-  const float factor = total > 0 ? scalar(p.gamma, row) / total : 0.0f;
+  const float factor = total == 0 ? 0.0f : scalar(p.gamma, row) / total;
   with_elements({p.s, p.f.type}, row * p.D, [&](auto* to) {
     using E = std::remove_const_t<std::remove_pointer_t<decltype(to)>>;
     const E* f = static_cast<const E*>(p.f.data) + row * p.D;

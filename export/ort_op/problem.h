@@ -27,13 +27,15 @@ struct Problem {
   void* s = nullptr;                  // (B, T, D) in the type of f
 
   int64_t S() const { return P + T; }
+  bool hides(int64_t b, int64_t key) const { return key_mask && !key_mask[b * S() + key]; }
 };
 
 // A panel is `width` neighbouring columns (of states) or keys, laid out row by row, so that the
 // products read memory in order. Keys are turned: a panel's rows are the K coordinates.
 struct Workspace {
   float* keys = nullptr;     // (B, ceil(S / width), K, width)
-  float* states = nullptr;   // (B, ceil(D / width), S, width): past, then f, which becomes s
+  float* states = nullptr;   // (B, ceil(D / width), S, width): past, then f, which becomes s and
+                             // then 0 where its key is hidden
   float* queries = nullptr;  // (B, rows, query_stride): one block of rows, scaled by K^-1/2
   float* weights = nullptr;  // (B, rows, weight_stride): gamma times attention of that block
   float* bias = nullptr;     // (B, weight_stride): 0, or -infinity for a hidden key; may be null

@@ -115,7 +115,7 @@ inline float sum(Vec v) {
   return total;
 }
 
-// exp(x) for x <= 0, 0 below -86; relative error below 2e-7. x = n ln 2 + r, |r| <= ln 2 / 2; n is
+// exp(x) for x <= 0, 0 below -86, NaN for NaN; relative error below 2e-7. x = n ln 2 + r, |r| <= ln 2 / 2; n is
 // read from the low bits of x / ln 2 + 1.5 * 2^23.
 inline Vec exp_negative(Vec x) {
   const Vec shifted = x * 1.44269504f + 0x1.8p23f;
@@ -130,7 +130,8 @@ inline Vec exp_negative(Vec x) {
   y = y * r + 1.0f;
   y = y * r + 1.0f;
   const Vec scaled = (Vec)((Ints)y + ((Ints)shifted << 23));
-  return x < -86.0f ? Vec{} : scaled;
+  const Vec clipped = x < -86.0f ? Vec{} : scaled;
+  return x == x ? clipped : x;
 }
 
 }  // namespace

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import onnx
-from onnx import helper, parser
+from onnx import helper, numpy_helper, parser
 
 DOMAIN, OP_TYPE, VERSION = "sessa", "FeedbackSolve", 1
 INPUTS = ("f", "q", "k", "gamma", "past_s", "key_mask")
@@ -13,9 +14,16 @@ REQUIRED = 4
 # Rows solved per turn of the loop; measured best of 32, 64 and 128 on two CPU cores.
 BLOCK = 64
 
-# B batch, T rows, P past, D width, K key width, m rows of one block, c = 1 + P + rows solved.
-# A hidden key scores -1e38 and the sink -1e30: a row that sees no key reads the sink alone, whose
-# state is 0, so it keeps s = f; in any other row both weigh exactly 0. No infinity is needed.
+# Letters: B batch, T rows, P past, D width, K key width, m rows of one block, c = 1 + P + solved.
+#
+# A key that a row does not see gets the score -1e38, by selection, so that NaN and infinity in it
+# are not felt. Before all keys stands a sink with the score -1e30 and the state 0: a row that sees
+# no key reads only the sink and keeps s = f; in any other row the sink has weight 0.
+#
+# The branches "safe" run only where a result is not finite. They select what a weight of 0 would
+# not hide: hidden states, and rows that are not finite, which must not reach the rows before them.
+# Such a row is solved as zeros, gets its own values back, and makes the rows behind it NaN unless
+# its key is hidden.
 _BODY = """
 <opset_import: ["" : {opset}], domain: "sessa">
 FeedbackSolve (f, q, k, gamma, past_s, key_mask) => (s)
@@ -23,8 +31,7 @@ FeedbackSolve (f, q, k, gamma, past_s, key_mask) => (s)
     zero = Constant <value_ints = [0]> ()
     one = Constant <value_ints = [1]> ()
     two = Constant <value_ints = [2]> ()
-    seen = Constant <value_float = 0.0> ()
-    hidden = Constant <value_float = -1e38> ()
+    nothing = Constant <value_float = 0.0> ()
     f32 = Cast <to = 1> (f)
     q32 = Cast <to = 1> (q)
     k32 = Cast <to = 1> (k)
@@ -39,9 +46,10 @@ FeedbackSolve (f, q, k, gamma, past_s, key_mask) => (s)
     root = Sqrt (K32)
     scaled = Div (q32, root)
     gain = Unsqueeze (gamma32, two)
-    bias = Where (key_mask, seen, hidden)
     B1 = Concat <axis = 0> (B, one)
     sink = ConstantOfShape <value = float[1] {{-1e30}}> (B1)
+    mask_shape = Shape (key_mask)
+    floor = ConstantOfShape <value = float[1] {{-1e38}}> (mask_shape)
     single = Equal (T, one)
     later = Greater (P, zero)
     step = And (single, later)
@@ -50,13 +58,30 @@ FeedbackSolve (f, q, k, gamma, past_s, key_mask) => (s)
             column = Transpose <perm = [0, 2, 1]> (scaled)
             turned_scores = MatMul (k32, column)
             row_scores = Transpose <perm = [0, 2, 1]> (turned_scores)
-            past_bias = Slice (bias, zero, P, one)
-            row_bias2 = Concat <axis = 1> (past_bias, sink)
-            row_bias = Unsqueeze (row_bias2, one)
-            row_masked = Add (row_scores, row_bias)
+            past_floor = Slice (floor, zero, P, one)
+            row_floor2 = Concat <axis = 1> (past_floor, sink)
+            row_floor = Unsqueeze (row_floor2, one)
+            past_seen = Slice (key_mask, zero, P, one)
+            unseen = ConstantOfShape <value = bool[1] {{0}}> (B1)
+            row_seen2 = Concat <axis = 1> (past_seen, unseen)
+            row_seen = Unsqueeze (row_seen2, one)
+            row_masked = Where (row_seen, row_scores, row_floor)
             row_weights = Softmax <axis = -1> (row_masked)
             past_weights = Slice (row_weights, zero, P, two)
-            row_read = MatMul (past_weights, past32)
+            direct_read = MatMul (past_weights, past32)
+            read_zeros = Sub (direct_read, direct_read)
+            read_total = ReduceSum <keepdims = 0> (read_zeros)
+            read_finite = Equal (read_total, nothing)
+            row_read = If (read_finite) <
+                then_branch = as_read () => (same_read) {{
+                    same_read = Identity (direct_read)
+                }},
+                else_branch = safe_read () => (selected_read) {{
+                    state_seen = Unsqueeze (past_seen, two)
+                    state_selected = Where (state_seen, past32, nothing)
+                    selected_read = MatMul (past_weights, state_selected)
+                }}
+            >
             row_gained = Mul (gain, row_read)
             row = Add (f32, row_gained)
         }},
@@ -68,8 +93,11 @@ FeedbackSolve (f, q, k, gamma, past_s, key_mask) => (s)
             sink_state_shape = Concat <axis = 0> (B1, D)
             sink_state = ConstantOfShape (sink_state_shape)
             known = Concat <axis = 1> (sink_state, past32)
-            key_bias2 = Concat <axis = 1> (sink, bias)
-            key_bias = Unsqueeze (key_bias2, one)
+            key_floor2 = Concat <axis = 1> (sink, floor)
+            key_floor = Unsqueeze (key_floor2, one)
+            sink_seen = ConstantOfShape <value = bool[1] {{0}}> (B1)
+            seen2 = Concat <axis = 1> (sink_seen, key_mask)
+            seen = Unsqueeze (seen2, one)
             n_n = Concat <axis = 0> (n, n)
             all_hidden = ConstantOfShape <value = float[1] {{-1e38}}> (n_n)
             wall = Trilu <upper = 1> (all_hidden)
@@ -92,7 +120,8 @@ FeedbackSolve (f, q, k, gamma, past_s, key_mask) => (s)
                     f_i = Slice (f32, start, stop, one)
                     gain_i = Slice (gain, start, stop, one)
                     k_i = Slice (keys, zero, end, one)
-                    bias_i = Slice (key_bias, zero, end, two)
+                    floor_i = Slice (key_floor, zero, end, two)
+                    seen_i = Slice (seen, zero, end, two)
                     m = Shape <start = 1, end = 2> (q_i)
                     c = Shape <start = 1, end = 2> (past)
                     m_m = Concat <axis = 0> (m, m)
@@ -100,21 +129,53 @@ FeedbackSolve (f, q, k, gamma, past_s, key_mask) => (s)
                     wall_i = Slice (wall, zero_zero, m_m, zero_one)
                     eye_i = Slice (eye, zero_zero, m_m, zero_one)
                     pads = Concat <axis = 0> (zero, c, zero, zero)
+                    level_i = Slice (level, zero_zero, m_m, zero_one)
                     causal = Pad (wall_i, pads)
-                    mask = Add (causal, bias_i)
+                    before = Equal (causal, nothing)
+                    mask = And (before, seen_i)
                     k_turned = Transpose <perm = [0, 2, 1]> (k_i)
                     scores = MatMul (q_i, k_turned)
-                    masked = Add (scores, mask)
+                    masked = Where (mask, scores, floor_i)
                     weights = Softmax <axis = -1> (masked)
                     off = Slice (weights, zero, c, two)
                     own = Slice (weights, c, c_m, two)
                     read = MatMul (off, past)
                     gained = Mul (gain_i, read)
                     rhs = Add (f_i, gained)
-                    N1 = Mul (gain_i, own)
-                    X1 = Add (eye_i, N1)
-{doublings}
-                    s_i = MatMul ({inverse}, rhs)
+                    N = Mul (gain_i, own)
+                    rhs_zeros = Sub (rhs, rhs)
+                    rhs_total = ReduceSum <keepdims = 0> (rhs_zeros)
+                    rhs_finite = Equal (rhs_total, nothing)
+                    s_i = If (rhs_finite) <
+                        then_branch = plain () => (solved) {{
+{plain_nodes}
+                            solved = MatMul ({plain_inverse}, rhs)
+                        }},
+                        else_branch = safe () => (selected) {{
+                            seen_columns = Transpose <perm = [0, 2, 1]> (seen_i)
+                            past_shown = Slice (seen_columns, zero, c, one)
+                            own_shown = Slice (seen_columns, c, c_m, one)
+                            past_selected = Where (past_shown, past, nothing)
+                            safe_read = MatMul (off, past_selected)
+                            safe_gained = Mul (gain_i, safe_read)
+                            safe_rhs = Add (f_i, safe_gained)
+                            safe_zeros = Sub (safe_rhs, safe_rhs)
+                            finite = Equal (safe_zeros, nothing)
+                            finite_rhs = Where (finite, safe_rhs, nothing)
+                            N_zeros = Sub (N, N)
+                            N_finite = Equal (N_zeros, nothing)
+                            finite_N = Where (N_finite, N, nothing)
+{safe_nodes}
+                            safe_solved = MatMul ({safe_inverse}, finite_rhs)
+                            broken = Not (finite)
+                            spoils = And (broken, own_shown)
+                            spoil_count = Cast <to = 1> (spoils)
+                            spoils_before = CumSum <exclusive = 1> (spoil_count, one)
+                            spoiled = Greater (spoils_before, nothing)
+                            behind = Where (spoiled, not_a_number, safe_solved)
+                            selected = Where (finite, behind, safe_rhs)
+                        }}
+                    >
                     grown = Concat <axis = 1> (past, s_i)
                 }}
             >
@@ -127,25 +188,58 @@ FeedbackSolve (f, q, k, gamma, past_s, key_mask) => (s)
 """
 
 
-def _doublings(block: int) -> tuple[str, str]:
-    """Text that builds X = (I + N)(I + N^2)(I + N^4)... of a block, and the name of the result.
+def _inverse(block: int, N: str, prefix: str) -> tuple[str, str]:
+    """Text that builds (I - N)^-1 of a block of rows from the tensor N, and the result's name.
 
-    N is strictly lower triangular, so the product ends at the power below the number of rows.
+    Neighbouring diagonal blocks with inverses X1 and X2 merge by X2 N21 X1, for all pairs at once.
     """
-    lines, power = [], 1
-    while 2 * power < block:
-        N, X, power = f"N{power}", f"X{power}", 2 * power
-        lines += [f"N{power} = MatMul ({N}, {N})", f"step{power} = MatMul (N{power}, {X})",
-                  f"X{power} = Add ({X}, step{power})"]  # fmt: skip
-    return "\n".join(" " * 20 + line for line in lines), f"X{power}"
+    lines, X, half = [], "eye_i", 1
+    while half < block:
+        size, at, low, left, both, merged = (
+            f"{prefix}{name}{half}" for name in ("size", "at", "low", "left", "both", "merged")
+        )
+        lines += [
+            f"{size} = Constant <value_float = {half}.0> ()",
+            f"{at} = Equal (level_i, {size})",
+            f"{low} = Where ({at}, {N}, nothing)",
+        ]
+        if half > 1:
+            lines += [f"{left} = MatMul ({X}, {low})", f"{both} = MatMul ({left}, {X})"]
+        lines.append(f"{merged} = Add ({X}, {both if half > 1 else low})")
+        X, half = merged, 2 * half
+    return "\n".join(" " * 28 + line for line in lines), X
+
+
+def _levels(block: int) -> np.ndarray:
+    """Half the size of the blocks that meet in element (i, j) of a block of rows, for i > j.
+
+    It is the highest bit in which i and j differ.
+    """
+    index = np.arange(block)
+    differs = index[:, None] ^ index
+    bits = 2 ** np.floor(np.log2(np.maximum(differs, 1)))
+    return np.where(index[:, None] > index, bits, 0).astype(np.float32)
 
 
 def feedback_function(opset: int, block: int = BLOCK) -> onnx.FunctionProto:
     """Body in standard operators of `opset`, 18 or later, for nodes that give every input."""
-    doublings, inverse = _doublings(block)
-    return parser.parse_function(
-        _BODY.format(opset=opset, block=block, doublings=doublings, inverse=inverse)
+    plain, inverse = _inverse(block, "N", "")
+    safe, safe_inverse = _inverse(block, "finite_N", "safe_")
+    function = parser.parse_function(
+        _BODY.format(
+            opset=opset,
+            block=block,
+            plain_nodes=plain,
+            plain_inverse=inverse,
+            safe_nodes=safe,
+            safe_inverse=safe_inverse,
+        )
     )
+    constants = {"level": _levels(block), "not_a_number": np.float32(np.nan)}
+    for name, value in constants.items():
+        tensor = numpy_helper.from_array(np.asarray(value), name)
+        function.node.insert(0, helper.make_node("Constant", [], [name], value=tensor))
+    return function
 
 
 def standard_opset(model: onnx.ModelProto) -> int:

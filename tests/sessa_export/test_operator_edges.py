@@ -1,0 +1,90 @@
+"""The native operator and the ONNX body with hidden keys, rows not finite and large gains."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import pytest
+from support.edge_cases import (
+    GAINS,
+    HIDDEN,
+    POISONS,
+    SIZES,
+    Arrays,
+    Edges,
+    Solve,
+    check_causality,
+    check_gain,
+    check_hidden,
+    rows_to_poison,
+)
+from support.operator_models import operator_model, session_of
+from support.ort_op_cases import built_library, instruction_sets, use_instruction_set
+from support.ort_op_cases import solve as solve_natively
+
+
+def native(name: str) -> Solve:
+    """The native operator with one instruction set of this processor."""
+    library = built_library()
+    if name not in instruction_sets(library):
+        pytest.skip(f"this processor has no {name}")
+
+    def solve(arrays: Arrays, ds: np.ndarray) -> Arrays:
+        use_instruction_set(library, name)
+        return {"s": solve_natively(library, arrays)}
+
+    return solve
+
+
+@cache
+def body() -> Solve:
+    """The body in standard operators; past and mask are filled in where a case has none."""
+    session = session_of(operator_model())
+
+    def solve(arrays: Arrays, ds: np.ndarray) -> Arrays:
+        none = arrays["f"][:, :0]
+        everything = np.ones(arrays["k"].shape[:2], bool)
+        return {"s": session.run(None, {"past_s": none, "key_mask": everything, **arrays})[0]}
+
+    return solve
+
+
+SETS = ["sse2", "avx2", "avx512", "neon"]
+backends = pytest.mark.parametrize("backend", ["body", *SETS])
+poisons = pytest.mark.parametrize("poison", POISONS.values(), ids=POISONS)
+
+
+def solver(backend: str) -> Solve:
+    return body() if backend == "body" else native(backend)
+
+
+@backends
+@poisons
+@pytest.mark.parametrize("case", [Edges(*size) for size in SIZES], ids=str)
+@pytest.mark.parametrize("what", HIDDEN)
+def test_what_is_hidden_is_not_felt(backend, case, what, poison):
+    check_hidden(solver(backend), case, what, poison)
+
+
+@backends
+@pytest.mark.parametrize("poison", [np.nan, -np.nan, np.inf])
+@pytest.mark.parametrize("T, P", [(1, 5), (5, 0), (66, 3), (258, 0)])
+@pytest.mark.parametrize("what", ["f", "q", "k", "gamma"])
+def test_no_row_changes_the_rows_before_it(backend, what, T, P, poison):
+    for row in rows_to_poison(T):
+        check_causality(solver(backend), Edges(T, P), what, row, poison)
+
+
+@backends
+def test_any_bits_of_nan_stay_nan(backend):
+    """Arithmetic on the bits of a number must not make a finite one of NaN."""
+    poison = np.array([0x7FFFFFFF], np.uint32).view(np.float32)[0]
+    for T in (5, 66):
+        check_causality(solver(backend), Edges(T, 3), "q", 2, poison)
+
+
+@backends
+@pytest.mark.parametrize("gain", GAINS)
+def test_gains_of_any_size(backend, gain):
+    check_gain(solver(backend), gain, 1e-5)
