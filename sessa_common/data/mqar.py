@@ -55,6 +55,7 @@ class DiffuseMqar:
     """
 
     name: ClassVar[str] = "diffuse-mqar"
+    easy_options: ClassVar[tuple[str, ...]] = ("density=0",)
 
     train_examples: int = 0
     validation_examples: int = 512

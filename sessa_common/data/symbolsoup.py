@@ -191,6 +191,7 @@ class SymbolSoup:
     """
 
     name: ClassVar[str] = "symbolsoup"
+    easy_options: ClassVar[tuple[str, ...]] = ("noise_min=0", "noise_max=0", "flip_probability=0")
 
     min_tokens: int = 400
     max_tokens: int = 600

@@ -53,9 +53,12 @@ class Task(Protocol):
 
     An endless task has `train_examples` 0 and draws every batch anew. The first token of the
     vocabulary is the padding. `context` is the length of the longest example of any split.
+    `easy_options` are "name=value" options that make the task so easy that every working model
+    learns it; `sessa compare` trains such a control.
     """
 
     name: ClassVar[str]
+    easy_options: ClassVar[tuple[str, ...]]
 
     @property
     def train_examples(self) -> int:

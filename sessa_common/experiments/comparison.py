@@ -48,11 +48,6 @@ OLD_NAMES = {
     "attention-deep": "transformer-deep",
     "nofeedback": "gated_attention",
 }
-# Options that make a task so easy that every working model learns it: the control.
-EASY_OPTIONS = {
-    "diffuse-mqar": ("density=0",),
-    "symbolsoup": ("noise_min=0", "noise_max=0", "flip_probability=0"),
-}
 TEXT_SETTINGS = ("tokenizer", "text_field", "validation_data")
 
 
@@ -212,7 +207,8 @@ class Comparison:
     @property
     def control_options(self) -> tuple[str, ...]:
         """Options of the control; they replace options of the task with the same names."""
-        return self.control_task_options or EASY_OPTIONS.get(self.task or "", ())
+        known = TASKS.get(self.task or "")
+        return self.control_task_options or (known.easy_options if known else ())
 
     def _job(
         self,

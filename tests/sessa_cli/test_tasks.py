@@ -60,8 +60,10 @@ def test_train_on_a_task(kinds, backend, tmp_path, capsys):
     for key in ("validation_accuracy", "validation_loss"):
         assert result[key] == evaluated[-1][key] == summary[key]
     assert summary["test"] == result["test"] and summary["finished"]
-    own = {"symbolsoup": {"ceiling"}, "diffuse-mqar": {"by_lag", "errors_by_lag",
-                                                       "heuristics_by_lag"}}  # fmt: skip
+    own = {
+        "symbolsoup": {"ceiling"},
+        "diffuse-mqar": {"by_lag", "errors_by_lag", "heuristics_by_lag"},
+    }
     assert own[name] | {"accuracy", "examples"} <= result["test"].keys()
     tokenizer = read_tokenizer(out)
     assert tuple(tokenizer.id_to_token(i) for i in range(config.vocab_size)) == task.vocabulary
@@ -71,8 +73,20 @@ def test_the_frameworks_train_on_the_same_rows(tmp_path):
     losses = []
     for backend in BACKENDS:
         out = tmp_path / backend
-        assert sessa("train", *of_task("diffuse-mqar"), *TINY, "--backend", backend,
-                     "--precision", "float32", "--out", out) == 0  # fmt: skip
+        assert (
+            sessa(
+                "train",
+                *of_task("diffuse-mqar"),
+                *TINY,
+                "--backend",
+                backend,
+                "--precision",
+                "float32",
+                "--out",
+                out,
+            )
+            == 0
+        )
         losses.append([r["loss"] for r in read_metrics(out) if "loss" in r])
     np.testing.assert_allclose(losses[0], losses[1], atol=1e-4)
 
@@ -80,8 +94,24 @@ def test_the_frameworks_train_on_the_same_rows(tmp_path):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_easy_task_is_learned(backend, tmp_path):
     out = tmp_path / "run"
-    assert sessa("train", *of_task("diffuse-mqar"), *TINY, "--steps", 80, "--batch-size", 32,
-                 "--lr", 0.01, "--backend", backend, "--out", out) == 0  # fmt: skip
+    assert (
+        sessa(
+            "train",
+            *of_task("diffuse-mqar"),
+            *TINY,
+            "--steps",
+            80,
+            "--batch-size",
+            32,
+            "--lr",
+            0.01,
+            "--backend",
+            backend,
+            "--out",
+            out,
+        )
+        == 0
+    )
     result = json.loads((out / "result.json").read_text())
     # One of four values: guessing gives a quarter.
     assert result["validation_accuracy"] > 0.7 and result["test"]["accuracy"] > 0.7
@@ -141,13 +171,26 @@ def test_a_run_killed_before_its_result_is_finished(run_folder, monkeypatch, cap
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_other_commands_take_the_run_folder(backend, run_folder, tmp_path, capsys):
     capsys.readouterr()
-    assert sessa("generate", run_folder, "--prompt", "<bos> a b ", "--max-tokens", 4,
-                 "--backend", backend) == 0  # fmt: skip
+    assert (
+        sessa(
+            "generate",
+            run_folder,
+            "--prompt",
+            "<bos> a b ",
+            "--max-tokens",
+            4,
+            "--backend",
+            backend,
+        )
+        == 0
+    )
     words = capsys.readouterr().out.split()
     assert set(words) <= set(tiny("symbolsoup").vocabulary)
     (tmp_path / "text.txt").write_text("<bos> a b c <sep> left0/right1")
-    assert sessa("eval", run_folder, "--data", tmp_path / "text.txt", "--backend", backend,
-                 "--json") == 0  # fmt: skip
+    assert (
+        sessa("eval", run_folder, "--data", tmp_path / "text.txt", "--backend", backend, "--json")
+        == 0
+    )
     assert json.loads(capsys.readouterr().out)["tokens"] == 6
 
 
@@ -214,10 +257,14 @@ def test_data_writes_a_folder_that_trains(name, tmp_path, capsys):
 def stories(count):
     """Rows with the columns of SimpleStories that a reader meets first."""
     return [
-        {"story": f"Once, robot {i} found {i * i} apples. \"Größe!\" it said.\nThe end.",
-         "topic": "robots", "theme": "Friendship", "word_count": 11}
+        {
+            "story": f'Once, robot {i} found {i * i} apples. "Größe!" it said.\nThe end.',
+            "topic": "robots",
+            "theme": "Friendship",
+            "word_count": 11,
+        }
         for i in range(count)
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.parametrize("kind", ["parquet", "jsonl"])
@@ -229,8 +276,12 @@ def test_simplestories_from_files_to_a_model(kind, tmp_path):
         parquet.write_table(Table.from_pylist(rows), source)
     else:
         source.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    assert sessa("data", "simplestories", "--data", source, "--validation-fraction", 0.2,
-                 "--out", folder) == 0  # fmt: skip
+    assert (
+        sessa(
+            "data", "simplestories", "--data", source, "--validation-fraction", 0.2, "--out", folder
+        )
+        == 0
+    )
     train, held = (
         [json.loads(line)["story"] for line in path.read_text(encoding="utf-8").splitlines()]
         for path in (folder / "train.jsonl", folder / "validation.jsonl")
@@ -238,9 +289,25 @@ def test_simplestories_from_files_to_a_model(kind, tmp_path):
     assert sorted(train + held) == sorted(row["story"] for row in rows)
     assert 3 < len(held) < 25
     out = tmp_path / "run"
-    assert sessa("train", "--data", folder / "train.jsonl", "--validation-data",
-                 folder / "validation.jsonl", "--text-field", "story", *TINY, "--context", 32,
-                 "--tokenizer", "bytes", "--out", out) == 0  # fmt: skip
+    assert (
+        sessa(
+            "train",
+            "--data",
+            folder / "train.jsonl",
+            "--validation-data",
+            folder / "validation.jsonl",
+            "--text-field",
+            "story",
+            *TINY,
+            "--context",
+            32,
+            "--tokenizer",
+            "bytes",
+            "--out",
+            out,
+        )
+        == 0
+    )
     assert read_metrics(out)[-1]["validation_loss"] > 0
 
 
@@ -259,11 +326,13 @@ def test_simplestories_from_files_to_a_model(kind, tmp_path):
         (("simplestories", "--data", "other.jsonl"), "no field 'story'; it has text"),
         (("simplestories", "--data", "other.parquet"), "no column 'story'; it has text"),
         (("simplestories", "--data", "one.jsonl"), "are too few"),
-        (("simplestories", "--data", "one.jsonl", "--validation-fraction", 1.5),
-         "--validation-fraction is 1.5"),
+        (
+            ("simplestories", "--data", "one.jsonl", "--validation-fraction", 1.5),
+            "--validation-fraction is 1.5",
+        ),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
-)  # fmt: skip
+)
 def test_data_refuses_bad_input(arguments, message, tmp_path, capsys, monkeypatch):
     from pyarrow import Table, parquet
 

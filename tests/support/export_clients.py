@@ -23,8 +23,11 @@ from sessa_export.exporter import Options, export_checkpoint
 
 ROOT = Path(__file__).parents[2]
 # Long enough for two blocks of the operator's body, and one of a single token.
-PROMPTS = [list(b"It was a dark and stormy night; the rain fell in torrents, except at intervals "),
-           list(b"Call me"), list(b"S")]  # fmt: skip
+PROMPTS = [
+    list(b"It was a dark and stormy night; the rain fell in torrents, except at intervals "),
+    list(b"Call me"),
+    list(b"S"),
+]
 NEW_TOKENS, END = 16, 256
 CI = os.environ.get("CI", "").lower() in ("1", "true")
 

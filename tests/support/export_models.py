@@ -15,9 +15,14 @@ Weights = dict[str, np.ndarray]
 
 MAMBA: dict[str, dict] = {
     "mamba2": {"layer_kinds": "mamba2", "mamba_d_state": 12, "mamba_d_head": 16},
-    "mamba2_hybrid": {"layer_kinds": ("transformer", "mamba2", "sessa"), "num_hidden_layers": 3,
-                      "mamba_d_state": 12, "mamba_d_head": 16, "mamba_d_conv": 3},
-}  # fmt: skip
+    "mamba2_hybrid": {
+        "layer_kinds": ("transformer", "mamba2", "sessa"),
+        "num_hidden_layers": 3,
+        "mamba_d_state": 12,
+        "mamba_d_head": 16,
+        "mamba_d_conv": 3,
+    },
+}
 # What can be exported.
 VARIANTS: dict[str, dict] = {
     "heads": {},
@@ -51,8 +56,15 @@ VARIANTS: dict[str, dict] = {
 
 def small_config(variant: str = "heads", **changes: object) -> SessaConfig:
     """Two layers of width 40 on 257 tokens, with the changes of a variant."""
-    base = {"vocab_size": 257, "hidden_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4,
-            "max_position_embeddings": 300, "bos_token_id": 256, "eos_token_id": 256}  # fmt: skip
+    base = {
+        "vocab_size": 257,
+        "hidden_size": 40,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 300,
+        "bos_token_id": 256,
+        "eos_token_id": 256,
+    }
     return SessaConfig(**{**base, **(VARIANTS | MAMBA)[variant], **changes})
 
 

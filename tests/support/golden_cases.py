@@ -39,9 +39,11 @@ def golden_case(name: str) -> GoldenCase:
         dtype="float64",
     )
     return GoldenCase(
-        config, _under("param.", stored), _under("grad.", stored),
+        config,
+        _under("param.", stored),
+        _under("grad.", stored),
         {key: value for key, value in stored.items() if key[0] in "xydm"},
-    )  # fmt: skip
+    )
 
 
 def _under(prefix: str, stored: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -19,8 +19,11 @@ from sessa_export import native
 
 NAMES = ("f", "q", "k", "gamma", "past_s", "key_mask")
 REAL = ("f", "q", "k", "gamma", "past_s")
-DTYPES = {TensorProto.FLOAT: np.float32, TensorProto.FLOAT16: np.float16,
-          TensorProto.BFLOAT16: ml_dtypes.bfloat16}  # fmt: skip
+DTYPES = {
+    TensorProto.FLOAT: np.float32,
+    TensorProto.FLOAT16: np.float16,
+    TensorProto.BFLOAT16: ml_dtypes.bfloat16,
+}
 # Of the largest magnitude of s. The 16-bit types round s itself: 2^-11 and 2^-8.
 LIMITS = {TensorProto.FLOAT: 3e-6, TensorProto.FLOAT16: 6e-4, TensorProto.BFLOAT16: 4.5e-3}
 SETS = ("sse2", "avx2", "avx512", "neon", "generic")
@@ -109,9 +112,16 @@ def solve(
 
 
 def draw(
-    seed: int | list[int], B: int = 2, T: int = 63, D: int = 41, K: int = 23, P: int = 0,
-    mask: str = "none", gain: float | None = None, logits: float = 3.0,
-) -> Arrays:  # fmt: skip
+    seed: int | list[int],
+    B: int = 2,
+    T: int = 63,
+    D: int = 41,
+    K: int = 23,
+    P: int = 0,
+    mask: str = "none",
+    gain: float | None = None,
+    logits: float = 3.0,
+) -> Arrays:
     """Random operands in float32; the largest score has magnitude `logits`.
 
     mask is none, open, left (padding of uneven length), holes or closed; gain None draws gammas of
@@ -125,8 +135,12 @@ def draw(
     gamma = 0.999 * np.tanh(2 * rng.normal(size=(B, T))) if gain is None else np.full((B, T), gain)
     found["gamma"] = gamma.astype(np.float32)
     columns, S = np.arange(P + T)[None], P + T
-    masks = {"open": np.ones((B, S), bool), "left": columns >= np.arange(B)[:, None] * (S // 2),
-             "holes": rng.random((B, S)) < 0.6, "closed": np.zeros((B, S), bool)}  # fmt: skip
+    masks = {
+        "open": np.ones((B, S), bool),
+        "left": columns >= np.arange(B)[:, None] * (S // 2),
+        "holes": rng.random((B, S)) < 0.6,
+        "closed": np.zeros((B, S), bool),
+    }
     if mask != "none":
         found["key_mask"] = masks[mask]
     if P == 0 and mask in ("none", "holes"):

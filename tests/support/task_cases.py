@@ -9,15 +9,25 @@ from sessa_common.data.task_registry import new_task, parse_options
 from sessa_common.data.tasks import TaskBatches, make_data
 
 BACKENDS = ("torch", "mlx")
-SOUP = ("min_tokens=20", "max_tokens=24", "train_examples=10", "validation_examples=7",
-        "test_examples=5", "spaced=false")  # fmt: skip
+
+
+def _words(text):
+    return tuple(text.split())
+
+
+SOUP = _words(
+    "min_tokens=20 max_tokens=24 train_examples=10 validation_examples=7 test_examples=5 "
+    "spaced=false"
+)
 # One pair, asked for once: the answer is the only other value in the example.
-RECALL = ("pairs=1", "queries=1", "group=1", "pool=1", "prefix=1", "key_tokens=3", "value_tokens=4",
-          "filler_tokens=2", "min_lag=7", "max_lag=9", "test_lags=8:11", "density=0",
-          "validation_examples=32", "test_examples=16")  # fmt: skip
+RECALL = _words(
+    "pairs=1 queries=1 group=1 pool=1 prefix=1 key_tokens=3 value_tokens=4 filler_tokens=2 "
+    "min_lag=7 max_lag=9 test_lags=8:11 density=0 validation_examples=32 test_examples=16"
+)
 TASKS = {"symbolsoup": SOUP, "diffuse-mqar": RECALL}
-TINY = ("--layers", 1, "--width", 32, "--heads", 2, "--steps", 3, "--batch-size", 4,
-        "--warmup-steps", 1, "--device", "cpu")  # fmt: skip
+TINY = _words(
+    "--layers 1 --width 32 --heads 2 --steps 3 --batch-size 4 --warmup-steps 1 --device cpu"
+)
 
 
 def of_task(name):

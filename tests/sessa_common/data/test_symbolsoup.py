@@ -47,7 +47,10 @@ def test_style_weights():
     preferred = lift / lift.min(axis=2, keepdims=True) > 2
     rows = preferred.sum(axis=2)
     assert [rows[relative == weight].tolist() for weight in (3, 2, 1)] == [
-        [3] * 36, [2] * 36, [0] * 72]  # fmt: skip
+        [3] * 36,
+        [2] * 36,
+        [0] * 72,
+    ]
     np.testing.assert_allclose(lift.max(axis=2)[rows > 0] / lift.min(axis=2)[rows > 0], 4)
 
 

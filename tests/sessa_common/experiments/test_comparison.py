@@ -338,10 +338,28 @@ def test_only_an_empty_folder_begins_a_comparison(trainer, tmp_path, capsys):
 
 def test_text_is_measured_by_perplexity(trainer, tmp_path, capsys):
     out = tmp_path / "out"
-    arguments = ("--data", "pydoc", "--models", "sessa,transformer", "--steps", "4", "--seeds", "2",
-                 "--learning-rates", "1e-3", "--backend", "torch", "--out", out,
-                 "--text-field", "story", "--validation-data", "pydoc", "--validation-data",
-                 __file__)  # fmt: skip
+    arguments = (
+        "--data",
+        "pydoc",
+        "--models",
+        "sessa,transformer",
+        "--steps",
+        "4",
+        "--seeds",
+        "2",
+        "--learning-rates",
+        "1e-3",
+        "--backend",
+        "torch",
+        "--out",
+        out,
+        "--text-field",
+        "story",
+        "--validation-data",
+        "pydoc",
+        "--validation-data",
+        __file__,
+    )
     assert sessa("compare", *arguments, "--json") == 0
     given = json.loads((out / "plan.json").read_text())["commands"]["runs/1m-sessa-seed0"]
     held_out = ["--text-field", "story", "--validation-data", "pydoc", "--validation-data"]

@@ -117,10 +117,15 @@ def test_probes_estimate_the_norm_and_follow_the_seed():
 @pytest.mark.parametrize("variant", ["heads", "attention", "mamba2"])
 def test_twins_agree_in_float32(variant):
     found = [
-        influence_curves([probe_of(f, tiny(variant), dtype="float32", length=40, seed=seed)
-                          for seed in (0, 1)], [0, 9], 0, 2, draws=2)
+        influence_curves(
+            [probe_of(f, tiny(variant), dtype="float32", length=40, seed=seed) for seed in (0, 1)],
+            [0, 9],
+            0,
+            2,
+            draws=2,
+        )
         for f in FRAMEWORKS
-    ]  # fmt: skip
+    ]
     assert found[0].values.shape == (4, len(log_lags(31)))
     np.testing.assert_allclose(found[0].values, found[1].values, rtol=2e-4)
 
@@ -214,9 +219,14 @@ def planted(law, rate, noise=0.2, curves=5, T=2000):
 
 @pytest.mark.parametrize(
     "law, rate, best",
-    [("power law", 0.4, "power law"), ("power law", 1.0, "1/lag"), ("power law", 1.6, "power law"),
-     ("exponential", 0.003, "exponential"), ("exponential", 0.3, "exponential")],
-)  # fmt: skip
+    [
+        ("power law", 0.4, "power law"),
+        ("power law", 1.0, "1/lag"),
+        ("power law", 1.6, "power law"),
+        ("exponential", 0.003, "exponential"),
+        ("exponential", 0.3, "exponential"),
+    ],
+)
 def test_a_planted_law_is_found_and_significant(law, rate, best):
     fit = fit_laws(planted(law, rate))
     assert fit.best == best and fit.is_significant, fit.describe()
@@ -300,9 +310,23 @@ def run(*arguments: object) -> str:
 
 @pytest.mark.parametrize("backend", PROBES)
 def test_command_writes_picture_and_numbers(folders, backend, tmp_path):
-    out = run(*folders.values(), "--backend", backend, "--device", "cpu", "--probes", 1,
-              "--text", "a quick brown fox jumps over", "--text", "the lazy dog lies in the sun",
-              "--tau", "0,5", "--out", tmp_path / "p.png")  # fmt: skip
+    out = run(
+        *folders.values(),
+        "--backend",
+        backend,
+        "--device",
+        "cpu",
+        "--probes",
+        1,
+        "--text",
+        "a quick brown fox jumps over",
+        "--text",
+        "the lazy dog lies in the sun",
+        "--tau",
+        "0,5",
+        "--out",
+        tmp_path / "p.png",
+    )
     assert (tmp_path / "p.png").stat().st_size > 10_000
     answer = json.loads((tmp_path / "p.json").read_text())
     first, second = answer["checkpoints"]
