@@ -285,7 +285,8 @@ class TrainConfig:
     max_position_embeddings; a step uses batch_size *
     gradient_accumulation_steps rows; the learning rate rises
     linearly over warmup_steps and falls along a cosine to min_lr_ratio of itself; an interval of 0
-    means "only at the end". `task` is "symbolsoup", "diffuse-mqar" or a folder of `sessa data`, to
+    means "only at the end"; the last keep_checkpoints saves are kept, and the best by validation
+    loss. `task` is "symbolsoup", "diffuse-mqar" or a folder of `sessa data`, to
     train on instead of text; `task_options` are "name=value" texts for its fields. `compile` lets
     the framework compile the training step: the same numbers but for rounding.
     """
@@ -319,9 +320,11 @@ class TrainConfig:
     evaluate_every: int = 100
     evaluate_batches: int = 8
     checkpoint_every: int = 200
+    keep_checkpoints: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "gradient_accumulation_steps", "evaluate_batches"):
+        for name in ("steps", "batch_size", "gradient_accumulation_steps", "evaluate_batches",
+                     "keep_checkpoints"):  # fmt: skip
             value = getattr(self, name)
             _require(_is_count(value), f"{name} is {value!r}, expected a positive integer")
         for name in (

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from sessa_common.checkpoint.storage import atomic_path
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -33,6 +34,5 @@ def new_figure(width: float, height: float) -> Figure:
 
 def save_figure(figure: Any, path: Path, dpi: int = 120) -> None:
     """Write a figure as PNG; a reader of `path` sees the old file or the whole new one."""
-    scratch = path.with_name(path.name + ".tmp")
-    figure.savefig(scratch, format="png", dpi=dpi)
-    os.replace(scratch, path)
+    with atomic_path(path) as scratch:
+        figure.savefig(scratch, format="png", dpi=dpi)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +9,7 @@ from typing import Annotated
 import typer
 
 from sessa_cli.common import Stopwatch, make_console, print_json, say
+from sessa_common.checkpoint.storage import atomic_path
 
 
 def build_op(
@@ -43,10 +43,6 @@ def build_op(
 def _copy(library: Path, output: Path) -> Path:
     target = output / library.name if output.is_dir() else output
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        shutil.copyfile(library, partial)
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
+    with atomic_path(target) as scratch:
+        shutil.copyfile(library, scratch)
     return target

@@ -8,7 +8,15 @@ from typing import Annotated
 
 import typer
 
-from sessa_cli.common import Stopwatch, choose_backend, framework, given_fields, print_json
+from sessa_cli.common import (
+    Stopwatch,
+    choose_backend,
+    framework,
+    given_fields,
+    make_console,
+    print_json,
+    say,
+)
 from sessa_cli.terminal import for_output, read_standard_input
 from sessa_common.errors import SessaError
 from sessa_common.fields import build
@@ -120,19 +128,27 @@ def _prompts(prompt: list[str] | None, prompt_file: Path | None) -> list[str]:
 
 
 def _load(checkpoint: Path, backend: str | None, device: str | None, native: bool) -> Decoder:
-    from sessa_export.runtime import find_model, load_decoder
+    from sessa_export.runtime import is_exported, load_decoder
 
     if not checkpoint.is_dir():
         raise SessaError(f"{checkpoint}: no such checkpoint folder")
-    exported = find_model(checkpoint) is not None
-    if backend == "onnx" or (backend in (None, "auto") and exported):
+    if backend == "onnx" or (backend in (None, "auto") and is_exported(checkpoint)):
         if device not in (None, "cpu"):
             raise SessaError(f"device is {device!r}; ONNX Runtime runs on the cpu here")
-        return load_decoder(checkpoint, native=native)
+        decoder: Decoder = load_decoder(checkpoint, native=native)
+        _say_runtime(f"{checkpoint}: an exported model, run by ONNX Runtime")
+        return decoder
     if native:
         raise SessaError("`native` is for a folder that `sessa export` wrote")
-    twin = framework(choose_backend(backend), "decoding")
-    return twin.load_decoder(checkpoint, device=device)
+    name = choose_backend(backend)
+    decoder = framework(name, "decoding").load_decoder(checkpoint, device=device)
+    _say_runtime(f"{checkpoint}: a checkpoint, run by {name}")
+    return decoder
+
+
+def _say_runtime(text: str) -> None:
+    """Print a line on stderr, so that stdout holds the generated text alone."""
+    say(make_console(json_output=True), text)
 
 
 def _write(text: str) -> None:

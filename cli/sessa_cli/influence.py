@@ -12,7 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from sessa_cli.common import choose_backend, framework, make_console, print_json, say
-from sessa_common.checkpoint.folder import write_json
+from sessa_common.checkpoint.storage import write_json
 from sessa_common.errors import SessaError
 from sessa_common.experiments.influence import MAX_POSITIONS
 from sessa_common.experiments.influence_job import InfluenceJob, distinct_names, new_job

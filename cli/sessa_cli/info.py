@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 
 from sessa_cli.common import make_console, print_json, say
+from sessa_common.checkpoint.saves import verify_saves
 from sessa_common.inspection import Description, describe
 
 
@@ -17,15 +18,19 @@ def info(
     path: Annotated[
         Path, typer.Argument(help="Checkpoint folder, or a .safetensors, .npz or .pt file.")
     ],
+    check_hashes: Annotated[
+        bool, typer.Option("--verify", help="Read every saved file and compare it with its hash.")
+    ] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show architecture, parameters by part, bytes, types and tokenizer.
 
-    Example: sessa info runs/first
+    Example: sessa info runs/first --verify
     """
     found = describe(path)
+    verified = verify_saves(path) if check_hashes else None
     if json_output:
-        print_json(dataclasses.asdict(found))
+        print_json(dataclasses.asdict(found) | {"verified": verified})
         return
     console = make_console()
     say(console, f"{path}: {found.kind}, {found.parameters['total']:,} parameters")
@@ -37,6 +42,10 @@ def info(
         bits, group = (found.quantization.get(key, "?") for key in ("bits", "group_size"))
         say(console, f"quantised to {bits} bits in groups of {group}")
     say(console, f"tokenizer: {found.tokenizer}")
+    if verified:
+        say(console, f"verified: {verified} files have the hashes that were saved with them")
+    elif check_hashes:
+        say(console, "not verified: no hashes were saved with it")
 
 
 def _architecture(found: Description) -> Table:

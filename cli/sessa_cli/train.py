@@ -203,6 +203,10 @@ def train(
     checkpoint_every: Annotated[
         int | None, of_run("--checkpoint-every", "Steps between saves; 0: only at the end.")
     ] = None,
+    keep_checkpoints: Annotated[
+        int | None,
+        of_run("--keep-checkpoints", "Saves to keep, the last ones; the best stays as well."),
+    ] = None,
     prompt: Annotated[str, of_run("--prompt", "First words of the closing paragraph.")] = "The",
     json_output: Annotated[bool, of_run("--json", "Print the result as JSON on stdout.")] = False,
 ) -> None:

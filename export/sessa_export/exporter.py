@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from sessa_common.checkpoint.folder import load_config, load_weights, new_folder
+from sessa_common.checkpoint.folder import load_config, load_weights, require_own_file
+from sessa_common.checkpoint.storage import new_folder
 from sessa_common.config import SessaConfig
 from sessa_common.errors import SessaError
 from sessa_common.fields import build, split_fields
@@ -104,7 +105,8 @@ def export_checkpoint(
     if target.resolve() == source.resolve():
         raise SessaError(f"{target}: is the checkpoint itself; choose another folder")
     require_supported(load_config(source))
-    with new_folder(target, force=force) as scratch:
+    texts = [Path(name) for name in options.data if Path(name).exists()]
+    with new_folder(target, force=force, inputs=[source, *texts]) as scratch:
         config, weights = load_weights(source)
         text = [] if options.dtype == "fp32" else read_text(source, config, options.data)
         _write_folder(source, scratch, config, weights, options)
@@ -123,7 +125,8 @@ def _write_folder(
     path = clients.model_path(asked, options.dtype)
     write_model(folder / path, config, weights, options)
     for pattern in COPIED:
-        for file in source.glob(pattern):
+        for file in filter(Path.is_file, source.glob(pattern)):
+            require_own_file(source, file)
             shutil.copyfile(file, folder / file.name)
     if library:
         shutil.copyfile(library, folder / library.name)

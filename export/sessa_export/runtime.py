@@ -73,6 +73,14 @@ def find_model(folder: Path | str) -> Path | None:
     return next((path for path in found if path.is_file()), None)
 
 
+def is_exported(folder: Path) -> bool:
+    """Whether a folder is an exported model: it holds one, and no weights of a checkpoint.
+
+    An export inside the folder of a checkpoint does not make an export of the checkpoint.
+    """
+    return find_model(folder) is not None and not any(folder.glob("model*.safetensors"))
+
+
 def open_session(path: Path, *, threads: int = 0, native: bool = False):
     """An ONNX Runtime session on the CPU; threads 0 leaves their number to the runtime.
 

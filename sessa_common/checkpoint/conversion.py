@@ -13,16 +13,15 @@ import numpy as np
 
 from sessa_common.checkpoint.finite import require_finite_weights
 from sessa_common.checkpoint.folder import (
-    INDEX,
     NUMPY_DTYPES,
     SHARD_SIZE,
     channels_first,
     channels_last,
-    check_new_folder,
     check_weights,
+    is_model_file,
     load_weights,
-    new_folder,
     read_tensors,
+    require_own_file,
     save_weights,
 )
 from sessa_common.checkpoint.import_weights import (
@@ -33,9 +32,16 @@ from sessa_common.checkpoint.import_weights import (
     read_arrays,
 )
 from sessa_common.checkpoint.mamba2_names import mamba2_config, mamba2_names
+from sessa_common.checkpoint.manifest import (
+    SAVES,
+    Manifest,
+    read_manifest,
+    read_settled,
+    verify,
+)
 from sessa_common.checkpoint.quantization import dequantize_weights, is_quantized, quantize_weights
 from sessa_common.checkpoint.run_files import STATE
-from sessa_common.checkpoint.storage import MANIFEST
+from sessa_common.checkpoint.storage import MANIFEST, check_new_folder, new_folder
 from sessa_common.config import DTYPES, FOREIGN_KEYS, SessaConfig, parameter_shapes
 from sessa_common.errors import SessaError, expect
 from sessa_common.fields import split_fields
@@ -56,6 +62,7 @@ class Source:
     kind: str
     notes: list[str] = field(default_factory=list)
     folder: Path | None = None  # whose other files belong to the checkpoint
+    manifest: Manifest | None = None  # of that folder, when it was read
     settings: dict[str, Any] = field(default_factory=dict)  # its config.json
 
 
@@ -94,7 +101,7 @@ def read_source(path: Path, given: Mapping[str, Any] | None = None, seed: int = 
     """
     given = with_layer_kinds(given or {})
     if path.is_dir():
-        return _read_folder(path, given)
+        return _read_verified(path, given)
     if not path.is_file():
         raise SessaError(f"{path}: no such file or folder")
     settings = _settings_beside(path)
@@ -106,6 +113,22 @@ def read_source(path: Path, given: Mapping[str, Any] | None = None, seed: int = 
     require_finite_weights(found.weights, str(path))
     kind = f"{path.suffix} file of {config.num_hidden_layers} layers"
     return Source(config=config, weights=found.weights, kind=kind, notes=found.notes)
+
+
+def _read_verified(folder: Path, given: Mapping[str, Any]) -> Source:
+    """Read a folder after its hashes are checked, where it has some."""
+
+    def read() -> Source:
+        verify(folder, lambda name: name != STATE or _state_file(folder).is_file())
+        return dataclasses.replace(_read_folder(folder, given), manifest=read_manifest(folder))
+
+    return read_settled(folder, read)
+
+
+def _state_file(folder: Path) -> Path:
+    """The training state that goes with the weights of a folder."""
+    manifest = read_manifest(folder)
+    return folder / (manifest.folder if manifest else ".") / STATE
 
 
 def _read_folder(folder: Path, given: Mapping[str, Any]) -> Source:
@@ -196,11 +219,14 @@ def convert(
     expect(framework in (None, *FRAMEWORKS), "`framework`", framework, f"{' or '.join(FRAMEWORKS)}")
     expect(dtype in (None, *DTYPES), "`dtype`", dtype, f"one of {', '.join(DTYPES)}")
     framework = framework or ("mlx" if bits else "torch")
-    check_new_folder(target, force=force)
+    inputs = [Path(name) for name in (source, config) if isinstance(name, (Path, str))]
+    inputs = [path for path in inputs if path.resolve() != target.resolve()]
+    check_new_folder(target, force=force, inputs=inputs)
     if not isinstance(source, Source):
         (given,) = split_fields(fields, SessaConfig)
         keys = read_json(Path(config)) if isinstance(config, (Path, str)) else dict(config or {})
         source = read_source(Path(source), keys | given, seed)
+    in_place = source.folder is not None and source.folder.resolve() == target.resolve()
     _refuse_overlap(source.folder, target)
     weights = cast(source.weights, dtype) if dtype else dict(source.weights)
     if framework == "mlx" and any(value.dtype == np.float64 for value in weights.values()):
@@ -216,10 +242,17 @@ def convert(
     if framework == "mlx":
         stored = channels_last(stored)
     stored_config = dataclasses.replace(source.config, dtype=dtype or source.config.dtype)
-    with new_folder(target, force=force) as scratch:
-        carried = _carry_files(source.folder, scratch, with_state=not changed)
-        save_weights(scratch, stored_config, stored, shard_size=size,
-                     framework=FRAMEWORKS[framework], extra_config=extra)  # fmt: skip
+    with new_folder(target, force=force, inputs=inputs) as scratch:
+        carried = _carry_files(source, scratch, with_state=not changed, with_saves=in_place)
+        save_weights(
+            scratch,
+            stored_config,
+            stored,
+            shard_size=size,
+            framework=FRAMEWORKS[framework],
+            extra_config=extra,
+            more_files=[name for name in carried if name == STATE],
+        )
         _compare_stored(read_tensors(scratch), stored, target)
         _, back = load_weights(scratch)
         files = sorted(path.name for path in scratch.iterdir() if path.name not in carried)
@@ -249,23 +282,31 @@ def _refuse_overlap(folder: Path | None, target: Path) -> None:
         raise SessaError(f"{target}: lies inside {folder} or the reverse; choose another folder")
 
 
-def _carry_files(folder: Path | None, scratch: Path, *, with_state: bool) -> list[str]:
-    """Copy what is neither weights nor config; a training state only beside unchanged weights."""
-    if folder is None:
+def _carry_files(source: Source, scratch: Path, *, with_state: bool, with_saves: bool) -> list[str]:
+    """Copy what is neither weights nor config; a training state only beside unchanged weights.
+
+    The kept saves of a run go along only when the run itself is converted in place.
+    """
+    if (folder := source.folder) is None:
         return []
+    dropped = {MANIFEST, "config.json", *([] if with_state else [STATE]),
+               *([] if with_saves else [SAVES])}  # fmt: skip
     carried = []
     for path in sorted(folder.iterdir()):
-        weights = path.match("model*.safetensors") or path.match("*weight*.npz")
-        if weights or path.name in {INDEX, MANIFEST, "config.json"} or path.name.startswith("."):
+        weights = is_model_file(path.name) or path.match("*weight*.npz")
+        if weights or path.name in dropped or path.name.startswith("."):
             continue
-        if path.name == STATE and not with_state:
-            continue
+        for inside in (path, *path.rglob("*")):
+            require_own_file(folder, inside)
         if path.is_dir():
             shutil.copytree(path, scratch / path.name)
         else:
             require_regular(path)
-            shutil.copy2(path, scratch / path.name)
+            file = _state_file(folder) if path.name == STATE else path
+            shutil.copyfile(file, scratch / path.name)
         carried.append(path.name)
+    if read_manifest(folder) != source.manifest:
+        raise SessaError(f"{folder}: was saved anew while it was read; convert it again")
     return carried
 
 

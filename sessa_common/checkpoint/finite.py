@@ -12,6 +12,10 @@ from sessa_common.errors import SessaError
 BLOCK = 2**24
 
 
+class NotFiniteError(SessaError):
+    """A tensor holds NaN or an infinity."""
+
+
 def require_finite(name: str, array: np.ndarray, where: str) -> None:
     """Raise SessaError that names the tensor and the place of its first NaN or infinity.
 
@@ -25,7 +29,7 @@ def require_finite(name: str, array: np.ndarray, where: str) -> None:
             first = int(np.argmin(finite))
             place = tuple(map(int, np.unravel_index(start + first, array.shape)))
             kind = "NaN" if np.isnan(block[first]) else "infinity"
-            raise SessaError(
+            raise NotFiniteError(
                 f"{where}: {name} holds {kind} at index {place}; the weights are damaged or their "
                 "training diverged, so take an earlier checkpoint"
             )

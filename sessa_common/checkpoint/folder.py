@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,6 @@ from sessa_common.checkpoint.manifest import (
 )
 from sessa_common.checkpoint.quantization import dequantize_weights, is_quantized
 from sessa_common.checkpoint.storage import atomic_path, write_json
-from sessa_common.checkpoint.storage import check_new_folder as check_new_folder
-from sessa_common.checkpoint.storage import new_folder as new_folder
 from sessa_common.config import SessaConfig, parameter_shapes
 from sessa_common.errors import SessaError
 from sessa_common.json_files import read_json
@@ -67,8 +65,7 @@ def weight_files(folder: Path) -> list[Path]:
     """
     manifest = read_manifest(folder)
     if manifest is not None and any(map(is_weight_file, manifest.files)):
-        files = manifest_files(folder, manifest)
-        return [file for file in files if is_weight_file(file.name)]
+        return manifest_files(folder, manifest, is_weight_file)
     single = folder / SINGLE
     if (folder / INDEX).exists():
         files = _indexed_files(folder / INDEX)
@@ -117,6 +114,17 @@ def _whole_set(folder: Path) -> list[Path]:
             f"and there is no {INDEX} that says which to read"
         )
     return files
+
+
+def require_own_file(folder: Path, path: Path) -> None:
+    """Raise SessaError when a path inside a folder leads out of it through a link.
+
+    The cache of the Hugging Face hub keeps the files of a folder in "blobs" beside it; those count.
+    """
+    home, real = folder.resolve(), path.resolve()
+    homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    if not any(real.is_relative_to(place) for place in homes):
+        raise SessaError(f"{path}: is a link out of its folder, to {real}; it is not copied")
 
 
 def load_config(folder: Path | str) -> SessaConfig:
@@ -212,15 +220,17 @@ def save_weights(
     shard_size: int = SHARD_SIZE,
     framework: str = "pt",
     extra_config: Mapping[str, Any] | None = None,
+    more_files: Iterable[str] = (),
 ) -> None:
     """Write config.json and the tensors into a folder that nobody reads yet; the manifest is last.
 
     shard_size is in bytes; framework is the safetensors `format`, "pt" or "mlx"; extra_config are
-    further keys for config.json. Weight files of an earlier save are removed.
+    further keys for config.json; more_files are files in the folder that the manifest lists too.
+    Weight files of an earlier save are removed.
     """
     names = write_weights(folder, weights, shard_size=shard_size, framework=framework)
     write_json(folder / "config.json", {**config.to_dict(), **(extra_config or {})})
-    write_manifest(folder, names)
+    write_manifest(folder, [*names, *more_files])
     for path in folder.iterdir():
         if is_model_file(path.name) and path.name not in names:
             path.unlink()

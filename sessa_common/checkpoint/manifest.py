@@ -82,10 +82,16 @@ def file_facts(path: Path) -> dict[str, Any]:
         return {"bytes": file.tell(), "sha256": digest.hexdigest()}
 
 
-def manifest_files(folder: Path, manifest: Manifest) -> list[Path]:
-    """The files that a manifest names; SessaError when one is absent or of another length."""
+def manifest_files(
+    folder: Path, manifest: Manifest, wanted: Callable[[str], bool] = lambda name: True
+) -> list[Path]:
+    """The files that a manifest names, or the `wanted` among them.
+
+    Raises SessaError when one is absent or of another length.
+    """
     paths = []
-    for name, facts in manifest.files.items():
+    for name in filter(wanted, manifest.files):
+        facts = manifest.files[name]
         path = folder / manifest.folder / name
         size = path.stat().st_size if path.is_file() else None
         if size != facts["bytes"]:
@@ -98,18 +104,28 @@ def manifest_files(folder: Path, manifest: Manifest) -> list[Path]:
     return paths
 
 
-def verify(folder: Path) -> int | None:
-    """Compare every file of the manifest with its hash; their number, None without a manifest.
+def verify(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> int | None:
+    """Compare the files of the manifest, or the `wanted` among them, with their hashes.
 
-    Raises SessaError that names the first file that differs.
+    Returns their number, None without a manifest. Raises SessaError that names the first file that
+    differs.
     """
     manifest = read_manifest(folder)
     if manifest is None:
         return None
-    for path in manifest_files(folder, manifest):
+    files = manifest_files(folder, manifest, wanted)
+    for path in files:
         if file_facts(path) != manifest.files[path.name]:
             raise SessaError(f"{path}: is damaged: its SHA-256 is not the one in {MANIFEST}")
-    return len(manifest.files)
+    return len(files)
+
+
+def is_undamaged(folder: Path) -> bool:
+    """Whether every file of a folder's manifest is there and has its hash."""
+    try:
+        return verify(folder) is not None
+    except SessaError:
+        return False
 
 
 def read_settled(folder: Path, read: Callable[[], T]) -> T:

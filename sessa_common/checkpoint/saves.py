@@ -3,7 +3,7 @@
 A save is written to checkpoints/step-N and synced. Then the manifest of the run folder names it,
 which decides that it is the model now. Then its files get their names at the top of the run folder
 too, as hard links, so that other programs find one ordinary checkpoint there, and the manifest
-names those. A kill leaves the old save or the new one; `finish` completes the names on top.
+names those. A kill leaves the old save or the new one; `finish_save` completes the names on top.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from sessa_common.checkpoint.manifest import (
     manifest_files,
     put_manifest,
     read_manifest,
+    verify,
     write_manifest,
 )
 from sessa_common.checkpoint.storage import atomic_path, new_folder, remove_folder
@@ -52,12 +53,12 @@ def add_save(
         names = write(scratch)
         manifest = write_manifest(scratch, names, step=step, validation_loss=validation_loss)
     put_manifest(folder, dataclasses.replace(manifest, folder=f"{SAVES}/{save.name}"))
-    finish(folder)
+    finish_save(folder)
     for old in old_saves(folder, keep):
         remove_folder(old)
 
 
-def finish(folder: Path) -> None:
+def finish_save(folder: Path) -> None:
     """Give the files of a new save their names at the top of the run folder, if they lack them."""
     manifest = read_manifest(folder)
     if manifest is None or manifest.folder == ".":
@@ -77,6 +78,16 @@ def list_saves(folder: Path) -> dict[Path, Manifest]:
         if (manifest := read_manifest(path)) is not None and manifest.step is not None:
             found[path] = manifest
     return dict(sorted(found.items(), key=lambda item: item[1].step or 0))
+
+
+def verify_saves(path: Path) -> int | None:
+    """Compare the files of a checkpoint folder and of its kept saves with their hashes.
+
+    Returns their number, None where no hashes were saved. Raises SessaError that names a damaged
+    file.
+    """
+    counts = [verify(folder) for folder in (path, *list_saves(path))]
+    return sum(count or 0 for count in counts) if any(counts) else None
 
 
 def old_saves(folder: Path, keep: int) -> list[Path]:

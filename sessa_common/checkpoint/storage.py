@@ -97,7 +97,10 @@ def lock_folder(folder: Path | str) -> Iterator[int]:
         raise SessaError(f"{folder}: no such folder")
     descriptor = _try_lock(folder)
     if descriptor is None:
-        raise SessaError(f"{folder}: another sessa command is writing into this folder")
+        raise SessaError(
+            f"{folder}: another sessa command, or a training run that one left behind, is writing "
+            "into this folder"
+        )
     try:
         sweep(folder)
         yield descriptor

@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
-from sessa_common.checkpoint.folder import new_folder
+from sessa_common.checkpoint.storage import new_folder
 from sessa_common.data.sources import TextSource, read_documents
 from sessa_common.errors import SessaError
 

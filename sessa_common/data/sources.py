@@ -17,6 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from sessa_common.checkpoint.run_files import TRAINING
 from sessa_common.config import TrainConfig
 from sessa_common.data.formats import EXPECTED, Row, decode, field_of, format_of, read_rows
 from sessa_common.errors import SessaError
@@ -88,7 +89,8 @@ def read_documents(
     document), "hf:" and a Hugging Face data set id or folder, or a file, folder or wildcard. A
     .txt, .md or .py file is one document, a .jsonl or .parquet file has one in each row; all but
     .parquet may be compressed (.gz, .zst). Folders and "**" follow links, but read every file
-    once. Documents of white space and rows of null are left out and counted in `counts`.
+    once, and leave out the folders of training runs below them. Documents of white space and rows
+    of null are left out and counted in `counts`.
 
     Every name is resolved before the first document is read. Raises SessaError that says which
     name is missing or unreadable, or which row lacks the text.
@@ -206,7 +208,8 @@ def _each_once(paths: Iterable[Path]) -> Iterator[Path]:
 def _files_below(folder: Path) -> list[Path]:
     """The files below a folder, sorted; links are followed after everything else, each file once.
 
-    Names that begin with a dot are left out. Raises SessaError for a folder that may not be read.
+    Names that begin with a dot are left out, and the folders of training runs, whose metrics are no
+    text. Raises SessaError for a folder that may not be read.
     """
     files, links, folders, seen = [], deque[Path](), deque([folder]), set()
     while folders or links:
@@ -215,6 +218,8 @@ def _files_below(folder: Path) -> list[Path]:
             files.append(current)
             continue
         if (real := os.path.realpath(current)) in seen:
+            continue
+        if current != folder and (current / TRAINING).is_file():
             continue
         seen.add(real)
         for entry in _entries(current):

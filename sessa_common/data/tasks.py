@@ -15,12 +15,8 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
-from sessa_common.checkpoint.folder import (
-    new_folder,
-    read_safetensors,
-    write_json,
-    write_safetensors,
-)
+from sessa_common.checkpoint.folder import read_safetensors, write_safetensors
+from sessa_common.checkpoint.storage import new_folder, write_json
 from sessa_common.config import SessaConfig, TrainConfig
 from sessa_common.data.batches import Batch
 from sessa_common.errors import SessaError

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sessa_common.checkpoint.folder import write_json
+from sessa_common.checkpoint.storage import write_json
 from sessa_common.config import PRESETS, SessaConfig, TrainConfig, check_matched
 from sessa_common.data.sources import check_names
 from sessa_common.data.task_registry import TASKS, read_task

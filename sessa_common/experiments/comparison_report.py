@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sessa_common.checkpoint.folder import write_json
+from sessa_common.checkpoint.storage import write_json, write_text
 from sessa_common.experiments.comparison import Comparison
 from sessa_common.experiments.comparison_pictures import draw_curves, draw_lags
 from sessa_common.experiments.comparison_results import (
@@ -27,9 +26,7 @@ def write_report(out: Path, comparison: Comparison) -> dict[str, Any]:
     """Write results.json, results.md and, with matplotlib, the pictures; return the results."""
     results = collect(out, comparison)
     write_json(out / RESULTS, results)
-    scratch = out / (TABLE + ".tmp")
-    scratch.write_text(format_results(results), encoding="utf-8")
-    os.replace(scratch, out / TABLE)
+    write_text(out / TABLE, format_results(results))
     if has_matplotlib():
         draw_curves(out, comparison)
         draw_lags(out, results)

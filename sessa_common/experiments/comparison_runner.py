@@ -8,16 +8,14 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sessa_common.checkpoint.folder import write_json
 from sessa_common.checkpoint.run_files import STATE
+from sessa_common.checkpoint.storage import LOCK, lock_folder, write_json
 from sessa_common.errors import SessaError
 from sessa_common.experiments.comparison import (
     PLAN,
@@ -32,7 +30,6 @@ from sessa_common.experiments.comparison_results import best_rate, control_resul
 from sessa_common.json_files import read_json
 from sessa_common.training.trainer import stop_signal
 
-LOCK = "lock"
 LOG_LINES = 12
 WAIT_SECONDS = 0.1
 
@@ -84,7 +81,7 @@ class Runner:
         self.models = comparison.compared_models()
         self.failed: list[str] = []
         self.running: dict[str, Running] = {}
-        self.lock: tuple[int, ...] = ()
+        self.lock = -1  # The lock of the folder, which a run that outlives this one keeps.
         comparison.check_sources()
         check_plan(out, comparison)
         there = {path.name for path in out.iterdir()} if out.exists() else set()
@@ -208,7 +205,7 @@ class Runner:
                 env=os.environ | {"OMP_NUM_THREADS": str(threads)},
                 # In a session of its own, the run gets Ctrl-C from this runner only, and once.
                 start_new_session=True,
-                pass_fds=self.lock,
+                pass_fds=(self.lock,),
             )
         self.running[job.name] = Running(job, device, process)
 
@@ -247,27 +244,6 @@ class Runner:
         for running in self.running.values():
             if running.process.poll() is None:
                 running.process.send_signal(number)
-
-
-@contextmanager
-def lock_folder(out: Path) -> Iterator[tuple[int, ...]]:
-    """Lock a folder; yield the file descriptors that a training run inherits to hold the lock too.
-
-    So the folder stays locked while a run that outlived its killed runner still writes there.
-    """
-    if sys.platform == "win32":
-        yield ()
-        return
-    import fcntl
-
-    with (out / LOCK).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise SessaError(
-                f"{out}: another sessa compare works there, or a training run that one left behind"
-            ) from None
-        yield (file.fileno(),)
 
 
 def _as_json(fields: Mapping[str, Any]) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from sessa_common.checkpoint.run_files import LOSS_PICTURE, METRICS
-from sessa_common.checkpoint.storage import atomic_path
+from sessa_common.checkpoint.storage import atomic_path, sync
 from sessa_common.input_files import read_limited
 from sessa_common.json_files import parse_json
 
@@ -23,12 +23,15 @@ LARGEST_METRICS = 2**30
 class MetricsLog:
     """The records of one run, each with "step" and "loss" or "validation_loss".
 
-    Opening the log at step n drops the records after n, which a killed run wrote but did not save.
+    Opening the log at step n drops the records after n, which a killed run wrote but did not save,
+    and lines that a crash damaged, of which `notes` tells.
     """
 
     def __init__(self, folder: Path, step: int) -> None:
         self.path = folder / METRICS
-        kept = [record for record in read_metrics(folder) if record["step"] <= step]
+        records, damaged = _read_lines(self.path)
+        self.notes = [f"{self.path}: dropped {damaged} damaged lines"] if damaged else []
+        kept = [record for record in records if record["step"] <= step]
         lines = "".join(json.dumps(record) + "\n" for record in kept)
         with atomic_path(self.path) as scratch:
             scratch.write_text(lines, encoding="utf-8")
@@ -38,14 +41,21 @@ class MetricsLog:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
+    def sync(self) -> None:
+        """Wait until the records are on disk."""
+        sync(self.path)
+
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Read the records of a run; a line that a crash cut short or damaged is left out."""
-    path = folder / METRICS
-    if not path.exists():
-        return []
-    lines = read_limited(path, LARGEST_METRICS).split(b"\n")
-    return [record for line in lines[:-1] if (record := _parse_record(line)) is not None]
+    """Read the whole records of a run; lines that a crash damaged are left out."""
+    return _read_lines(folder / METRICS)[0]
+
+
+def _read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The records of a log, and the number of its lines that are none."""
+    lines = read_limited(path, LARGEST_METRICS).split(b"\n") if path.exists() else []
+    records = [record for line in lines if (record := _parse_record(line)) is not None]
+    return records, sum(map(bool, lines)) - len(records)
 
 
 def _parse_record(line: bytes) -> dict[str, Any] | None:

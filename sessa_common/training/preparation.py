@@ -6,6 +6,8 @@ Everything here can fail, for bad input, and leaves every folder as it was.
 from __future__ import annotations
 
 import dataclasses
+import glob
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +29,7 @@ from sessa_common.data.corpus import (
     told,
     training_sequence_length,
 )
-from sessa_common.data.sources import TextSource, read_documents
+from sessa_common.data.sources import HUB_PREFIX, TextSource, read_documents
 from sessa_common.data.task_registry import load_data
 from sessa_common.data.tasks import TaskBatches
 from sessa_common.data.tokenizer import (
@@ -51,6 +53,7 @@ FREE_ON_RESUME = {
     "evaluate_every",
     "evaluate_batches",
     "checkpoint_every",
+    "keep_checkpoints",
     "data",
     "validation_data",
     "text_field",
@@ -119,8 +122,10 @@ def prepare(request: TrainRequest, tell: Tell = say_nothing) -> Run:
 def _inputs(request: TrainRequest, settings: TrainConfig) -> list[Path]:
     """The files and folders that a new run reads, which its folder must not replace."""
     names = [request.init, request.config, request.train_config, settings.task, settings.tokenizer]
-    names += [*settings.data, *settings.validation_data]
     paths = [Path(name) for name in names if isinstance(name, (str, Path))]
+    for name in (*settings.data, *settings.validation_data):
+        pattern = os.path.expanduser(name.removeprefix(HUB_PREFIX))
+        paths += [Path(pattern), *map(Path, glob.glob(pattern, recursive=True))]
     return [path for path in paths if path.exists()]
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,17 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
-from sessa_common.checkpoint.folder import read_safetensors, save_weights, write_safetensors
+from sessa_common.checkpoint.finite import require_finite_weights
+from sessa_common.checkpoint.folder import (
+    SHARD_SIZE,
+    read_safetensors,
+    write_safetensors,
+    write_weights,
+)
+from sessa_common.checkpoint.manifest import is_undamaged, verify, write_manifest
 from sessa_common.checkpoint.run_files import RESULT, STATE, TRAINING
-from sessa_common.checkpoint.storage import new_folder, write_json
+from sessa_common.checkpoint.saves import add_save, finish_save, list_saves
+from sessa_common.checkpoint.storage import lock_folder, new_folder, write_json
 from sessa_common.config import (
     SessaConfig,
     TrainConfig,
@@ -47,35 +56,77 @@ class Run:
     resumed: bool = False
 
 
-def create_run_folder(run: Run, backend: TrainBackend, *, force: bool = False) -> None:
+def create_run_folder(
+    run: Run, backend: TrainBackend, *, force: bool = False, lock_until: ExitStack | None = None
+) -> None:
     """Make the folder of a new run, whole, with the backend's first weights as step 0.
 
     It appears under its name when everything in it is written, so a failure leaves what was there
-    before. Raises SessaError when the folder is not empty, unless `force`.
+    before; it stays locked until `lock_until` is closed. Raises SessaError when the folder is not
+    empty, unless `force`.
     """
-    with new_folder(run.folder, force=force) as scratch:
+    with new_folder(run.folder, force=force, lock_until=lock_until) as scratch:
         write_tokenizer(scratch, run.tokenizer, run.end_id, run.config.max_position_embeddings)
-        save_run(scratch, run, backend, step=0)
+        write_json(scratch / "config.json", run.config.to_dict())
+        write_json(scratch / TRAINING, run.settings.to_dict())
+        write_manifest(scratch, _write_save(scratch, run, backend, 0), step=0)
 
 
-def save_run(folder: Path, run: Run, backend: TrainBackend, *, step: int) -> None:
-    """Write the weights, the training state after `step` steps and the settings into a folder."""
-    save_weights(folder, run.config, backend.weights())
+@contextmanager
+def open_run_folder(folder: Path) -> Iterator[None]:
+    """Lock the folder of a run to go on with; what a killed save left half done is finished.
+
+    Raises SessaError when another process writes there, and when the saved weights or the saved
+    state are damaged.
+    """
+    with lock_folder(folder):
+        finish_save(folder)
+        try:
+            if (folder / STATE).is_file():
+                verify(folder)
+        except SessaError as error:
+            kept = [path for path in list_saves(folder) if is_undamaged(path)]
+            advice = f"; {kept[-1]} is good: go on from it with `init`" if kept else ""
+            raise SessaError(f"{error}{advice}") from None
+        yield
+
+
+def save_run(
+    run: Run, backend: TrainBackend, *, step: int, validation_loss: float | None = None
+) -> None:
+    """Add a save of the weights and the training state after `step` steps to the run's folder.
+
+    Raises SessaError, and leaves the last save as it is, when a number is not finite.
+    """
+    write_json(run.folder / TRAINING, run.settings.to_dict())
+    add_save(
+        run.folder,
+        lambda scratch: _write_save(scratch, run, backend, step),
+        step=step,
+        validation_loss=validation_loss,
+        keep=run.settings.keep_checkpoints,
+    )
+
+
+def _write_save(folder: Path, run: Run, backend: TrainBackend, step: int) -> list[str]:
+    state = backend.state()
+    require_finite_weights(state, f"step {step}")
     about = json.dumps({"step": step, "fingerprint": run.source.fingerprint})
-    # One file, so that no crash can leave halves of two steps.
-    write_safetensors(folder / STATE, backend.state(), {"training": about})
-    write_json(folder / TRAINING, run.settings.to_dict())
+    names = write_weights(folder, backend.weights(), shard_size=SHARD_SIZE, framework="pt")
+    write_safetensors(folder / STATE, state, {"training": about})
+    return [*names, STATE]
 
 
 def restore_run(run: Run, backend: TrainBackend) -> int:
     """Give the backend the saved state of a run and return its step.
 
-    Raises SessaError when the state belongs to another architecture or to other data.
+    Raises SessaError when the state is not finite or belongs to another architecture or other data.
     """
     path = run.folder / STATE
     state = read_safetensors(path)
     step, fingerprint = read_state_metadata(run.folder)
     _check_state(state, run.config, path)
+    require_finite_weights(state, str(path))
     if fingerprint != run.source.fingerprint:
         raise SessaError(
             f"{run.folder}: the data are not those that this run began with; give it the same "

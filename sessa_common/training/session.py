@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from sessa_common.training.preparation import TrainRequest, prepare
 from sessa_common.training.run_folder import (
     Run,
     create_run_folder,
+    open_run_folder,
     read_state_metadata,
     read_task_result,
     restore_run,
@@ -56,9 +58,22 @@ def run_session(
     """Train what is asked for and return the result.
 
     A new run folder is made after everything that can fail early was tried: the data are read, the
-    tokenizer is there and the backend holds the weights on its device. Raises SessaError.
+    tokenizer is there and the backend holds the weights on its device. The folder is locked until
+    the end. Raises SessaError.
     """
-    reporter = reporter or Silent()
+    with ExitStack() as lock:
+        if request.resume is not None and Path(request.resume).is_dir():
+            lock.enter_context(open_run_folder(Path(request.resume)))
+        return _run_locked(make_backend, request, device, reporter or Silent(), lock)
+
+
+def _run_locked(
+    make_backend: MakeBackend,
+    request: TrainRequest,
+    device: str | None,
+    reporter: Reporter,
+    lock: ExitStack,
+) -> TrainResult:
     run = prepare(request, reporter.preparing)
     steps = run.settings.steps
     if run.resumed and read_state_metadata(run.folder)[0] >= steps and not _is_untested(run):
@@ -70,9 +85,10 @@ def run_session(
         step = restore_run(run, backend)
     else:
         step = 0
-        create_run_folder(run, backend, force=request.force)
-    reporter.started(_first_record(run, backend, step))
-    finished = Trainer(backend, run, step, reporter).train()
+        create_run_folder(run, backend, force=request.force, lock_until=lock)
+    trainer = Trainer(backend, run, step, reporter)
+    reporter.started(_first_record(trainer))
+    finished = trainer.train()
     if finished and isinstance(run.source, TaskBatches):
         task = run.source.data.task
         measures = run.source.test(backend.predict)
@@ -86,14 +102,15 @@ def _is_untested(run: Run) -> bool:
     return is_task and read_task_result(run.folder, run.settings.steps) is None
 
 
-def _first_record(run: Run, backend: TrainBackend, step: int) -> dict[str, Any]:
+def _first_record(trainer: Trainer) -> dict[str, Any]:
+    run, backend = trainer.run, trainer.backend
     return {
         "folder": run.folder,
-        "step": step,
+        "step": trainer.step,
         "steps": run.settings.steps,
         "parameters": parameter_count(run.config),
         "data": run.source.summary,
-        "notes": run.source.notes,
+        "notes": [*run.source.notes, *trainer.metrics.notes],
         "vocab_size": run.config.vocab_size,
         "device": backend.device,
         "precision": backend.precision,

@@ -13,6 +13,7 @@ from contextlib import closing, contextmanager
 from itertools import islice
 from typing import Any, Protocol
 
+from sessa_common.checkpoint.finite import NotFiniteError
 from sessa_common.data.batches import Batch
 from sessa_common.errors import DivergedError
 from sessa_common.inference.evaluation import perplexity
@@ -60,8 +61,8 @@ class Trainer:
     """Trains a backend from `step` on, in a run folder that is a checkpoint folder at all times.
 
     A run is decided by (config, settings, data) alone: batch i is a function of the seed and i, so
-    the step number is the data position and the random state. Every save leaves model.safetensors,
-    to use, and training_state.safetensors, to resume from, each renamed into place whole.
+    the step number is the data position and the random state. Every save leaves the weights, to
+    use, and training_state.safetensors, to resume from; see `sessa_common.checkpoint.saves`.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class Trainer:
         self.source, self.folder = run.source, run.folder
         self.reporter = reporter or Silent()
         self.step = self.saved = step
+        self.validation_loss: float | None = None  # the newest since the last save
         self.metrics = MetricsLog(run.folder, step)
 
     def train(self, until: int | None = None) -> bool:
@@ -99,9 +101,18 @@ class Trainer:
 
     def save(self) -> None:
         """Write weights, training state and the loss picture into the folder."""
-        save_run(self.folder, self.run, self.backend, step=self.step)
+        self.metrics.sync()
+        try:
+            save_run(self.run, self.backend, step=self.step, validation_loss=self.validation_loss)
+        except NotFiniteError as error:
+            raise DivergedError(f"{error}; {self._advice()}") from None
         draw_losses(self.folder)
-        self.saved = self.step
+        self.saved, self.validation_loss = self.step, None
+
+    def _advice(self) -> str:
+        return (
+            f"the save of step {self.saved} in {self.folder} is good, try a smaller `learning_rate`"
+        )
 
     def _train_step(self) -> None:
         began = time.perf_counter()
@@ -110,8 +121,8 @@ class Trainer:
         loss, norm = self.backend.step(batches, rate)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise DivergedError(
-                f"step {self.step + 1}: the loss is {loss} and the gradient norm {norm}; the last "
-                f"checkpoint in {self.folder} is good, try a smaller `learning_rate`"
+                f"step {self.step + 1}: the loss is {loss} and the gradient norm {norm}; "
+                f"{self._advice()}"
             )
         self.step += 1
         record = {
@@ -138,6 +149,7 @@ class Trainer:
             "validation_perplexity": perplexity(loss),
             **self.source.score(predicted),
         }
+        self.validation_loss = loss
         self.metrics.write(record)
         self.reporter.validation(record)
 

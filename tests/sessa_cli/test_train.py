@@ -52,7 +52,7 @@ def test_train_leaves_a_checkpoint_that_loads_and_a_paragraph(backend, text, tmp
     names = {path.name for path in out.iterdir()}
     assert names == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
                      "generation_config.json", "training.json", "training_state.safetensors",
-                     "metrics.jsonl", "loss.png", MANIFEST}  # fmt: skip
+                     "metrics.jsonl", "loss.png", "checkpoints", MANIFEST}  # fmt: skip
     config, weights = load_weights(out)
     assert (config.vocab_size, config.eos_token_id, config.hidden_size) == (257, 256, 16)
     assert result["parameters"] == sum(value.size for value in weights.values())
@@ -138,10 +138,10 @@ def test_resume_with_more_steps_goes_on(run_folder, capsys):
     ids=lambda value: str(value[0]) if isinstance(value, tuple) else "",
 )
 def test_resume_as_another_run_is_refused(options, message, run_folder, capsys):
-    before = {path.name: path.read_bytes() for path in run_folder.iterdir()}
+    before = {path: path.read_bytes() for path in run_folder.rglob("*") if path.is_file()}
     said = fails(capsys, "train", "--resume", run_folder, "--steps", 9, *options)
     assert message in said
-    assert before == {path.name: path.read_bytes() for path in run_folder.iterdir()}
+    assert before == {path: path.read_bytes() for path in run_folder.rglob("*") if path.is_file()}
 
 
 def test_resume_needs_a_training_state(run_folder, capsys):

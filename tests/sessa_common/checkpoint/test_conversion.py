@@ -21,10 +21,10 @@ from sessa_common.checkpoint.folder import (
     NUMPY_DTYPES,
     load_weights,
     save_weights,
-    write_json,
 )
 from sessa_common.checkpoint.initialization import initial_weights
 from sessa_common.checkpoint.quantization import quantize_weights
+from sessa_common.checkpoint.storage import write_json
 from sessa_common.config import SessaConfig, parameter_shapes
 from sessa_common.errors import SessaError
 from sessa_common.inspection import describe

@@ -20,10 +20,10 @@ from sessa_common.checkpoint.folder import (
     load_weights,
     read_safetensors,
     save_weights,
-    write_json,
 )
 from sessa_common.checkpoint.initialization import initial_weights
 from sessa_common.checkpoint.quantization import quantize_weights
+from sessa_common.checkpoint.storage import write_json
 from sessa_common.config import PRESETS, SessaConfig, parameter_count
 from sessa_common.errors import SessaError
 from sessa_common.inspection import describe

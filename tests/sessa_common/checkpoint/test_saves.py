@@ -20,7 +20,7 @@ from sessa_common.checkpoint.folder import (
 )
 from sessa_common.checkpoint.initialization import initial_weights
 from sessa_common.checkpoint.manifest import read_manifest, verify
-from sessa_common.checkpoint.saves import add_save, finish, list_saves
+from sessa_common.checkpoint.saves import add_save, finish_save, list_saves
 from sessa_common.checkpoint.storage import LOCK, MANIFEST, lock_folder
 from sessa_common.config import SessaConfig
 
@@ -142,7 +142,7 @@ def test_a_kill_at_any_moment_leaves_one_whole_save(run):
         done = subprocess.run(command, env=environment, check=False)
         found.append(step_of(run))
         with lock_folder(run):
-            finish(run)
+            finish_save(run)
             assert step_of(run) == found[-1]
         verify(run)
         if done.returncode == 0:

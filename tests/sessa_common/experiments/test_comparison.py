@@ -17,6 +17,7 @@ from support.in_process import sessa
 import sessa_cli.compare as command
 from sessa_cli.compare import compare
 from sessa_cli.main import app
+from sessa_common.checkpoint.storage import LOCK
 from sessa_common.config import SessaConfig, parameter_count
 from sessa_common.errors import SessaError
 from sessa_common.experiments.comparison import (
@@ -33,7 +34,7 @@ from sessa_common.experiments.comparison_results import (
     read_result,
     trained_lags,
 )
-from sessa_common.experiments.comparison_runner import LOCK, Runner, Running, TrainCommand
+from sessa_common.experiments.comparison_runner import Runner, Running, TrainCommand
 
 if "compare" not in {each.callback.__name__ for each in app.registered_commands if each.callback}:
     app.command()(compare)

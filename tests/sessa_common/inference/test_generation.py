@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 import sessa_export.runtime
 from sessa_cli.generate import generate as generate_command
-from sessa_common.checkpoint.folder import write_json
+from sessa_common.checkpoint.storage import write_json
 from sessa_common.config import SessaConfig
 from sessa_common.data.tokenizer import byte_tokenizer, train_bpe, word_tokenizer
 from sessa_common.errors import SessaError
