@@ -86,11 +86,11 @@ def sync_tree(folder: Path) -> None:
 
 
 @contextmanager
-def lock_folder(folder: Path | str) -> Iterator[int]:
+def lock_folder(folder: Path | str, writer: str = "sessa command") -> Iterator[int]:
     """Hold the lock of a folder and remove what killed writers left in it.
 
     Yields the lock's file descriptor: a child process that inherits it keeps the folder locked.
-    Raises SessaError when another process holds the lock.
+    Raises SessaError, which calls the other a `writer`, when another process holds the lock.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -98,8 +98,7 @@ def lock_folder(folder: Path | str) -> Iterator[int]:
     descriptor = _try_lock(folder)
     if descriptor is None:
         raise SessaError(
-            f"{folder}: another sessa command, or a training run that one left behind, is writing "
-            "into this folder"
+            f"{folder}: another {writer} works there, or a training run that one left behind"
         )
     try:
         sweep(folder)

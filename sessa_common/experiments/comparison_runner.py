@@ -91,7 +91,7 @@ class Runner:
 
     def run(self) -> bool:
         """Run every job that is not finished; return False when a signal stopped it."""
-        with lock_folder(self.out) as self.lock, stop_signal() as stopped:
+        with lock_folder(self.out, "sessa compare") as self.lock, stop_signal() as stopped:
             try:
                 waiting = self._waiting_jobs()
                 while not stopped():
