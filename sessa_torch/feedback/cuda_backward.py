@@ -31,6 +31,7 @@ from sessa_torch.cuda.launch import (
 from sessa_torch.cuda.tiles import accumulate_tile, load_block, log2_prob, score_tile, tile_offsets
 from sessa_torch.feedback.cuda_forward import run_solve
 from sessa_torch.feedback.cuda_sizes import Tiles, gradient_tiles, product_precision
+from sessa_torch.feedback.masking import visible_rows
 from sessa_torch.feedback.outputs import from_row
 
 # The workspace has so many elements, but at least so many tiles of rows.
@@ -64,6 +65,7 @@ def solve_backward(
     gain, mask = gamma.contiguous(), mask_bytes(key_mask)
     if past_s is not None:
         states = aligned(torch.cat([past_s.to(dtype), states], 1))
+    kw, states = (aligned(visible_rows(x, key_mask)) for x in (kw, states))
     u = aligned_empty(B, columns, D, dtype=dtype, device=s.device)
     run_solve(ds, kw, qw, gain, mask, lse, u, reverse=True)
     new, past = u[:, columns - T :], u[:, : columns - T]

@@ -72,8 +72,8 @@ def solve_forward(
 ) -> tuple[Tensor, Tensor]:
     """`cuda.solve_forward` for any number of rows.
 
-    With 16-bit products of float32 rows the states are kept twice: rounded, as operands of later
-    rows, and in float32, as the result.
+    The states are kept twice where the operands of later rows differ from the result: with 16-bit
+    products of float32 rows they are rounded, and with a mask those of hidden rows are 0.
     """
     B, T, D = f.shape
     P = k.shape[1] - T
@@ -81,14 +81,17 @@ def solve_forward(
     states = aligned_empty(B, P + T, D, dtype=mixed, device=f.device)
     if past_s is not None:
         states[:, :P] = past_s
+        if key_mask is not None:
+            states[:, :P].masked_fill_(~key_mask[:, :P, None], 0)
     lse = torch.empty(B, T, dtype=torch.float64, device=f.device)
     q, k = (aligned(x.to(scored)) for x in (q, k))
     gain, mask = gamma.contiguous(), mask_bytes(key_mask)
-    if f.dtype.itemsize > mixed.itemsize:
+    wider = f.dtype.itemsize > mixed.itemsize
+    right = rows_contiguous(f if wider else f.to(mixed))
+    if wider or mask is not None:
         s = torch.empty(B, T, D, dtype=f.dtype, device=f.device)
-        run_solve(rows_contiguous(f), q, k, gain, mask, lse, states, s, reverse=False)
+        run_solve(right, q, k, gain, mask, lse, states, s, reverse=False)
         return s, lse
-    right = rows_contiguous(f.to(mixed))
     run_solve(right, q, k, gain, mask, lse, states, reverse=False)
     return from_row(states, P, f.dtype), lse
 
@@ -107,9 +110,9 @@ def run_solve(
 ) -> None:
     """Run the solve kernel on f and write its solution to out (B, P+T, D).
 
-    Forward in time the first P rows of out hold the past states, and s (B, T, D) takes the solution
-    of the new rows before it is rounded to the type of out. In reverse the kernel solves for
-    the gradient u: f is the gradient of s, q are the keys and k the queries.
+    Forward in time the first P rows of out hold the past states. With s (B, T, D), which a mask
+    needs, s takes the solution of the new rows and out the operands of later ones. In reverse the
+    kernel solves for the gradient u: f is the gradient of s, q are the keys and k the queries.
     """
     (B, T, D), K, rows = f.shape, q.shape[2], out.shape[1]
     plan = solve_plan(
@@ -220,12 +223,21 @@ def read_solved(
 
 
 @triton.jit
+def select_visible(z, mask, rows, end, MASKED: tl.constexpr):
+    """z (BM, BD) with zeros in the rows that the mask hides; a weight of 0 would not hide NaN."""
+    if MASKED:
+        visible = tl.load(mask + rows, mask=rows < end, other=0) != 0
+        z = tl.where(visible[:, None], z, 0.0)
+    return z
+
+
+@triton.jit
 def mix_task(
-    f, v, out, s, p, p_blocks, v_blocks, at, gain, inverse_done, solved, sft, sv, b, row, part,
-    T, P, NP,
+    f, v, out, s, mask, p, p_blocks, v_blocks, at, gain, inverse_done, solved, sft, sv, b, row,
+    part, T, P, NP,
     D: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr,
-    REVERSE: tl.constexpr, APART: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
-    FENCE: tl.constexpr,
+    REVERSE: tl.constexpr, MASKED: tl.constexpr, APART: tl.constexpr, USE_TMA: tl.constexpr,
+    PRECISION: tl.constexpr, FENCE: tl.constexpr,
 ):
     """Solve one row tile for BD columns of the states; solved counts the tiles done, in order."""
     local = tl.arange(0, BM)
@@ -259,14 +271,16 @@ def mix_task(
     z = right.to(tl.float32) + tl.load(gain + local)[:, None] * acc
     if row * BM < NP:
         X = tl.load(p + tile_column(row, NP, BM, REVERSE) * BM + tile_offsets(local, local, BM, BK))
-        z = tl.dot(X, z.to(X.dtype), z, input_precision=PRECISION)
+        operand = select_visible(z, mask, rows, P + T, MASKED and not REVERSE)
+        z = tl.dot(X, operand.to(X.dtype), z, input_precision=PRECISION)
     z = read_solved(
         z, p_blocks, v_blocks, at, b, solved, known, before, tiles, part * BD, NP,
         BM, BD, BK, REVERSE, USE_TMA, PRECISION, FENCE,
     )
     if row * BM > NP:
         wait(solved, row - known)
-    tl.store(out_at, z.to(out.dtype.element_ty), mask=out_ok)
+    operand = select_visible(z, mask, rows, P + T, MASKED and not REVERSE)
+    tl.store(out_at, operand.to(out.dtype.element_ty), mask=out_ok)
     if REVERSE:
         # The rows behind the last are read too.
         w = tl.where((rows < T)[:, None], z * tl.load(gain + BM + local)[:, None], 0.0)
@@ -317,7 +331,7 @@ def solve_kernel(
 
     gamma, lse (B, T) and mask (B, P+T) are contiguous, out (B, P+T, D) and v too but for the stride
     sv of their rows. Forward v is out, whose first P rows are given, and with APART the contiguous
-    s (B, T, D) takes the solution too, in a wider type; backward in time v (B, NP, D)
+    s (B, T, D) takes the solution, and v what later rows multiply; backward in time v (B, NP, D)
     takes w, the last rows of which are the last ones in time. A slot of the ring is BM x NP in p,
     in blocks, see cells, and the statistics and factors in work. The lags are the steps by which
     the tickets of a row tile's inverse and mixes follow those of its first scores. USE_TMA says
@@ -385,8 +399,9 @@ def solve_kernel(
         v_rows = NP if REVERSE else columns
         each = v_rows.to(tl.int64) * sv
         mix_task(
-            f + wide * sfb, v + wide * each, out + wide * (P + T) * sv, s + wide * T * D, p,
+            f + wide * sfb, v + wide * each, out + wide * (P + T) * sv, s + wide * T * D,
+            mask + wide * (P + T), p,
             ring_blocks, (v, each, sv, v_rows, D, v_blocks), slot * (NP // BK * BM), gain,
             inverse_done, solved + part, sft, sv, b, row, part, T, P, NP,
-            D, BM, BD, BK, REVERSE, APART, USE_TMA, PRECISION, FENCE,
+            D, BM, BD, BK, REVERSE, MASKED, APART, USE_TMA, PRECISION, FENCE,
         )

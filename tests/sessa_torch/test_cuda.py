@@ -164,6 +164,9 @@ def test_pieces_of_a_prompt_with_16_bit_products(widths, types, T):
         gamma[:, ::3] = 0
         exact = (x if x is None else x.double() for x in (f, q, k, gamma, past))
         want, _ = blocked.solve_forward(*exact, mask)
+        k[~mask] = torch.nan
+        if P:
+            past[~mask[:, :P]] = torch.inf
         for precision, limit in (("auto", 5e-3), ("float32", 5e-6)):
             s = feedback_solve(f, q, k, gamma, past_s=past, key_mask=mask, precision=precision)
             assert s.dtype == torch.float32
