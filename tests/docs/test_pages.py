@@ -26,3 +26,10 @@ def test_the_python_blocks_run(page, tmp_path, monkeypatch):
     names: dict = {"__name__": page}
     for block in blocks:
         exec(compile(block, page, "exec"), names)
+
+
+def test_the_readme_stays_a_front_door():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    lines = text.splitlines()
+    assert len(lines) <= 220 and len(text.split()) <= 1300
+    assert [line for line in lines if len(line) > 100 and not line.startswith("|")] == []
