@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from sessa_common.checkpoint.folder import (
     NUMPY_DTYPES,
     channels_first,
     check_weights,
     load_config,
+    open_safetensors,
     weight_files,
 )
 from sessa_common.checkpoint.import_weights import infer_config, map_names, read_arrays
@@ -94,17 +94,14 @@ def _describe_folder(folder: Path) -> Description:
 
 def read_headers(file: Path) -> dict[str, np.ndarray]:
     """Arrays of the shape and type of every tensor of a safetensors file, without its data."""
-    try:
-        with safe_open(str(file), framework="np") as opened:
-            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
-            found = {name: (s.get_dtype(), s.get_shape()) for name, s in slices.items()}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise SessaError(f"{file}: not a readable safetensors file ({error})") from None
     types = {**NUMPY_DTYPES, "uint32": np.dtype(np.uint32), "uint8": np.dtype(np.uint8)}
-    return {
-        name: np.broadcast_to(np.zeros((), types[STORED.get(code, "uint8")]), shape)
-        for name, (code, shape) in found.items()
-    }
+    found = {}
+    with open_safetensors(file) as opened:
+        for name in opened.keys():  # noqa: SIM118
+            tensor = opened.get_slice(name)
+            one = np.zeros((), types[STORED.get(tensor.get_dtype(), "uint8")])
+            found[name] = np.broadcast_to(one, tensor.get_shape())
+    return found
 
 
 def _count(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:

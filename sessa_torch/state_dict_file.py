@@ -40,4 +40,19 @@ def read_state_dict(path: Path) -> dict[str, np.ndarray]:
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             kind = type(value).__name__
             raise SessaError(f"{path}: {name!r} is a {kind}; a state dict has only tensors")
-    return {name: to_numpy(value) for name, value in content.items()}
+    return {name: _to_array(value, f"{path}: {name}") for name, value in content.items()}
+
+
+def _to_array(tensor: torch.Tensor, where: str) -> np.ndarray:
+    plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
+    if not plain or tensor.is_quantized:
+        raise SessaError(
+            f"{where} is not stored as plain numbers ({tensor.layout}, {tensor.device.type}); "
+            "save a dense tensor on the CPU"
+        )
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise SessaError(f"{where} repeats numbers that are stored once; save it contiguous")
+    try:
+        return to_numpy(tensor)
+    except (TypeError, RuntimeError) as error:
+        raise SessaError(f"{where} is {tensor.dtype}, which cannot be read ({error})") from None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import sys
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.main import get_command
@@ -75,7 +76,7 @@ def main(arguments: list[str] | None = None) -> None:
     given = sys.argv[1:] if arguments is None else arguments
     with safe_output() as out:
         try:
-            app(args=rename_options(given), prog_name="sessa")
+            _command()(args=rename_options(given), prog_name="sessa")
         except SystemExit as ended:
             out.flush()
             if not ended.code and out.lost:
@@ -93,9 +94,15 @@ def main(arguments: list[str] | None = None) -> None:
             _refuse(message)
 
 
+@functools.cache
+def _command() -> Any:
+    """The command with its subcommands, which takes Typer a while to make."""
+    return get_command(app)
+
+
 def _options(arguments: list[str]) -> dict[str, str]:
     """The options of the command that was called, by field."""
-    commands = getattr(get_command(app), "commands", {})
+    commands = getattr(_command(), "commands", {})
     command = commands.get(arguments[0]) if arguments else None
     return {} if command is None else options_of(command)
 

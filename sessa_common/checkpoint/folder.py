@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from sessa_common.checkpoint.quantization import dequantize_weights, is_quantize
 from sessa_common.checkpoint.storage import atomic_path, write_json
 from sessa_common.config import SessaConfig, parameter_shapes
 from sessa_common.errors import SessaError
+from sessa_common.input_files import require_regular
 from sessa_common.json_files import read_json
 
 NUMPY_DTYPES = {
@@ -39,13 +41,28 @@ INDEX = "model.safetensors.index.json"
 SHARD_SIZE = 5 * 10**9
 
 
-def read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    """Every tensor of one safetensors file; a damaged file is a SessaError that names it."""
+@contextmanager
+def open_safetensors(path: Path) -> Iterator[Any]:
+    """Open a safetensors file for NumPy.
+
+    Raises SessaError that names the file when it is no regular file, is damaged, or holds a type
+    that NumPy lacks, such as an 8-bit float, also while its tensors are read inside the block.
+    """
+    require_regular(path)
     try:
         with safe_open(str(path), framework="np") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
+            yield file
+    except SessaError:
+        raise
+    # NumPy reports a type that it lacks as a missing attribute.
+    except (SafetensorError, OSError, ValueError, AttributeError, OverflowError) as error:
         raise SessaError(f"{path}: not a readable safetensors file ({error})") from None
+
+
+def read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    """Every tensor of one safetensors file; raises SessaError as `open_safetensors` does."""
+    with open_safetensors(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 def write_safetensors(

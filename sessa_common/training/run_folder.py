@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
 from sessa_common.checkpoint.finite import require_finite_weights
 from sessa_common.checkpoint.folder import (
     SHARD_SIZE,
+    open_safetensors,
     read_safetensors,
     write_safetensors,
     write_weights,
@@ -33,7 +33,7 @@ from sessa_common.config import (
 from sessa_common.data.batches import BatchSource
 from sessa_common.data.tokenizer import write_tokenizer
 from sessa_common.errors import SessaError
-from sessa_common.json_files import read_json
+from sessa_common.json_files import parse_json, read_json
 from sessa_common.training.backend import MOMENTS, TrainBackend
 from sessa_common.training.metrics import last_metrics, read_metrics, tokens_per_second
 
@@ -154,11 +154,12 @@ def _check_state(state: Mapping[str, np.ndarray], config: SessaConfig, path: Pat
 def read_state_metadata(folder: Path) -> tuple[int, str]:
     """Step and data fingerprint of the saved state, without reading its arrays."""
     path = folder / STATE
+    with open_safetensors(path) as file:
+        stored = (file.metadata() or {}).get("training", "")
     try:
-        with safe_open(str(path), framework="np") as file:
-            about = json.loads((file.metadata() or {})["training"])
+        about = parse_json(stored)
         return int(about["step"]), str(about["fingerprint"])
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise SessaError(f"{path}: not a training state ({error})") from None
 
 

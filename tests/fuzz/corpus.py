@@ -37,6 +37,8 @@ TRAIN = (
 ONE_STEP = (
     "--steps",
     "1",
+    "--gradient-accumulation-steps",
+    "1",
     "--batch-size",
     "1",
     "--evaluate-batches",

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import faulthandler
-import functools
 import io
 import os
 import random
@@ -24,14 +23,10 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
-import typer.main
 from corpus import Item, build
 from mutations import mutate_file
 
 from sessa_cli.main import main
-
-# Typer builds all commands anew at every call, which takes most of a case's time.
-typer.main.get_command = functools.cache(typer.main.get_command)
 
 MOST_SECONDS = 20
 MOST_MEMORY = 10**9

@@ -114,6 +114,9 @@ def test_the_reporter_hears_of_the_start_every_step_and_every_evaluation(text, t
     heard = []
 
     class Listener:
+        def preparing(self, activity):
+            heard.append(("preparing", activity))
+
         def started(self, record):
             heard.append(("started", record["step"], record["steps"]))
 
@@ -125,6 +128,8 @@ def test_the_reporter_hears_of_the_start_every_step_and_every_evaluation(text, t
 
     twin = importlib.import_module("sessa_torch")
     twin.train(tmp_path / "run", data=text, device="cpu", reporter=Listener(), **TINY)
+    size = len(text.read_text())
+    assert heard.pop(0) == ("preparing", f"tokenizing the training text: {size:,} characters")
     assert heard == [("started", 0, 2), ("training", 1), ("training", 2), ("validation", 2)]
     assert twin.train(resume=tmp_path / "run", steps=3, reporter=Listener()).finished
-    assert heard[4:] == [("started", 2, 3), ("training", 3), ("validation", 3)]
+    assert heard[5:] == [("started", 2, 3), ("training", 3), ("validation", 3)]
