@@ -56,7 +56,7 @@ FAILURES = {
     "no data": ({"data": "gone.txt"}, None, SessaError),
     "tokenizer": ({"tokenizer": "5"}, None, SessaError),
     "out of memory": ({}, ("{twin}.training.TrainBackend", no_memory), MemoryError),
-    "full disk": ({}, ("sessa_common.training.run_folder.save_weights", no_save), OSError),
+    "full disk": ({}, ("sessa_common.training.run_folder.write_weights", no_save), OSError),
 }
 
 
