@@ -40,13 +40,16 @@ METAL_FUNC float group_max(float value, threadgroup float* partial, uint lane, u
   return max(max(partial[0], partial[1]), max(partial[2], partial[3]));
 }
 
-// exp(a - b) where both may be -inf, the logarithm of an empty sum.
+// False for NaN and infinity.
+METAL_FUNC bool finite(float value) { return abs(value) < INFINITY; }
+
+// exp(a - b), and 0 where a is -inf, the logarithm of an empty sum.
 METAL_FUNC float ratio(float a, float b) { return a == -INFINITY ? 0.0f : exp(a - b); }
 
 // One threadgroup owns one row: weights[j] = exp(scores[j] - lse) where column j is visible, else
-// 0. Row r of the block row sees columns j < L - n + r that the mask does not hide; one that sees
-// nothing has lse = +inf. The gradients run this again: the rounding of a stored lse would weigh
-// more than reading the scores twice.
+// 0. Row r of the block row sees the columns j < L - n + r that the mask does not hide; a row that
+// sees nothing has lse = +inf. A row of coupling that is not finite is NaN in every column. The
+// backward pass runs this again, because the rounding of a stored lse would cost digits.
 template <bool MASKED, typename T, typename Scores, typename Mask, typename Gamma>
 METAL_FUNC void feedback_weights(Scores scores, Mask key_mask, Gamma gamma, device T* weights,
                                  device float* coupling, device float* lse, int n, int L,
@@ -73,23 +76,24 @@ METAL_FUNC void feedback_weights(Scores scores, Mask key_mask, Gamma gamma, devi
   const float row_top = group_max(top, partial, lane, sg);
   const float row_sum = group_sum(sum * ratio(top, row_top), partial + SIMDGROUPS, lane, sg);
   const float gain = float(gamma[row]);
+  const float unseen = finite(gain) && finite(row_sum) ? 0.0f : NAN;
   for (int j = tid; j < L; j += THREADS) {
     const bool seen = j < visible && (!MASKED || bool(key_mask[j]));
     const float weight = seen ? exp(float(scores[j]) - row_top) / row_sum : 0.0f;
     weights[j] = T(weight);
-    if (j >= own) coupling[j - own] = gain * weight;
+    if (j >= own) coupling[j - own] = seen ? gain * weight + unseen : unseen;
   }
-  if (tid == 0) lse[row] = row_sum > 0.0f ? row_top + log(row_sum) : INFINITY;
+  if (tid == 0) lse[row] = row_sum == 0.0f ? INFINITY : row_top + log(row_sum);
 }
 
-// tile <- the TILE x TILE block (i, j) of coupling (n, n), zero outside.
+// tile <- the TILE x TILE block (i, j) of coupling (n, n), zero outside and where it is not finite.
 template <typename Coupling>
 METAL_FUNC void load_tile(threadgroup float* tile, Coupling coupling, int n, int i, int j,
                           uint tid) {
   for (int e = tid; e < TILE * TILE; e += THREADS) {
     const int r = i * TILE + e / TILE, c = j * TILE + e % TILE;
     const float value = r < n && c < n ? float(coupling[size_t(r) * n + c]) : 0.0f;
-    tile[e / TILE * TILE_LD + e % TILE] = value;
+    tile[e / TILE * TILE_LD + e % TILE] = finite(value) ? value : 0.0f;
   }
 }
 
@@ -135,29 +139,49 @@ METAL_FUNC void solve_tile(const threadgroup float* tile, threadgroup float* x,
   }
 }
 
+// rhs + gamma carried at `at` of row `row`; NaN where the row's coupling is not finite.
+template <bool CARRIED, typename Rhs, typename Gamma, typename Carried, typename Coupling>
+METAL_FUNC float right_side(Rhs rhs, Gamma gamma, Carried carried, Coupling coupling, size_t at,
+                            size_t row, int n) {
+  float value = float(rhs[at]);
+  if (CARRIED) value += float(gamma[row]) * float(carried[at]);
+  return finite(float(coupling[row * n])) ? value : NAN;
+}
+
 // x = (I - N)^-1 (rhs + gamma carried), N = coupling strictly lower triangular (n, n); with
 // REVERSED x = (I - N^T)^-1 rhs. One threadgroup solves COLUMNS of the D columns of one batch
 // element and keeps them in threadgroup memory; simdgroup sg multiplies the 16 rows of a tile from
 // 16 (sg / 2) and the 8 columns from 8 (sg % 2).
-template <bool REVERSED, bool CARRIED, typename Rhs, typename Gamma, typename Carried,
-          typename Coupling, typename Out>
+//
+// In the products a value that is not finite would reach the rows before it. It is solved as 0;
+// afterwards it gets its own value back, and the rows behind it become NaN unless its key is
+// hidden. A thread loads and stores one column, of which `broken` is the first such row.
+template <bool REVERSED, bool CARRIED, bool MASKED, typename Rhs, typename Gamma,
+          typename Carried, typename Coupling, typename Mask, typename Out>
 METAL_FUNC void feedback_block(Rhs rhs, Gamma gamma, Carried carried, Coupling coupling,
-                               device Out* x, int n, int D, threadgroup float* xs,
-                               threadgroup float* sums, threadgroup float* tile, uint3 tgid,
+                               Mask key_mask, device Out* x, int n, int D,
+                               threadgroup float* xs, threadgroup float* sums,
+                               threadgroup float* tile, threadgroup int* broken, uint3 tgid,
                                uint tid, uint sg) {
   const int first = tgid.x * COLUMNS;
   const size_t row0 = size_t(tgid.y) * n;
   const int tiles = (n + TILE - 1) / TILE;
-  coupling += row0 * n;
+  int own_broken = n;
   for (int e = tid; e < tiles * TILE * COLUMNS; e += THREADS) {
     const int r = e / COLUMNS, c = first + e % COLUMNS;
     float value = 0.0f;
     if (r < n && c < D) {
-      value = float(rhs[(row0 + r) * D + c]);
-      if (CARRIED) value += float(gamma[row0 + r]) * float(carried[(row0 + r) * D + c]);
+      const size_t row = row0 + r;
+      value = right_side<CARRIED>(rhs, gamma, carried, coupling, row * D + c, row, n);
+      if (!finite(value)) {
+        value = 0.0f;
+        if (!MASKED || key_mask[row]) own_broken = min(own_broken, REVERSED ? n - 1 - r : r);
+      }
     }
     xs[r * X_LD + e % COLUMNS] = value;
   }
+  broken[tid] = own_broken;
+  const size_t row_start = row0 * n;
   const int row = sg / 2 * 16, column = sg % 2 * 8;
   threadgroup float* own = sums + row * X_LD + column;
   for (int step = 0; step < tiles; step++) {
@@ -167,7 +191,7 @@ METAL_FUNC void feedback_block(Rhs rhs, Gamma gamma, Carried carried, Coupling c
     threadgroup_barrier(mem_flags::mem_threadgroup);
     for (int k = 0; k < step; k++) {
       const int j = REVERSED ? tiles - 1 - k : k;
-      load_tile(tile, coupling, n, REVERSED ? j : i, REVERSED ? i : j, tid);
+      load_tile(tile, coupling + row_start, n, REVERSED ? j : i, REVERSED ? i : j, tid);
       threadgroup_barrier(mem_flags::mem_threadgroup);
       for (int m = 0; m < 4; m++) {
         simdgroup_float8x8 left, right;
@@ -181,14 +205,20 @@ METAL_FUNC void feedback_block(Rhs rhs, Gamma gamma, Carried carried, Coupling c
     }
     simdgroup_store(sum[0], own, X_LD);
     simdgroup_store(sum[1], own + 8 * X_LD, X_LD);
-    load_tile(tile, coupling, n, i, i, tid);
+    load_tile(tile, coupling + row_start, n, i, i, tid);
     threadgroup_barrier(mem_flags::mem_threadgroup);
     if (sg < COLUMNS / 8) solve_tile<REVERSED>(tile, xs + i * TILE * X_LD + 8 * sg, sums + 8 * sg);
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
+  for (int i = tid % COLUMNS; i < THREADS; i += COLUMNS) own_broken = min(own_broken, broken[i]);
   for (int e = tid; e < n * COLUMNS; e += THREADS) {
     const int r = e / COLUMNS, c = first + e % COLUMNS;
-    if (c < D) x[(row0 + r) * D + c] = Out(xs[r * X_LD + e % COLUMNS]);
+    if (c >= D) continue;
+    const size_t row = row0 + r;
+    float value = xs[r * X_LD + e % COLUMNS];
+    if ((REVERSED ? n - 1 - r : r) > own_broken) value = NAN;
+    const float given = right_side<CARRIED>(rhs, gamma, carried, coupling, row * D + c, row, n);
+    x[row * D + c] = Out(finite(given) ? value : given);
   }
 }
 
@@ -216,9 +246,9 @@ METAL_FUNC void feedback_score_grads(Weights weights, Products products, Gamma g
 }
 
 // One new token, CHUNK past tokens to a threadgroup: partial[d] = sum_j exp(score_j - top) s_j[d]
-// and stats = (top, sum_j exp(score_j - top)). keys holds P + 1 rows a batch element, the last
-// unseen.
-// The strides, in elements by axis, let a cache be read where it lies in a larger buffer.
+// over the visible j, and stats = (top, sum_j exp(score_j - top)). keys holds P + 1 rows for each
+// batch element, of which the new token does not see the last. The strides, in elements by axis,
+// let a cache be read where it lies in a larger buffer.
 template <bool MASKED, typename Query, typename Keys, typename States, typename Mask,
           typename Strides>
 METAL_FUNC void feedback_step(Query q, Keys keys, States past_s, Mask key_mask, Strides q_at,
@@ -252,7 +282,10 @@ METAL_FUNC void feedback_step(Query q, Keys keys, States past_s, Mask key_mask, 
   threadgroup_barrier(mem_flags::mem_threadgroup);
   for (int d = tid; d < D; d += THREADS) {
     float mixed = 0.0f;
-    for (int j = 0; j < count; j++) mixed += shared[j] * float(past_s[j * s_at[1] + d * s_at[2]]);
+    for (int j = 0; j < count; j++) {
+      if (MASKED && !key_mask[j * mask_at[1]]) continue;
+      mixed += shared[j] * float(past_s[j * s_at[1] + d * s_at[2]]);
+    }
     partial[d] = mixed;
   }
   if (tid == 0) {
@@ -288,10 +321,10 @@ METAL_FUNC void feedback_merge(F f, Gamma gamma, Partial partial, Stats stats, d
   threadgroup_barrier(mem_flags::mem_threadgroup);
   if (sg == 0 && d < D) {
     mixed = columns[lane] + columns[32 + lane] + columns[64 + lane] + columns[96 + lane];
-    const float share = sum > 0.0f ? float(gamma[tgid.y]) / sum : 0.0f;
+    const float share = sum == 0.0f ? 0.0f : float(gamma[tgid.y]) / sum;
     s[size_t(tgid.y) * D + d] = T(float(f[size_t(tgid.y) * D + d]) + share * mixed);
   }
-  if (tgid.x == 0 && tid == 0) lse[tgid.y] = sum > 0.0f ? top + log(sum) : INFINITY;
+  if (tgid.x == 0 && tid == 0) lse[tgid.y] = sum == 0.0f ? INFINITY : top + log(sum);
 }
 
 #ifndef SESSA_FUNCTIONS_ONLY
@@ -321,24 +354,30 @@ template <typename T, bool MASKED>
 FOR_STORAGE(WEIGHTS, 0)
 FOR_STORAGE(WEIGHTS, 1)
 
-template <typename T, bool REVERSED, bool CARRIED>
+template <typename T, bool REVERSED, bool CARRIED, bool MASKED>
 [[kernel]] void block_kernel(const device T* rhs [[buffer(0)]],
                              const device float* gamma [[buffer(1)]],
                              const device T* carried [[buffer(2)]],
                              const device float* coupling [[buffer(3)]],
-                             device T* x [[buffer(4)]], constant long* sizes [[buffer(5)]],
+                             const device bool* key_mask [[buffer(4)]],
+                             device T* x [[buffer(5)]], constant long* sizes [[buffer(6)]],
                              POSITION) {
   threadgroup float xs[BLOCK_ROWS * X_LD];
   threadgroup float sums[TILE * X_LD];
   threadgroup float tile[TILE * TILE_LD];
-  feedback_block<REVERSED, CARRIED>(rhs, gamma, carried, coupling, x, int(sizes[0]), int(sizes[1]),
-                                    xs, sums, tile, tgid, tid, sg);
+  threadgroup int broken[THREADS];
+  feedback_block<REVERSED, CARRIED, MASKED>(rhs, gamma, carried, coupling, key_mask, x,
+                                            int(sizes[0]), int(sizes[1]), xs, sums, tile, broken,
+                                            tgid, tid, sg);
 }
-#define BLOCK(T, REVERSED, CARRIED) \
-  INSTANTIATE("feedback_block_" #T "_" #REVERSED #CARRIED, block_kernel, T, REVERSED, CARRIED)
-FOR_STORAGE(BLOCK, 0, 0)
-FOR_STORAGE(BLOCK, 0, 1)
-BLOCK(float, 1, 0)
+#define BLOCK(T, REVERSED, CARRIED, MASKED)                                          \
+  INSTANTIATE("feedback_block_" #T "_" #REVERSED #CARRIED #MASKED, block_kernel, T, \
+              REVERSED, CARRIED, MASKED)
+FOR_STORAGE(BLOCK, 0, 0, 0)
+FOR_STORAGE(BLOCK, 0, 0, 1)
+FOR_STORAGE(BLOCK, 0, 1, 0)
+FOR_STORAGE(BLOCK, 0, 1, 1)
+BLOCK(float, 1, 0, 0)
 
 template <typename T>
 [[kernel]] void score_grads_kernel(const device T* weights [[buffer(0)]],

@@ -16,6 +16,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from sessa_mlx.feedback.masking import visible_rows
+
 # As in the Metal text.
 BLOCK = 256
 THREADS = 128
@@ -35,9 +37,10 @@ _BLOCK = """
   threadgroup float xs[BLOCK_ROWS * X_LD];
   threadgroup float sums[TILE * X_LD];
   threadgroup float tile[TILE * TILE_LD];
-  feedback_block<REVERSED, CARRIED>(rhs, gamma, carried, coupling, x, rhs_shape[1], rhs_shape[2],
-    xs, sums, tile, threadgroup_position_in_grid, thread_index_in_threadgroup,
-    simdgroup_index_in_threadgroup);
+  threadgroup int broken[THREADS];
+  feedback_block<REVERSED, CARRIED, MASKED>(rhs, gamma, carried, coupling, key_mask, x,
+    rhs_shape[1], rhs_shape[2], xs, sums, tile, broken, threadgroup_position_in_grid,
+    thread_index_in_threadgroup, simdgroup_index_in_threadgroup);
 """
 _SCORE_GRADS = f"""
   threadgroup float partial[SIMDGROUPS];
@@ -88,20 +91,22 @@ def solve_forward(
         return _step(f, q, k, gamma, past_s, key_mask)
     storage = _storage(f, q)
     queries, keys = q.astype(mx.float32) * q.shape[-1] ** -0.5, k.astype(mx.float32)
-    pieces = [] if past_s is None or P == 0 else [past_s.astype(storage)]
+    # The states as later rows read them: zero where the key is hidden.
+    pieces = [] if past_s is None or P == 0 else [visible_rows(past_s.astype(storage), key_mask)]
     s: list[mx.array] = []
     lse: list[mx.array] = []
     for start in range(0, T, BLOCK):
         rows = slice(start, min(start + BLOCK, T))
-        new = P + rows.stop
+        old, new = P + rows.start, P + rows.stop
+        visible = None if key_mask is None else key_mask[:, old:new]
         # Only dependencies order the work: all block rows of scores would otherwise come first.
         own = mx.depends(queries[:, rows], s[-1]) if s else queries[:, rows]
         scores = _product(own, keys[:, :new].swapaxes(1, 2), storage)
         weights, coupling, sums = _weights(scores, gamma[:, rows], key_mask, storage)
         carried = _mix(weights, pieces, storage)
-        s.append(_block(f[:, rows].astype(storage), gamma[:, rows], carried, coupling))
+        s.append(_block(f[:, rows].astype(storage), gamma[:, rows], carried, coupling, visible))
         lse.append(sums)
-        _append(pieces, s[-1])
+        _append(pieces, visible_rows(s[-1], visible))
     return mx.concatenate(s, 1).astype(f.dtype), mx.concatenate(lse, 1)
 
 
@@ -124,10 +129,12 @@ def solve_backward(
     P = k.shape[1] - T
     storage = _storage(s, q)
     scale, gw = q.shape[-1] ** -0.5, gamma.astype(mx.float32)
+    k = visible_rows(k, key_mask)
     queries, keys = q.astype(mx.float32) * scale, k.astype(mx.float32)
     states = s.astype(mx.float32)
     if past_s is not None:
         states = mx.concatenate([past_s.astype(mx.float32), states], 1)
+    states = visible_rows(states, key_mask)
     # Rows of u and dk wait here for what later rows add; an update in place would copy all of them,
     # because their readers hold the buffer until the GPU is done.
     u = mx.concatenate([mx.zeros((B, P, D)), ds.astype(mx.float32)], 1)
@@ -139,7 +146,7 @@ def solve_backward(
         own = mx.depends(queries[:, rows], [u, dk, *solved["q"][:1]])
         scores = _product(own, keys[:, :new].swapaxes(1, 2), storage)
         weights, coupling, _ = _weights(scores, gw[:, rows], key_mask, storage)
-        ui = _block(u[:, old:], gw[:, rows], None, coupling, reverse=True)
+        ui = _block(u[:, old:], gw[:, rows], None, coupling, None, reverse=True)
         u = u[:, :old]
         if old:
             pushed = (ui * gw[:, rows, None]).astype(storage)
@@ -228,17 +235,21 @@ def _block(
     gamma: mx.array,  # (B, n)
     carried: mx.array | None,  # (B, n, D)
     coupling: mx.array,  # (B, n, n)
+    visible: mx.array | None,  # (B, n)
+    *,
     reverse: bool = False,
 ) -> mx.array:
-    """(I - N)^-1 (rhs + gamma carried), or (I - N^T)^-1 rhs reversed, in the dtype of rhs."""
+    """(I - N)^-1 (rhs + gamma carried), or (I - N^T)^-1 rhs in reverse, in the dtype of rhs."""
     B, _, D = rhs.shape
+    no_rows = mx.zeros((1,), rhs.dtype)
     (x,) = _launch(
-        _kernel("block", ("rhs", "gamma", "carried", "coupling"), ("x",), _BLOCK),
-        [rhs, gamma, mx.zeros((1,), rhs.dtype) if carried is None else carried, coupling],
+        _kernel("block", ("rhs", "gamma", "carried", "coupling", "key_mask"), ("x",), _BLOCK),
+        [rhs, gamma, no_rows if carried is None else carried, coupling, _mask(visible)],
         [(rhs.shape, rhs.dtype)],
         (-(-D // COLUMNS), B),
         REVERSED=reverse,
         CARRIED=carried is not None,
+        MASKED=visible is not None,
     )
     return x
 

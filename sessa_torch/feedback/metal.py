@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sessa_torch.feedback.masking import visible_rows
 from sessa_torch.feedback.outputs import from_row
 
 # As in the Metal text.
@@ -58,17 +59,21 @@ def solve_forward(
         return _step(f, q, k, gamma, past_s, key_mask)
     storage = _storage(f, q)
     queries, keys = q.float() * q.shape[-1] ** -0.5, k.float()
-    states, lse = f.new_empty(B, P + T, D, dtype=storage), gamma.new_empty(B, T)
+    s, lse = f.new_empty(B, T, D), gamma.new_empty(B, T)
+    # The states as later rows read them: zero where the key is hidden.
+    states = f.new_empty(B, P + T, D, dtype=storage)
     if past_s is not None:
-        states[:, :P] = past_s
+        states[:, :P] = visible_rows(past_s, key_mask)
     for start in range(0, T, BLOCK):
         rows = slice(start, min(start + BLOCK, T))
         old, new = P + rows.start, P + rows.stop
         gain, scores = gamma[:, rows].contiguous(), queries[:, rows] @ keys[:, :new].mT
         weights, coupling, lse[:, rows] = _weights(scores, gain, key_mask, storage)
         carried = weights[:, :, :old] @ states[:, :old] if old else None
-        states[:, old:new] = _block(f[:, rows].to(storage), gain, carried, coupling)
-    return from_row(states, P, f.dtype), lse
+        visible = None if key_mask is None else key_mask[:, old:new]
+        solved = _block(f[:, rows].to(storage), gain, carried, coupling, visible)
+        s[:, rows], states[:, old:new] = solved, visible_rows(solved, visible)
+    return s, lse
 
 
 def solve_backward(
@@ -90,9 +95,11 @@ def solve_backward(
     P = k.shape[1] - T
     storage = _storage(s, q)
     scale, gw = q.shape[-1] ** -0.5, gamma.float()
+    k = visible_rows(k, key_mask)
     queries, keys, states = q.float() * scale, k.float(), s.float()
     if past_s is not None:
         states = torch.cat([past_s.float(), states], 1)
+    states = visible_rows(states, key_mask)
     u = torch.cat([gw.new_zeros(B, P, D), ds.float()], 1)
     dq, dk, dgamma = (x.new_zeros(x.shape) for x in (queries, keys, gw))
     for start in reversed(range(0, T, BLOCK)):
@@ -100,7 +107,7 @@ def solve_backward(
         old, new = P + rows.start, P + rows.stop
         gain, scores = gw[:, rows].contiguous(), queries[:, rows] @ keys[:, :new].mT
         weights, coupling, _ = _weights(scores, gain, key_mask, storage)
-        ui = _block(u[:, old:new], gain, None, coupling, reverse=True)
+        ui = _block(u[:, old:new], gain, None, coupling, None, reverse=True)
         u[:, old:new] = ui
         if old:
             u[:, :old] += weights[:, :, :old].mT @ (ui * gain[..., None]).to(storage)
@@ -156,14 +163,18 @@ def _block(
     gamma: Tensor,  # (B, n)
     carried: Tensor | None,  # (B, n, D)
     coupling: Tensor,  # (B, n, n)
+    visible: Tensor | None,  # (B, n)
+    *,
     reverse: bool = False,
 ) -> Tensor:
-    """(I - N)^-1 (rhs + gamma carried), or (I - N^T)^-1 rhs reversed, in the dtype of rhs."""
+    """(I - N)^-1 (rhs + gamma carried), or (I - N^T)^-1 rhs in reverse, in the dtype of rhs."""
     B, n, D = rhs.shape
     rhs = rhs.contiguous()
     x = torch.empty_like(rhs)
-    name = f"block_{STORAGE[rhs.dtype]}_{int(reverse)}{int(carried is not None)}"
-    arrays = [rhs, gamma, rhs if carried is None else carried, coupling, x]
+    given = int(carried is not None), int(visible is not None)
+    name = f"block_{STORAGE[rhs.dtype]}_{int(reverse)}{given[0]}{given[1]}"
+    mask = _no_mask(rhs) if visible is None else visible.contiguous()
+    arrays = [rhs, gamma, rhs if carried is None else carried, coupling, mask, x]
     _launch(name, arrays, [n, D], (-(-D // COLUMNS), B))
     return x
 

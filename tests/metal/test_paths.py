@@ -190,7 +190,7 @@ def lazy_weights(scores, gamma, key_mask, storage):
     return alpha, gamma[..., None] * alpha[:, :, L - n :], (top + mx.log(total))[..., 0]
 
 
-def lazy_block(rhs, gamma, carried, coupling, reverse=False):
+def lazy_block(rhs, gamma, carried, coupling, visible, *, reverse=False):
     X = blocked.unit_lower_inverse(coupling)
     carried = 0 if carried is None else gamma[..., None] * carried
     return (X.swapaxes(1, 2) if reverse else X) @ (rhs + carried)

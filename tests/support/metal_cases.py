@@ -118,18 +118,25 @@ def emulated(
 
     The inputs named in `wide` are passed in float32, with the same values.
     """
-    module, given = TWINS[twin], dict(inputs(case, dtype))
+    given = dict(inputs(case, dtype))
     given |= {name: given[name].astype(np.float32) for name in wide if name in given}
-    convert = to_mlx if twin == "mlx" else to_torch
+    ds = given.pop("ds")
+    return solve_emulated(twin, given, ds, seed=seed, block=block)
+
+
+def solve_emulated(
+    twin: str, given: Arrays, ds: np.ndarray, *, seed: int = 0, block: int = 64
+) -> tuple[Arrays, list[Launch]]:
+    """Output and gradients of a twin's Metal path on the emulator, and its launches."""
+    module, convert = TWINS[twin], to_mlx if twin == "mlx" else to_torch
     arrays = {name: convert(array) for name, array in given.items()}
-    ds = arrays.pop("ds")
     optional = {name: arrays.get(name) for name in ("past_s", "key_mask")}
     required = [arrays[name] for name in ("f", "q", "k", "gamma")]
     kernels = emulated_metal_kernels if twin == "mlx" else emulated_shaders
     with kernels(seed) as launches, mock.patch.object(module, "BLOCK", block):
         forget_kernels(module)
         s, lse = module.solve_forward(*required, **optional)
-        grads = module.solve_backward(ds, *required[1:], s, lse, **optional)
+        grads = module.solve_backward(convert(ds), *required[1:], s, lse, **optional)
         forget_kernels(module)
     back = from_mlx if twin == "mlx" else from_torch
     results = {n: back(a) for n, a in zip(NAMES, (s, *grads), strict=True) if a is not None}
