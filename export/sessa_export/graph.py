@@ -25,8 +25,9 @@ OPSETS = (21, 22, 23)
 # The first set with Attention and RotaryEmbedding; graphs of earlier sets use plain operators.
 FUSED_OPSET = 23
 IR_VERSION = 10
-# The score of a hidden key. It is finite so that a row without a visible key is not NaN.
-HIDDEN = np.float32(-1e30)
+# The score of a hidden key is lowered by this: finite, so that a row without a visible key is not
+# NaN, and so large that no finite score makes up for it.
+HIDDEN = np.finfo(np.float32).min
 # A protobuf message ends at 2 GiB; the graph itself needs a little of that.
 EXTERNAL_DATA_BYTES = 2 * 10**9
 
@@ -276,6 +277,7 @@ def _attention(
     else:
         k, v = _extend(g, j, "key", k), _extend(g, j, "value", v)
         read = _softmax_read(g, config, q, k, v, shared)
+        read = _finite_read(g, config, read, q, lambda: (k, v), shared)
     f = _join(g, config, read, H)
     # The release has no out_proj with one head.
     has_projection = f"{prefix}out_proj.weight" in weights
@@ -302,6 +304,30 @@ def _softmax_read(g: Builder, config: SessaConfig, q: str, k: str, v: str, share
     return regroup(g.add("MatMul", probabilities, v), H, d)
 
 
+def _finite_read(
+    g: Builder,
+    config: SessaConfig,
+    read: str,
+    q: str,
+    keys_and_values: Callable[[], tuple[str, str]],
+    shared: Shared,
+) -> str:
+    """The result of `_softmax_read`, read again where hidden keys or values made it NaN.
+
+    A weight of 0 does not hide NaN or infinity, and selecting the visible rows of every cache would
+    cost more than the read itself.
+    """
+
+    def again() -> str:
+        seen = g.add("Unsqueeze", shared.key_mask, g.ints(1, 3))  # (B, 1, S, 1)
+        k, v = (g.add("Where", seen, x, g.number(0.0)) for x in keys_and_values())
+        return _softmax_read(g, config, q, k, v, shared)
+
+    zeros = g.add("ReduceSum", g.add("Sub", read, read), keepdims=0)
+    is_finite = g.add("Equal", zeros, _scalar(g, g.number(0.0)))
+    return g.either(is_finite, lambda: g.add("Identity", read), again)
+
+
 def _buffered_read(
     g: Builder, config: SessaConfig, j: int, q: str, k: str, v: str, shared: Shared
 ) -> str:
@@ -311,9 +337,12 @@ def _buffered_read(
     for part, new in (("key", k), ("value", v)):
         g.add("Identity", new, output=f"new.{j}.{part}")
 
-    def several() -> str:
+    def keys_and_values() -> tuple[str, str]:
         keys, values = (g.add("Concat", *pair, axis=2) for pair in ((past_k, k), (past_v, v)))
-        return _softmax_read(g, config, q, keys, values, shared)
+        return keys, values
+
+    def several() -> str:
+        return _softmax_read(g, config, q, *keys_and_values(), shared)
 
     def single() -> str:
         rows = g.add("Reshape", g.add("Mul", q, g.number(d**-0.5)), g.ints(0, G, -1, d))
@@ -325,7 +354,8 @@ def _buffered_read(
         read = g.add("Add", g.add("MatMul", past, past_v), g.add("MatMul", own, v))
         return g.add("Reshape", read, g.ints(0, H, -1, d))
 
-    return g.either(shared.single, single, several)
+    read = g.either(shared.single, single, several)
+    return _finite_read(g, config, read, q, keys_and_values, shared)
 
 
 def _feedback(

@@ -111,14 +111,15 @@ def test_right_padding_leaves_holes(exported) -> None:
     assert_logits(np.concatenate(got), expected)
 
 
-def test_masked_dummy_past_is_no_past(exported) -> None:
+@pytest.mark.parametrize("dummy", [0, np.nan, np.inf, 3e38])
+def test_masked_dummy_past_is_no_past(exported, dummy: float) -> None:
     prompt, more = batch((10, 3))
     config, weights = load_weights(exported[0])
     session = load_decoder(exported[1]).session
     feed = {"input_ids": np.array([prompt]), "attention_mask": np.array([[0] + [1] * 10])}
     for j, (heads, width) in enumerate(kv_layers(config)):
         for part in ("key", "value"):
-            feed[f"past_key_values.{j}.{part}"] = np.zeros((1, heads, 1, width), np.float32)
+            feed[f"past_key_values.{j}.{part}"] = np.full((1, heads, 1, width), dummy, np.float32)
     names = [output.name for output in session.get_outputs()]
     found = dict(zip(names, session.run(None, feed), strict=True))
     logits = [found["logits"][0]]
