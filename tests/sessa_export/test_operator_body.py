@@ -7,6 +7,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 from support.export_models import small_config
+from support.operands import draw_operands
 from support.operator_models import NAMES, operator_model, session_of
 
 from sessa_common.reference import model as reference
@@ -20,21 +21,8 @@ def operator() -> onnxruntime.InferenceSession:
     return session_of(operator_model())
 
 
-def operands(T: int, P: int, mask: str = "open", scale: float = 1.0) -> dict[str, np.ndarray]:
-    """Random operands; mask is open, left (padding of uneven length), holes or closed."""
-    rng = np.random.default_rng([T, P])
-    shapes = {"f": (B, T, D), "q": (B, T, K), "k": (B, P + T, K), "past_s": (B, P, D)}
-    found = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
-    found["q"] *= np.float32(scale)
-    found["gamma"] = (0.999 * np.tanh(2 * rng.normal(size=(B, T)))).astype(np.float32)
-    columns = np.arange(P + T)[None]
-    found["key_mask"] = {
-        "open": np.ones((B, P + T), bool),
-        "left": columns >= np.array([[0], [(P + T) // 2]]),
-        "holes": rng.random((B, P + T)) < 0.6,
-        "closed": np.zeros((B, P + T), bool),
-    }[mask]
-    return found
+def operands(T: int, P: int, mask: str = "open") -> dict[str, np.ndarray]:
+    return draw_operands([T, P], B=B, T=T, D=D, K=K, P=P, mask=mask)
 
 
 def solved(x: dict[str, np.ndarray]) -> np.ndarray:

@@ -64,7 +64,7 @@ every_set = pytest.mark.parametrize(
 @pytest.mark.parametrize("P", [0, 1, 5])
 @pytest.mark.parametrize("T", [1, 2, 8, 9, 15, 16, 17, 63, 130, 257])
 def test_lengths(library, instruction_set, T, P):
-    for mask in ("none", "holes"):
+    for mask in (None, "holes"):
         arrays = draw([T, P], T=T, P=P, mask=mask)
         assert error(solve(library, arrays), arrays) < LIMITS[FLOAT], mask
 

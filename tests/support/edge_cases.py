@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+from support.operands import Arrays, draw_operands
 
 from sessa_common.reference.ops import feedback_solve, feedback_solve_backward
 
@@ -19,7 +20,6 @@ B, D, K = 2, 5, 3
 NAMES = ("s", "df", "dq", "dk", "dgamma", "dpast_s")
 GAINS = (1.0, 3.0, 10.0, -3.0, -10.0)
 
-Arrays = dict[str, np.ndarray]
 # A backend: s and then its gradients, by NAMES, from operands and the gradient of s. A backend
 # without gradients gives s alone.
 Solve = Callable[[Arrays, np.ndarray], Arrays]
@@ -37,17 +37,14 @@ class Edges:
 
     def operands(self) -> tuple[Arrays, np.ndarray]:
         """The operands in float32, and the gradient of s."""
-        random = np.random.default_rng([self.T, self.P])
-        S = self.P + self.T
-        shapes = {"f": (B, self.T, D), "q": (B, self.T, K), "k": (B, S, K)}
-        arrays = {name: random.normal(size=shape) for name, shape in shapes.items()}
-        arrays["gamma"] = random.uniform(-0.99, 0.99, (B, self.T))
-        if self.P:
-            arrays["past_s"] = random.normal(size=(B, self.P, D))
-        arrays = {name: x.astype(np.float32) for name, x in arrays.items()}
+        seed, S = [self.T, self.P], self.P + self.T
+        arrays = draw_operands(seed, B=B, T=self.T, D=D, K=K, P=self.P)
+        if not self.P:
+            del arrays["past_s"]
         arrays["key_mask"] = np.ones((B, S), bool)
         arrays["key_mask"][0, self.hidden()] = False
-        return arrays, random.normal(size=(B, self.T, D)).astype(np.float32)
+        ds = np.random.default_rng([*seed, 1]).normal(size=(B, self.T, D))
+        return arrays, ds.astype(np.float32)
 
     def hidden(self) -> list[int]:
         """Hidden keys: the first and the last, both sides of P, and those at edges of blocks."""

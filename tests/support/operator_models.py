@@ -5,10 +5,9 @@ from __future__ import annotations
 import onnx
 import onnxruntime
 from onnx import TensorProto, helper
+from support.operands import NAMES
 
 from sessa_export.operator_body import add_function
-
-NAMES = ("f", "q", "k", "gamma", "past_s", "key_mask")
 
 
 def operator_model(

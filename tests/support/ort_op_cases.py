@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -12,12 +13,12 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 from support.golden_cases import relative_error
+from support.operands import NAMES, Arrays, draw_operands
 
 from sessa_common.errors import SessaError
 from sessa_common.reference import model as reference
 from sessa_export import native
 
-NAMES = ("f", "q", "k", "gamma", "past_s", "key_mask")
 REAL = ("f", "q", "k", "gamma", "past_s")
 DTYPES = {
     TensorProto.FLOAT: np.float32,
@@ -28,7 +29,6 @@ DTYPES = {
 LIMITS = {TensorProto.FLOAT: 3e-6, TensorProto.FLOAT16: 6e-4, TensorProto.BFLOAT16: 4.5e-3}
 SETS = ("sse2", "avx2", "avx512", "neon", "generic")
 
-Arrays = dict[str, np.ndarray]
 Types = dict[str, int]
 
 
@@ -112,38 +112,11 @@ def solve(
 
 
 def draw(
-    seed: int | list[int],
-    B: int = 2,
-    T: int = 63,
-    D: int = 41,
-    K: int = 23,
-    P: int = 0,
-    mask: str = "none",
-    gain: float | None = None,
-    logits: float = 3.0,
+    seed: int | list[int], mask: str | None = None, logits: float = 3.0, P: int = 0, **sizes: Any
 ) -> Arrays:
-    """Random operands in float32; the largest score has magnitude `logits`.
-
-    mask is none, open, left (padding of uneven length), holes or closed; gain None draws gammas of
-    both signs.
-    """
-    rng = np.random.default_rng(seed)
-    shapes = {"f": (B, T, D), "q": (B, T, K), "k": (B, P + T, K), "past_s": (B, P, D)}
-    found = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
-    scores = np.abs(found["q"] @ found["k"].swapaxes(1, 2)) / np.sqrt(K)
-    found["q"] *= np.float32(logits / scores.max())
-    gamma = 0.999 * np.tanh(2 * rng.normal(size=(B, T))) if gain is None else np.full((B, T), gain)
-    found["gamma"] = gamma.astype(np.float32)
-    columns, S = np.arange(P + T)[None], P + T
-    masks = {
-        "open": np.ones((B, S), bool),
-        "left": columns >= np.arange(B)[:, None] * (S // 2),
-        "holes": rng.random((B, S)) < 0.6,
-        "closed": np.zeros((B, S), bool),
-    }
-    if mask != "none":
-        found["key_mask"] = masks[mask]
-    if P == 0 and mask in ("none", "holes"):
+    """Draw operands whose largest score is `logits`; without a past, some have an empty past_s."""
+    found = draw_operands(seed, mask=mask, logits=logits, P=P, **sizes)
+    if P == 0 and mask in (None, "holes"):
         del found["past_s"]
     return found
 

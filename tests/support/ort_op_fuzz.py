@@ -49,8 +49,10 @@ def random_operands(rng: np.random.Generator) -> tuple[Arrays, Types]:
     B, D, K = (int(rng.integers(1, high)) for high in (4, 80, 70))
     T = int(rng.choice([1, 1, 2, 3, 7, 16, 33, 40, 70, 290]))
     P = int(rng.choice([0, 0, 1, 2, 5, 40]))
-    mask = str(rng.choice(["none", "open", "left", "holes", "closed"]))
-    arrays = draw(int(rng.integers(2**31)), B, T, D, K, P, mask, logits=float(rng.choice([1, 9])))
+    mask = rng.choice(["none", "open", "left", "holes", "closed"])
+    sizes = {"B": B, "T": T, "D": D, "K": K, "P": P}
+    seed, logits = int(rng.integers(2**31)), float(rng.choice([1, 9]))
+    arrays = draw(seed, None if mask == "none" else str(mask), logits, **sizes)
     kinds = list(DTYPES)
     common = int(rng.choice(kinds))
     types = dict.fromkeys(REAL, common)

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.frameworks import FRAMEWORKS, MLX, TORCH
 from support.golden_cases import relative_error
+from support.operands import draw_operands
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -22,22 +23,17 @@ frameworks = pytest.mark.parametrize("framework", FRAMEWORKS, ids=lambda x: x.na
 backends = pytest.mark.parametrize("backend", BACKENDS)
 
 
-def draw(seed, B=2, T=63, D=40, K=24, P=0, masked=False, spread=1.0, gain=0.999):
-    """Random arguments in float64; some rows see nothing when masked."""
-    rng = np.random.default_rng(seed)
-    arrays = {
-        "f": rng.normal(size=(B, T, D)),
-        "q": rng.normal(size=(B, T, K)) * spread,
-        "k": rng.normal(size=(B, P + T, K)),
-        "gamma": rng.uniform(-gain, gain, (B, T)),
-    }
-    if P:
-        arrays["past_s"] = rng.normal(size=(B, P, D))
-    key_mask = None
-    if masked:
-        key_mask = rng.random((B, P + T)) > 0.4
-        key_mask[0, : P + min(T, 4)] = False
-    return arrays, key_mask, rng.normal(size=(B, T, D))
+def draw(seed, B=2, T=63, D=40, K=24, P=0, masked=False):
+    """Random arguments in float64, the key mask (some rows see nothing) and a gradient of s."""
+    mask = "blind" if masked else None
+    arrays = draw_operands(seed, B=B, T=T, D=D, K=K, P=P, mask=mask, dtype=np.float64)
+    if not P:
+        del arrays["past_s"]
+    return (
+        arrays,
+        arrays.pop("key_mask", None),
+        np.random.default_rng([seed, 1]).normal(size=(B, T, D)),
+    )
 
 
 def wanted(arrays, key_mask, ds):
@@ -167,7 +163,8 @@ def test_errors_are_those_of_the_matrix_way(framework, T, logits):
 @backends
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_rounds_only_inputs_and_output(framework, backend, dtype):
-    arrays, key_mask, ds = draw(5, T=130, masked=True, gain=0.9)
+    arrays, key_mask, ds = draw(5, T=130, masked=True)
+    arrays["gamma"] *= 0.9
     low = {n: framework.numpy(framework.array(x, dtype)).astype(float) for n, x in arrays.items()}
     s, grads = results(framework, backend, dtype, low, key_mask, ds)
     s_ref, grads_ref = wanted(low, key_mask, ds)

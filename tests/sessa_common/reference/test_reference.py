@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from support.golden_cases import gradient_errors, relative_error
+from support.operands import draw_operands
 
 from sessa_common.config import SessaConfig, parameter_shapes
 from sessa_common.errors import SessaError
@@ -197,12 +198,11 @@ def test_feedback_solve_is_the_dense_inverse(T, P, masked):
 
 
 def feedback_inputs(T, P, masked):
-    rng = np.random.default_rng(T + P)
-    f, q, k = rng.normal(size=(2, T, 5)), rng.normal(size=(2, T, 7)), rng.normal(size=(2, P + T, 7))
-    past = rng.normal(size=(2, P, 5)) if P else None
+    drawn = draw_operands(T + P, T=T, P=P, D=5, K=7, dtype=np.float64)
+    past = drawn["past_s"] if P else None
     # The second sequence starts with columns that nobody may see.
     mask = np.arange(P + T) >= np.array([[0], [3]]) if masked else None
-    return f, q, k, rng.uniform(-0.999, 0.999, (2, T)), past, mask
+    return *(drawn[name] for name in ("f", "q", "k", "gamma")), past, mask
 
 
 @pytest.mark.parametrize("T", [1, 2, 9])
