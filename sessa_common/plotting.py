@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sessa_common.checkpoint.storage import atomic_path
+from sessa_common.storage import atomic_path
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

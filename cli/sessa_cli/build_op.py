@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from sessa_cli.common import Stopwatch, make_console, print_json, say
-from sessa_common.checkpoint.storage import atomic_path
+from sessa_common.storage import atomic_path
 
 
 def build_op(

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from sessa_common.checkpoint.folder import load_config, load_weights, require_own_file
-from sessa_common.checkpoint.storage import new_folder
 from sessa_common.config import SessaConfig
 from sessa_common.errors import SessaError
 from sessa_common.fields import build, split_fields
 from sessa_common.reference.parity import Result, compare, make_cases, require_ok, tolerance_of
+from sessa_common.storage import new_folder
 from sessa_export.cache_layout import require_supported
 from sessa_export.perplexity import Cost, Document, measure_cost, read_text, require_cost
 from sessa_export.runtime import MODEL_FILE, load_decoder, require_onnx

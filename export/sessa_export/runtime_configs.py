@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sessa_common.checkpoint.storage import write_json
 from sessa_common.config import SessaConfig, parameter_count
 from sessa_common.errors import SessaError
 from sessa_common.inference.model_tokenizer import stop_tokens
+from sessa_common.storage import write_json
 from sessa_export.cache_layout import kv_layers
 from sessa_export.runtime import MODEL_FILE
 

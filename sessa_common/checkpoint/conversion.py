@@ -41,13 +41,13 @@ from sessa_common.checkpoint.manifest import (
 )
 from sessa_common.checkpoint.quantization import dequantize_weights, is_quantized, quantize_weights
 from sessa_common.checkpoint.run_files import STATE
-from sessa_common.checkpoint.storage import MANIFEST, check_new_folder, new_folder
 from sessa_common.config import DTYPES, FOREIGN_KEYS, SessaConfig, parameter_shapes
 from sessa_common.errors import SessaError, expect
 from sessa_common.fields import split_fields
 from sessa_common.input_files import require_regular
 from sessa_common.json_files import read_json
 from sessa_common.layer_kinds import with_layer_kinds
+from sessa_common.storage import MANIFEST, check_new_folder, new_folder
 
 FRAMEWORKS = {"torch": "pt", "mlx": "mlx"}
 UNITS = {"GB": 10**9, "MB": 10**6, "KB": 10**3, "B": 1, "": 1}

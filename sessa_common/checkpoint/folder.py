@@ -24,11 +24,11 @@ from sessa_common.checkpoint.manifest import (
     write_manifest,
 )
 from sessa_common.checkpoint.quantization import dequantize_weights, is_quantized
-from sessa_common.checkpoint.storage import atomic_path, write_json
 from sessa_common.config import SessaConfig, parameter_shapes
 from sessa_common.errors import SessaError
 from sessa_common.input_files import require_regular
 from sessa_common.json_files import read_json
+from sessa_common.storage import atomic_path, write_json
 
 NUMPY_DTYPES = {
     "float64": np.dtype(np.float64),

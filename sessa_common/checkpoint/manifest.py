@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sessa_common.checkpoint.storage import MANIFEST, is_ours, write_json
 from sessa_common.errors import SessaError
 from sessa_common.json_files import read_json
+from sessa_common.storage import MANIFEST, is_ours, write_json
 
 FORMAT = 1
 # The saves of a run, inside the run folder.

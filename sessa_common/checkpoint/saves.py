@@ -25,7 +25,7 @@ from sessa_common.checkpoint.manifest import (
     verify,
     write_manifest,
 )
-from sessa_common.checkpoint.storage import atomic_path, new_folder, remove_folder
+from sessa_common.storage import atomic_path, new_folder, remove_folder
 
 # Files of a checkpoint folder that say how to use the weights; every save has its own copy.
 BESIDE = ("config.json", "generation_config.json", "tokenizer*.json", "training.json")

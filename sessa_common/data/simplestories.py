@@ -7,9 +7,9 @@ import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
-from sessa_common.checkpoint.storage import new_folder
 from sessa_common.data.sources import TextSource, read_documents
 from sessa_common.errors import SessaError
+from sessa_common.storage import new_folder
 
 COLUMN = "story"
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sessa_common.checkpoint.storage import write_json, write_text
 from sessa_common.experiments.comparison import Comparison
 from sessa_common.experiments.comparison_pictures import draw_curves, draw_lags
 from sessa_common.experiments.comparison_results import (
@@ -17,6 +16,7 @@ from sessa_common.experiments.comparison_results import (
 )
 from sessa_common.markdown import markdown_table
 from sessa_common.plotting import has_matplotlib
+from sessa_common.storage import write_json, write_text
 
 RESULTS, TABLE = "results.json", "results.md"
 ABSENT = "–"

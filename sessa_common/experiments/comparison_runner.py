@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sessa_common.checkpoint.run_files import STATE
-from sessa_common.checkpoint.storage import LOCK, lock_folder, write_json
 from sessa_common.errors import SessaError
 from sessa_common.experiments.comparison import (
     PLAN,
@@ -28,6 +27,7 @@ from sessa_common.experiments.comparison import (
 from sessa_common.experiments.comparison_report import write_report
 from sessa_common.experiments.comparison_results import best_rate, control_result, read_result
 from sessa_common.json_files import read_json
+from sessa_common.storage import LOCK, lock_folder, write_json
 from sessa_common.training.trainer import stop_signal
 
 LOG_LINES = 12

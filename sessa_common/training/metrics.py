@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from sessa_common.checkpoint.run_files import LOSS_PICTURE, METRICS
-from sessa_common.checkpoint.storage import atomic_path, sync
 from sessa_common.input_files import read_limited
 from sessa_common.json_files import parse_json
+from sessa_common.storage import atomic_path, sync
 
 # The first steps of a run compile kernels, so they do not count in its speed.
 WARM_UP_STEPS = 10

@@ -19,7 +19,6 @@ from tokenizers import Tokenizer
 from sessa_common.checkpoint.folder import load_config, load_weights
 from sessa_common.checkpoint.initialization import initial_weights
 from sessa_common.checkpoint.run_files import STATE, TRAINING
-from sessa_common.checkpoint.storage import check_new_folder
 from sessa_common.config import PRESETS, SessaConfig, TrainConfig
 from sessa_common.data.batches import BatchSource
 from sessa_common.data.corpus import (
@@ -44,6 +43,7 @@ from sessa_common.data.tokenizer import (
 from sessa_common.errors import SessaError
 from sessa_common.fields import build, split_fields
 from sessa_common.json_files import read_json
+from sessa_common.storage import check_new_folder
 from sessa_common.training.run_folder import Run
 
 DEFAULT_FOLDER = Path("runs/pydoc")

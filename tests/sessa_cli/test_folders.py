@@ -14,7 +14,7 @@ from sessa_common.checkpoint.folder import INDEX, load_weights, read_safetensors
 from sessa_common.checkpoint.manifest import read_manifest
 from sessa_common.checkpoint.run_files import STATE
 from sessa_common.checkpoint.saves import list_saves
-from sessa_common.checkpoint.storage import MANIFEST, lock_folder
+from sessa_common.storage import MANIFEST, lock_folder
 from sessa_common.training.metrics import METRICS, read_metrics
 from sessa_common.training.run_folder import read_state_metadata
 from sessa_common.training.trainer import Trainer

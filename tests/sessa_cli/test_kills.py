@@ -17,7 +17,7 @@ from support.kills import KILLED, start_commands
 
 from sessa_common.checkpoint.folder import load_weights
 from sessa_common.checkpoint.manifest import verify
-from sessa_common.checkpoint.storage import LEFTOVER, MANIFEST
+from sessa_common.storage import LEFTOVER, MANIFEST
 
 KILLS = int(os.environ.get("KILLS", "18"))
 TINY = ("--layers", "1", "--width", "16", "--heads", "2", "--context", "16", "--tokenizer", "bytes",

@@ -17,10 +17,10 @@ from support.export_models import VARIANTS, lively_weights, small_config, write_
 import sessa_export.quantization
 from sessa_cli.main import main
 from sessa_common.checkpoint.folder import load_weights
-from sessa_common.checkpoint.storage import MANIFEST
 from sessa_common.errors import SessaError
 from sessa_common.reference import model as reference
 from sessa_common.reference.parity import compare, make_cases, tolerance_of
+from sessa_common.storage import MANIFEST
 from sessa_export import native
 from sessa_export.cache_layout import kv_layers, layer_pairs
 from sessa_export.exporter import Options, export_checkpoint

@@ -18,10 +18,10 @@ from support.export_models import MAMBA, VARIANTS, lively_weights, small_config,
 import sessa_export.exporter
 import sessa_export.graph
 from sessa_common.checkpoint.folder import load_weights
-from sessa_common.checkpoint.storage import MANIFEST, new_folder
 from sessa_common.errors import SessaError
 from sessa_common.inference.generation import left_pad
 from sessa_common.reference import model as reference
+from sessa_common.storage import MANIFEST, new_folder
 from sessa_export.cache_layout import kv_layers
 from sessa_export.exporter import Options, export_checkpoint
 from sessa_export.graph import OPSETS, build_model, save_model

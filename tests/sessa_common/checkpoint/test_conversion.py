@@ -24,11 +24,11 @@ from sessa_common.checkpoint.folder import (
 )
 from sessa_common.checkpoint.initialization import initial_weights
 from sessa_common.checkpoint.quantization import quantize_weights
-from sessa_common.checkpoint.storage import write_json
 from sessa_common.config import SessaConfig, parameter_shapes
 from sessa_common.errors import SessaError
 from sessa_common.inspection import describe
 from sessa_common.reference import model as reference
+from sessa_common.storage import write_json
 
 mx = pytest.importorskip("mlx.core")
 torch = pytest.importorskip("torch")

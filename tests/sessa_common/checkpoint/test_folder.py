@@ -21,9 +21,9 @@ from sessa_common.checkpoint.folder import (
 )
 from sessa_common.checkpoint.initialization import initial_weights
 from sessa_common.checkpoint.manifest import verify
-from sessa_common.checkpoint.storage import MANIFEST, write_json
 from sessa_common.config import SessaConfig
 from sessa_common.errors import SessaError
+from sessa_common.storage import MANIFEST, write_json
 
 CONFIG = SessaConfig(
     vocab_size=19, hidden_size=12, num_hidden_layers=2, num_attention_heads=3, eos_token_id=4

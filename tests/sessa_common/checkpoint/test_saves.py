@@ -21,8 +21,8 @@ from sessa_common.checkpoint.folder import (
 from sessa_common.checkpoint.initialization import initial_weights
 from sessa_common.checkpoint.manifest import read_manifest, verify
 from sessa_common.checkpoint.saves import add_save, finish_save, list_saves
-from sessa_common.checkpoint.storage import LOCK, MANIFEST, lock_folder
 from sessa_common.config import SessaConfig
+from sessa_common.storage import LOCK, MANIFEST, lock_folder
 
 CONFIG = SessaConfig(vocab_size=11, hidden_size=8, num_hidden_layers=2, num_attention_heads=2)
 STATE = "training_state.safetensors"

@@ -14,10 +14,10 @@ from support.task_cases import (
     tiny,
 )
 
-from sessa_common.checkpoint.storage import MANIFEST
 from sessa_common.data.task_registry import load_data, new_task, parse_options
 from sessa_common.data.tasks import SPLITS, make_data, write_data
 from sessa_common.errors import SessaError
+from sessa_common.storage import MANIFEST
 
 # Options.
 

@@ -17,7 +17,6 @@ from support.in_process import sessa
 import sessa_cli.compare as command
 from sessa_cli.compare import compare
 from sessa_cli.main import app
-from sessa_common.checkpoint.storage import LOCK
 from sessa_common.config import SessaConfig, parameter_count
 from sessa_common.errors import SessaError
 from sessa_common.experiments.comparison import (
@@ -35,6 +34,7 @@ from sessa_common.experiments.comparison_results import (
     trained_lags,
 )
 from sessa_common.experiments.comparison_runner import Runner, Running, TrainCommand
+from sessa_common.storage import LOCK
 
 if "compare" not in {each.callback.__name__ for each in app.registered_commands if each.callback}:
     app.command()(compare)

@@ -16,7 +16,6 @@ from typer.testing import CliRunner
 
 import sessa_export.runtime
 from sessa_cli.generate import generate as generate_command
-from sessa_common.checkpoint.storage import write_json
 from sessa_common.config import SessaConfig
 from sessa_common.data.tokenizer import byte_tokenizer, train_bpe, word_tokenizer
 from sessa_common.errors import SessaError
@@ -31,6 +30,7 @@ from sessa_common.inference.generation import (
 from sessa_common.inference.model_tokenizer import encode_prompt, stop_tokens
 from sessa_common.inference.sampling import Sampler, SamplingConfig, filter_logits
 from sessa_common.reference.model import empty_cache, model_logits
+from sessa_common.storage import write_json
 from sessa_export.exporter import export_checkpoint
 
 GREEDY = SamplingConfig(temperature=0)

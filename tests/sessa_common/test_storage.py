@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from sessa_common.checkpoint import storage
-from sessa_common.checkpoint.storage import (
+from sessa_common import storage
+from sessa_common.errors import SessaError
+from sessa_common.storage import (
     LOCK,
     MANIFEST,
     atomic_path,
@@ -20,7 +21,6 @@ from sessa_common.checkpoint.storage import (
     write_json,
     write_text,
 )
-from sessa_common.errors import SessaError
 
 
 def names(folder: Path) -> list[str]:
@@ -37,7 +37,7 @@ def killed(folder: Path, program: str) -> None:
     """Run lines of Python, with `folder` and `die` defined, that end their process at once."""
     start = f"""
 import os, pathlib
-from sessa_common.checkpoint import storage
+from sessa_common import storage
 folder = pathlib.Path({str(folder)!r})
 die = lambda *arguments: os.kill(os.getpid(), 9)
 """
