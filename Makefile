@@ -6,7 +6,7 @@ BIN := .venv/bin
 OPENBLAS := $(wildcard /usr/lib/*-linux-gnu/openblas-pthread/libblas.so.3)
 PRELOAD := $(if $(OPENBLAS),LD_PRELOAD=$(firstword $(OPENBLAS)) OPENBLAS_NUM_THREADS=1)
 
-.PHONY: setup web demo test check bench fuzz ort-op-fuzz ort-op-sanitize metal-races audit clean
+.PHONY: setup web demo test check bench fuzz ort-op-fuzz ort-op-sanitize metal-races kill-tests power-cut audit clean
 
 setup: .venv/.installed
 
@@ -52,6 +52,14 @@ ort-op-sanitize: setup
 
 metal-races: setup
 	$(BIN)/python tools/metal_emulator/races.py
+
+# Kills commands at 300 of their writes and looks at what they leave.
+kill-tests: setup
+	OMP_NUM_THREADS=1 KILLS=300 $(BIN)/python -m pytest tests/sessa_cli/test_kills.py -k a_kill
+
+# Cuts the power of a loop device, as root, while commands write to it and after their last word.
+power-cut: setup
+	OMP_NUM_THREADS=1 CUTS=100 $(BIN)/python -m pytest tests/sessa_cli/test_kills.py -k power_cut
 
 # Needs the network. pip-audit gets a folder of its own, so that .venv keeps the exact versions.
 audit: setup

@@ -66,7 +66,7 @@ def serve(library: ctypes.CDLL) -> None:
 
     for name in ("sessa_torch.training", "sessa_mlx.training", "sessa_export.exporter",
                  "sessa_torch.decoding", "sessa_mlx.decoding",
-                 "onnxruntime", "onnx", "matplotlib.figure"):  # fmt: skip
+                 "torch._dynamo", "onnxruntime", "onnx", "matplotlib.figure"):  # fmt: skip
         with contextlib.suppress(ImportError):
             __import__(name)
     for line in sys.stdin:
