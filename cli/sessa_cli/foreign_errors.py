@@ -19,6 +19,8 @@ def foreign_message(error: BaseException) -> str | None:
     if isinstance(error, OSError):
         # A disk that is full, a folder that may not be written.
         return f"{error.filename or 'input or output'}: {error.strerror or error}"
+    if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):
+        return str(error)
     if isinstance(error, RuntimeError) and any(w in str(error).lower() for w in MEMORY_WORDS):
         return f"not enough memory: {str(error).partition(chr(10))[0]}"
     # A panic in a library that is written in Rust; its class can be imported from nowhere.

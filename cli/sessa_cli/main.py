@@ -19,6 +19,7 @@ from sessa_cli.eval import evaluate
 from sessa_cli.export import export
 from sessa_cli.foreign_errors import foreign_message
 from sessa_cli.generate import generate
+from sessa_cli.home_paths import expand_home
 from sessa_cli.influence import influence
 from sessa_cli.info import info
 from sessa_cli.messages import name_options, options_of
@@ -73,7 +74,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     Training that met a loss which is not finite is one line and exit code 3.
     """
-    given = sys.argv[1:] if arguments is None else arguments
+    given = expand_home(sys.argv[1:] if arguments is None else arguments)
     with safe_output() as out:
         try:
             _command()(args=rename_options(given), prog_name="sessa")

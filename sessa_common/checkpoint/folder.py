@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -138,7 +139,8 @@ def require_own_file(folder: Path, path: Path) -> None:
 
     The cache of the Hugging Face hub keeps the files of a folder in "blobs" beside it; those count.
     """
-    home, real = folder.resolve(), path.resolve()
+    # Not resolve(), which raises for a link that leads to itself.
+    home, real = (Path(os.path.realpath(place)) for place in (folder, path))
     homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
     if not any(real.is_relative_to(place) for place in homes):
         raise SessaError(f"{path}: is a link out of its folder, to {real}; it is not copied")

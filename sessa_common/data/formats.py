@@ -23,7 +23,9 @@ BYTE_ORDER_MARK = "\ufeff"
 # Repetitive text compresses well, but a file that grows beyond this is made to fill the memory.
 LARGEST_EXPANSION = 200
 # Few rows at once, because one stored string may stand for all rows of a batch.
-PARQUET_ROWS = 64
+PARQUET_ROWS = 32
+# Compression by which a column counts as made of repetitions.
+REPETITIVE = 50
 # A row of text needs at least one bit of its file, however well it is compressed.
 MOST_ROWS_PER_BYTE = 8
 JSON_TYPES = {bool: "true or false", float: "a number", list: "a list", dict: "an object"}
@@ -186,7 +188,9 @@ def _parquet_rows(path: Path, column: str) -> Iterator[Row]:
     size = require_regular(path).st_size
     number = 0
     try:
-        with parquet.ParquetFile(path) as file:
+        # A column that repeats one long text is read as the text and its places.
+        repeated = [column] if _compresses_too_well(parquet.read_metadata(path), column) else None
+        with parquet.ParquetFile(path, read_dictionary=repeated) as file:
             names = file.schema_arrow.names
             if column not in names:
                 raise SessaError(
@@ -199,14 +203,22 @@ def _parquet_rows(path: Path, column: str) -> Iterator[Row]:
                     "the file is damaged"
                 )
             for rows in file.iter_batches(batch_size=PARQUET_ROWS, columns=[column]):
-                for value in rows.column(0).to_pylist():
+                for value in rows.column(0):
                     number += 1
-                    yield field_of({column: value}, column, f"{path}, row {number}")
+                    yield field_of({column: value.as_py()}, column, f"{path}, row {number}")
     except SessaError:
         raise
     except UnicodeDecodeError:
-        raise SessaError(
-            f"{path}: not UTF-8 text in rows {number + 1} to {number + PARQUET_ROWS}"
-        ) from None
+        raise SessaError(f"{path}, row {number}: not UTF-8 text") from None
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise SessaError(f"{path}: not a readable parquet file ({error})") from None
+
+
+def _compresses_too_well(metadata: Any, column: str) -> bool:
+    groups = (metadata.row_group(i) for i in range(metadata.num_row_groups))
+    chunks = (group.column(i) for group in groups for i in range(group.num_columns))
+    return any(
+        chunk.total_uncompressed_size > REPETITIVE * max(chunk.total_compressed_size, 1)
+        for chunk in chunks
+        if chunk.path_in_schema == column
+    )

@@ -23,7 +23,7 @@ from sessa_common.input_files import read_limited
 from sessa_common.json_files import read_json
 
 END_OF_TEXT = "<|endoftext|>"
-# How other tokenizers spell the token that ends a document, when no tokenizer_config.json says so.
+# Usual names of the token that ends a document, for a tokenizer without tokenizer_config.json.
 KNOWN_ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>", "[SEP]")
 SMALLEST_BPE = 257
 # Training a BPE reserves memory for its whole size at once; no vocabulary in use is as large.
@@ -32,7 +32,7 @@ LARGEST_FILE = 256 * 2**20
 # The embedding has a row for every id, so ids with few tokens between them waste memory.
 MOST_UNUSED_IDS = 2**16
 BPE_END_ID, BYTES_END_ID = 0, 256
-ENCODE_CHUNK = 256
+ENCODE_CHUNK, ENCODE_CHARACTERS = 256, 2**24
 # The time to train a BPE grows with the square of a word's length, so longer words are cut.
 LONGEST_WORD = 2048
 RUN = re.compile(r"\S+|\s+")
@@ -267,7 +267,7 @@ def check_fits(tokenizer: Tokenizer, config: SessaConfig, where: str) -> None:
 
 
 def word_tokenizer(words: Sequence[str]) -> Tokenizer:
-    """A tokenizer whose tokens are the given words, by place; texts are words between spaces."""
+    """A tokenizer with one token for each word, in order; a text is words between white space."""
     ids = {word: i for i, word in enumerate(words)}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token=words[0]))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -308,7 +308,7 @@ def encode_documents(
     dropped = dropped or DroppedText()
     known = _KnownText(tokenizer)
     texts = iter(texts)
-    while chunk := list(islice(texts, ENCODE_CHUNK)):
+    while chunk := _take(texts):
         for text, encoding in zip(chunk, _encode(tokenizer, chunk, known.by_offsets), strict=True):
             size, lost = len(text.encode()), known.lost_bytes(text, encoding)
             dropped.bytes += lost
@@ -321,9 +321,20 @@ def encode_documents(
 def encode_texts(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[np.ndarray]:
     """Yield the token ids of each text, int32 (n,), without special tokens added."""
     texts = iter(texts)
-    while chunk := list(islice(texts, ENCODE_CHUNK)):
+    while chunk := _take(texts):
         for encoding in _encode(tokenizer, chunk, offsets=False):
             yield np.asarray(encoding.ids, np.int32)
+
+
+def _take(texts: Iterator[str]) -> list[str]:
+    """The next texts to encode at once: not many, and not much text."""
+    chunk, left = [], ENCODE_CHARACTERS
+    for text in islice(texts, ENCODE_CHUNK):
+        chunk.append(text)
+        left -= len(text)
+        if left <= 0:
+            break
+    return chunk
 
 
 def encode_text(tokenizer: Tokenizer, text: str, where: str = "the text") -> list[int]:

@@ -1,4 +1,4 @@
-"""What every command prints: text as it is, JSON that is JSON, and no disturbance by its reader."""
+"""The output of every command: text as it is, valid JSON, and no disturbance by its reader."""
 
 import io
 import json
@@ -11,6 +11,7 @@ from rich.table import Table
 
 from sessa_cli.common import make_console, print_json, say
 from sessa_cli.foreign_errors import foreign_message
+from sessa_cli.home_paths import expand_home
 from sessa_cli.terminal import SafeOutput, for_output, printable
 from sessa_common.training.metrics import read_metrics
 
@@ -88,7 +89,7 @@ def test_output_that_fails_raises_nothing(error, lost):
 
 
 def sessa_shell(command):
-    """Run a line of shell in which $SESSA is the command; what became of it."""
+    """Run a line of shell in which $SESSA is the command; the ended process."""
     paths = [path for path in sys.path if path]
     settings = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONIOENCODING": "latin-1"}
     environment = {**os.environ, **settings, "SESSA": f"{sys.executable} -m sessa_cli.main"}
@@ -126,3 +127,20 @@ def test_memory_that_libraries_cannot_get_is_one_line():
     words = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes\nframe 0"
     assert foreign_message(RuntimeError(words)) == f"not enough memory: {words.splitlines()[0]}"
     assert foreign_message(RuntimeError("a fault of the program")) is None
+
+
+def test_a_link_to_itself_is_one_line(tmp_path):
+    link = tmp_path / "link"
+    link.symlink_to(link)
+    with pytest.raises((OSError, RuntimeError)) as raised:
+        link.resolve(strict=True)
+    assert str(link) in (foreign_message(raised.value) or "")
+
+
+def test_a_tilde_is_the_home_folder_in_paths_and_a_sign_in_prompts(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    given = ["info", "~/a", "--out=~/b", "--data", "~", "--prompt", "~/c", "--prompt=~/d", "e~/f"]
+    assert expand_home(given) == [
+        "info", "/home/me/a", "--out=/home/me/b", "--data", "/home/me", "--prompt", "~/c",
+        "--prompt=~/d", "e~/f",
+    ]  # fmt: skip

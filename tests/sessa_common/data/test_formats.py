@@ -93,7 +93,7 @@ def test_a_parquet_column_of_broken_text_is_named_with_its_rows(tmp_path):
 
     values = pyarrow.array([b"ok", b"\xff\xfe"], pyarrow.binary()).view(pyarrow.string())
     parquet.write_table(pyarrow.table({"text": values}), tmp_path / "x.parquet")
-    with pytest.raises(SessaError, match=r"x\.parquet: not UTF-8 text in rows 1 to 64"):
+    with pytest.raises(SessaError, match=r"x\.parquet, row 2: not UTF-8 text"):
         list(read_rows(tmp_path / "x.parquet", "text"))
 
 
@@ -119,6 +119,25 @@ def test_rows_that_need_no_bytes_are_refused(tmp_path):
     parquet.write_table(table, tmp_path / "x.parquet")
     with pytest.raises(SessaError, match="claims 10,000,000 rows in"):
         list(read_rows(tmp_path / "x.parquet", "text"))
+
+
+def test_a_text_that_a_tiny_file_repeats_is_read_in_little_memory(tmp_path, monkeypatch):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    # 320 rows of 4 MB in a file of some hundred bytes.
+    once = pyarrow.array(["a" * 2**22])
+    column = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 320, pyarrow.int32()), once)
+    path = tmp_path / "x.parquet"
+    parquet.write_table(
+        pyarrow.table({"text": column}), path, compression="zstd", store_schema=False
+    )
+    assert path.stat().st_size < 1000
+    before = pyarrow.default_memory_pool().max_memory()
+    monkeypatch.setattr(formats, "FREE_BYTES", 2**25)
+    with pytest.raises(SessaError, match="unpacks to more than"):
+        list(read_rows(path, "text"))
+    assert pyarrow.default_memory_pool().max_memory() < before + 2**25
 
 
 def test_the_package_for_a_form_is_named_where_it_is_missing(tmp_path, monkeypatch):
