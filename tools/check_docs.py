@@ -1,10 +1,11 @@
-"""Check the pages of this project: relative links, headings, commands and options of `sessa`.
+"""Check the pages of this project: links, headings, source files, commands and options of `sessa`.
 
     python tools/check_docs.py [PAGE ...]
 
 Without arguments it reads PAGES. A link must lead to a file of the working tree, its fragment to a
-heading there. A command or an option must be one that a help text of `sessa` shows, so hidden
-aliases count as unknown.
+heading there. A source file that a page names, from the root or from a package, must exist. A
+command or an option must be one that a help text of `sessa` shows, so hidden aliases count as
+unknown.
 """
 
 from __future__ import annotations
@@ -30,10 +31,13 @@ PAGES = (
     "tools/metal_emulator/README.md",
 )
 SHELL = ("", "sh", "bash", "console")
+# Folders from which pages name source files.
+SOURCES = (ROOT, ROOT / "sessa_common", ROOT / "sessa_torch", ROOT / "export" / "sessa_export")
 
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _SPAN = re.compile(r"`([^`]+)`")
 _LINK = re.compile(r"\]\(([^()\s]+)\)")
+_FILE = re.compile(r"(?:[\w-]+/)+[\w-]+\.(?:py|md|sh|cpp|h|js|mjs|metal)")
 _HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 _SEPARATORS = {";", "|", "&", "&&", "||", "(", ")", "<", ">", ">>"}
 
@@ -56,6 +60,14 @@ def _anchors(page: Path) -> set[str]:
     """The fragments that a Git host gives to the headings of a page."""
     headings = _HEADING.findall(_FENCE.sub("", page.read_text(encoding="utf-8")))
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def missing_files(page: Path) -> Iterator[str]:
+    """Every source file that a page names in code type and that does not exist."""
+    spans = _SPAN.findall(_FENCE.sub("", page.read_text(encoding="utf-8")))
+    for name in (word for span in spans for word in span.split() if _FILE.fullmatch(word)):
+        if not any((folder / name).exists() for folder in (*SOURCES, page.parent)):
+            yield f"{name}: no such source file"
 
 
 def unknown_commands(page: Path, command: Any) -> Iterator[str]:
@@ -142,9 +154,13 @@ def main(arguments: list[str]) -> int:
     faults = [
         f"{page.relative_to(ROOT)}: {fault}"
         for page in pages
-        for fault in (*broken_links(page), *unknown_commands(page, command))
+        for fault in (
+            *broken_links(page),
+            *missing_files(page),
+            *unknown_commands(page, command),
+        )
     ]
-    print("\n".join(faults) or f"{len(pages)} pages: links, commands and options exist")
+    print("\n".join(faults) or f"{len(pages)} pages: links, files, commands and options exist")
     return 1 if faults else 0
 
 

@@ -44,6 +44,13 @@ def test_a_broken_link_is_named(tmp_path, link):
     assert fault.startswith(link)
 
 
+@pytest.mark.parametrize("name", ["sessa_common/missing.py", "tests/docs/missing.md"])
+def test_a_missing_source_file_is_named(tmp_path, name):
+    there = "`tools/check_docs.py`, `feedback/naive.py` and `runs/model.json`"
+    (fault,) = check_docs.missing_files(_page(tmp_path, f"{there}\n`python {name}`\n"))
+    assert fault.startswith(name)
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -28,10 +28,3 @@ def test_the_questions_are_found():
 @pytest.mark.parametrize(("question", "file", "name"), ANSWERS)
 def test_a_file_holds_what_the_answer_names(question, file, name):
     assert name in _defined(ROOT / file), question
-
-
-def test_every_path_in_the_text_exists():
-    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    paths = re.findall(r"`((?:sessa_\w+|export|tests|docs|cli)/[\w./]+)`", text)
-    assert len(paths) > 10
-    assert [path for path in paths if not (ROOT / path).exists()] == []
