@@ -175,7 +175,7 @@ def _check_replaceable(path: Path, target: Path, inputs: Iterable[Path | str]) -
 
 
 def is_ours(folder: Path) -> bool:
-    """Whether this program wrote a folder: it holds a manifest."""
+    """Return True for a folder that this program wrote, which holds a manifest."""
     path = folder / MANIFEST
     return path.is_file() and not path.is_symlink()
 
@@ -349,7 +349,7 @@ def _try_lock(folder: Path, *, create: bool = True) -> int | None:
 
 
 def _is_lock_of(descriptor: int, folder: Path) -> bool:
-    """Whether an open file is the lock file that a folder has now."""
+    """Return True when an open file is the lock file that a folder has now."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.lstat(folder / LOCK))
     except FileNotFoundError:

@@ -35,7 +35,7 @@ class InfluenceProbe:
     def squared_norms(
         self, first: int, last: int, times: np.ndarray, cotangents: np.ndarray
     ) -> np.ndarray:
-        """As in the protocol: (R, max(times) + 1) for times (R,) and cotangents (R, D)."""
+        """Squared norms (R, max(times) + 1) of times (R,), cotangents (R, D); see the protocol."""
         R, length = len(times), int(times.max()) + 1
 
         def run(x: mx.array) -> mx.array:
@@ -53,7 +53,7 @@ class InfluenceProbe:
     def feedback(
         self, layer: int, sources: Sequence[int]
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """As in the protocol: gains (T,), largest weights (T,), kernel columns (T, n)."""
+        """Gains (T,), largest weights (T,) and kernel columns (T, n); see the protocol."""
         block = self.backbone.layers[layer]
         x = self.inputs[layer]
         a = block.ln(x)
@@ -71,7 +71,7 @@ class InfluenceProbe:
         return to_numpy(gamma[0]), to_numpy(peak), to_numpy(kernel[0])
 
     def decay(self, layer: int) -> np.ndarray:
-        """As in the protocol: (T, heads)."""
+        """Decay (T, heads); see the protocol."""
         block = self.backbone.layers[layer]
         mixer = block.mixer
         dt = mixer.in_proj(block.ln(self.inputs[layer]))[0, :, -mixer.heads :]

@@ -38,7 +38,7 @@ class InfluenceProbe:
     def squared_norms(
         self, first: int, last: int, times: np.ndarray, cotangents: np.ndarray
     ) -> np.ndarray:
-        """As in the protocol: (R, max(times) + 1) for times (R,) and cotangents (R, D)."""
+        """Squared norms (R, max(times) + 1) of times (R,), cotangents (R, D); see the protocol."""
         R, length = len(times), int(times.max()) + 1
         x = self.inputs[first][:, :length].repeat(R, 1, 1).requires_grad_()  # (R, length, D)
         y = x
@@ -56,7 +56,7 @@ class InfluenceProbe:
     def feedback(
         self, layer: int, sources: Sequence[int]
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """As in the protocol: gains (T,), largest weights (T,), kernel columns (T, n)."""
+        """Gains (T,), largest weights (T,) and kernel columns (T, n); see the protocol."""
         block: Any = self.backbone.layers[layer]
         x = self.inputs[layer]
         a = block.ln(x)
@@ -75,7 +75,7 @@ class InfluenceProbe:
 
     @torch.no_grad()
     def decay(self, layer: int) -> np.ndarray:
-        """As in the protocol: (T, heads)."""
+        """Decay (T, heads); see the protocol."""
         block: Any = self.backbone.layers[layer]
         mixer = block.mixer
         dt = mixer.in_proj(block.ln(self.inputs[layer]))[0, :, -mixer.heads :]

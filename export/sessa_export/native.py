@@ -138,7 +138,7 @@ class Recipe:
         return digest.hexdigest()[:20]
 
     def library(self, cache: Path | None) -> Path:
-        """Where the library is kept."""
+        """Path at which the library is kept."""
         return (cache or cache_folder()) / self.key() / library_name()
 
     def commands(self, folder: Path) -> tuple[list[list[str]], list[str]]:
@@ -155,7 +155,7 @@ class Recipe:
 
 
 def make_recipe(*, sanitize: bool = False) -> Recipe:
-    """How the library is built here; SessaError without a compiler."""
+    """Return the recipe of a build on this machine; SessaError without a compiler."""
     return Recipe(source_folder(), tuple(find_compiler()), find_headers(), sanitize)
 
 

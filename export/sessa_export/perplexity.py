@@ -1,4 +1,4 @@
-"""What fewer bits cost: perplexity of one text before and after."""
+"""Cost of fewer bits: perplexity of one text before and after quantization."""
 
 from __future__ import annotations
 

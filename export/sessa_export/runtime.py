@@ -74,7 +74,7 @@ def find_model(folder: Path | str) -> Path | None:
 
 
 def is_exported(folder: Path) -> bool:
-    """Whether a folder is an exported model: it holds one, and no weights of a checkpoint.
+    """Return True for a folder that holds an exported model and no weights of a checkpoint.
 
     An export inside the folder of a checkpoint does not make an export of the checkpoint.
     """

@@ -49,7 +49,7 @@ def choose_clients(given: Sequence[str], layout: str) -> tuple[str, ...]:
 
 
 def model_path(clients: Collection[str], dtype: str) -> str:
-    """Where the model stands in the folder: transformers.js looks for onnx/model*.onnx."""
+    """Path of the model in the folder; transformers.js looks for onnx/model*.onnx."""
     return f"onnx/model{SUFFIXES[dtype]}.onnx" if "transformers-js" in clients else MODEL_FILE
 
 

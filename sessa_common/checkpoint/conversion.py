@@ -68,7 +68,7 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What a conversion wrote and what reading it back proved."""
+    """The result of a conversion: what was written and what reading it back proved."""
 
     source: str
     tensors: int

@@ -96,12 +96,12 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def is_weight_file(name: str) -> bool:
-    """Whether a file of a checkpoint folder holds weights, by its name."""
+    """Return True for the name of a file that holds weights in a checkpoint folder."""
     return fnmatchcase(name, "model*.safetensors")
 
 
 def is_model_file(name: str) -> bool:
-    """Whether a file of a checkpoint folder holds weights or is their index, by its name."""
+    """Return True for the name of a file that holds weights or their index."""
     return is_weight_file(name) or name == INDEX
 
 
@@ -205,7 +205,7 @@ def channels_last(weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def is_convolution(name: str, value: np.ndarray) -> bool:
-    """Whether a tensor is the weight of a Mamba-2 layer's depth-wise convolution."""
+    """Return True for the weight of a Mamba-2 layer's depth-wise convolution."""
     return name.endswith(".conv1d.weight") and value.ndim == 3
 
 

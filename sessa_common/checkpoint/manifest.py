@@ -121,7 +121,7 @@ def verify(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> i
 
 
 def is_undamaged(folder: Path) -> bool:
-    """Whether every file of a folder's manifest is there and has its hash."""
+    """Return True when every file of a folder's manifest is there and has its hash."""
     try:
         return verify(folder) is not None
     except SessaError:
@@ -129,7 +129,7 @@ def is_undamaged(folder: Path) -> bool:
 
 
 def read_settled(folder: Path, read: Callable[[], T]) -> T:
-    """What `read` returns, read anew when a save replaced the files of the folder meanwhile."""
+    """Return what `read` returns; read anew when a save replaced the files meanwhile."""
     while True:
         before = read_manifest(folder)
         try:
@@ -143,5 +143,5 @@ def read_settled(folder: Path, read: Callable[[], T]) -> T:
 
 
 def is_plain_name(name: Any) -> bool:
-    """Whether a value names a file of the folder itself, not a path that leads elsewhere."""
+    """Return True for the name of a file in the folder itself, not a path that leads elsewhere."""
     return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0")

@@ -67,7 +67,7 @@ def unpack(words: np.ndarray, bits: int) -> np.ndarray:
 
 
 def is_quantized(tensors: Mapping[str, np.ndarray]) -> bool:
-    """Whether any tensor comes with scales."""
+    """Return True when any tensor comes with scales."""
     return any(name.endswith(".scales") for name in tensors)
 
 

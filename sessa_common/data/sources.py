@@ -188,7 +188,7 @@ def _matching_files(pattern: Path) -> list[Path]:
 
 
 def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
-    """Whether the folders and the name of a file fit the parts of a wildcard."""
+    """Return True when the folders and the name of a file fit the parts of a wildcard."""
     if not pattern or not parts:
         return not parts and all(part == "**" for part in pattern)
     if pattern[0] == "**":

@@ -1,4 +1,4 @@
-"""What a framework does in training, and the rules that both frameworks follow."""
+"""The part of training that a framework does, and the rules that both frameworks follow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the Triton kernels share: products of tiles, how workspaces lie, flags between programs."""
+"""Helpers of the Triton kernels: products of tiles, workspaces, flags between programs."""
 
 from __future__ import annotations
 

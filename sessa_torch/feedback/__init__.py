@@ -126,7 +126,7 @@ def _solve(
 
 
 def _options(solver: Any, f: Tensor, precision: str) -> dict[str, str]:
-    """What only the CUDA kernels take: the other backends have one way to multiply."""
+    """Options of the CUDA kernels alone; the other backends have one way to multiply."""
     return {"precision": precision} if f.is_cuda and solver is not blocked else {}
 
 

@@ -214,7 +214,7 @@ def test_unwritten_output_is_nan_through_both_frameworks() -> None:
 
 
 def test_torch_stand_in_ignores_strides() -> None:
-    """As MPS does: a transposed tensor is its storage, a slice starts at its own offset."""
+    """A transposed tensor is its storage and a slice starts at its own offset, as with MPS."""
     text = HEADER + "kernel void add(device float* y, AT) { y[i] += i; }"
     with emulated_shaders():
         shader = torch.mps.compile_shader(text)

@@ -117,7 +117,7 @@ def test_every_schedule_gives_the_same_bits(twin: str, dtype: str, case: Case) -
 
 
 def test_log_sum_exp() -> None:
-    """As the blocked path's, and +inf for a row that sees nothing, in both ways to compute it."""
+    """lse equals the blocked path's, with +inf for a row that sees nothing, computed either way."""
     for case in (Case(70, B=2, P=5, masked=True), Case(1, B=2, P=6, masked=True)):
         given = {name: to_mlx(array) for name, array in inputs(case, "float32").items()}
         del given["ds"]

@@ -134,7 +134,7 @@ def test_checkpointed_gradients() -> None:
 
 
 def both_passes(f: mx.array, q: mx.array, k: mx.array, gamma: mx.array) -> list[mx.array]:
-    """What the custom function's forward and vjp trace; export refuses the custom function."""
+    """Operations of the custom function's forward and vjp; export refuses the function itself."""
     s, lse = metal.solve_forward(f, q, k, gamma)
     return [g for g in metal.solve_backward(2 * s, q, k, gamma, s, lse) if g is not None]
 

@@ -1,4 +1,4 @@
-"""What `sessa export` puts into a folder: precisions, cache layouts, clients' files, refusals."""
+"""Folders that `sessa export` writes: precisions, cache layouts, clients' files, refusals."""
 
 from __future__ import annotations
 

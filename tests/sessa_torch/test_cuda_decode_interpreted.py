@@ -117,7 +117,7 @@ def live(case, decode, blocked):
 
 
 def copies(kernels, decode):
-    """How many launches get keys or states that lie elsewhere than in the buffers."""
+    """Count the launches whose keys or states lie elsewhere than in the buffers."""
     given, wrong = [], 0
     launch = kernels.prepared(kernels.combine_kernel).__class__.launch
 

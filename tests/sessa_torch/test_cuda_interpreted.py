@@ -101,7 +101,7 @@ def test_unavailable_says_why():
 
 
 def fake_kernel():
-    """What `launch` sees of a Triton kernel on a GPU, and the launches by the way they took."""
+    """Stand-in for a Triton kernel on a GPU, as `launch` sees it; counts launches by their way."""
     launches = []
 
     def runs(way):
@@ -254,7 +254,7 @@ def compare(case, kernels, blocked):
 
 
 def without_gain(case, kernels):
-    """How many numbers of rows whose gain is 0 are not those of f."""
+    """Count the numbers of rows with gain 0 that are not those of f."""
     f, q, k, gain, past, mask = draw(**case)
     gain[:, ::3] = 0
     s, _ = kernels.solve_forward(f, q, k, gain, past, mask, case.get("precision", "auto"))
@@ -262,7 +262,7 @@ def without_gain(case, kernels):
 
 
 def hidden_rows(kernels, value, **case):
-    """How many results change when what the mask hides (keys, states, rows) is all `value`."""
+    """Count the results that change when all that the mask hides is set to `value`."""
     f, q, k, gamma, past, mask = draw(masked=True, **case)
     P, found = past.shape[1], []
     ds = torch.randn(f.shape, generator=torch.Generator().manual_seed(1)).to(f.dtype)

@@ -1,4 +1,4 @@
-"""What the tests of the export's clients share: one exported model, PyTorch's tokens, tools."""
+"""Helpers of the tests of the export's clients: an exported model, PyTorch's tokens, tools."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def interpret(script: str) -> Any:
-    """What a script prints, as JSON, with Triton interpreting."""
+    """Run a script with Triton's interpreter and return what it prints, read as JSON."""
     env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     run = subprocess.run(

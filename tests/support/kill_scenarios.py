@@ -140,6 +140,6 @@ def content(folder: Path) -> dict[str, object] | None:
 
 
 def leftovers(folder: Path) -> list[Path]:
-    """What killed writers left anywhere in a folder."""
+    """Return what killed writers left anywhere in a folder."""
     found = (path for path in folder.rglob(".*"))
     return [path for path in found if LEFTOVER.fullmatch(path.name) or "tmp" in path.name]

@@ -114,7 +114,7 @@ def emulated(
     block: int = 64,
     wide: tuple[str, ...] = (),
 ) -> tuple[Arrays, list[Launch]]:
-    """What a twin's Metal path computes on the emulator, in float64, and its launches.
+    """Run a twin's Metal path on the emulator; return its results in float64 and its launches.
 
     The inputs named in `wide` are passed in float32, with the same values.
     """
@@ -150,7 +150,7 @@ def forget_kernels(module: ModuleType) -> None:
 
 
 def kernel_kind(name: str) -> str:
-    """Which of the five kernels a name that MLX made up is."""
+    """Return which of the five kernels has a name that MLX made up."""
     match = re.match(r"custom_kernel_sessa_(weights|block|score_grads|step|merge)_", name)
     return match[1] if match else name
 

@@ -42,7 +42,7 @@ def built_library() -> Path:
 
 
 def instruction_sets(library: Path) -> list[str]:
-    """Those of the library that this processor has."""
+    """Return the instruction sets of the library that this processor has."""
     handle = ctypes.CDLL(str(library))
     handle.SessaUseInstructionSet.restype = ctypes.c_bool
     handle.SessaInstructionSet.restype = ctypes.c_char_p

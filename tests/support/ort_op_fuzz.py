@@ -80,7 +80,7 @@ def corrupt(rng: np.random.Generator, arrays: Arrays, types: Types) -> str:
 
 
 def acceptable(arrays: Arrays, types: Types) -> bool:
-    """Whether the shape rules of the project's own operator and the types allow these operands."""
+    """Return True when the operator's rules of shapes and types allow these operands."""
     if any(types.get(name) in WRONG_TYPES for name in arrays):
         return False
     try:

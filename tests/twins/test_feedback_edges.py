@@ -88,7 +88,7 @@ def test_gains_of_any_size(framework, backend, gain):
 
 @pytest.mark.parametrize("gain", GAINS)
 def test_gains_of_any_size_without_a_triangular_solve(monkeypatch, gain):
-    """As PyTorch solves a block on other devices than the CPU."""
+    """Solve a block in the way that PyTorch uses on devices other than the CPU."""
 
     def by_inverse(N, rhs, *, transposed=False):
         X = blocked.unit_lower_inverse(N)

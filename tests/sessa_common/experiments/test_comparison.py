@@ -101,7 +101,7 @@ def test_a_comparison_from_sweep_to_table(trainer, tmp_path, capsys):
 
 
 def shaded(path):
-    """How many pixels have the grey of the trained range."""
+    """Count the pixels with the grey of the trained range."""
     from matplotlib.image import imread
 
     return int((np.rint(imread(path)[..., :3] * 255) == round(0.92 * 255)).all(2).sum())
