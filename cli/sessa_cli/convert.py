@@ -33,7 +33,9 @@ def convert(
         int | None,
         typer.Option("--quantize", help="Bits of MLX's affine format: 4 or 8 (also 2, 3, 5, 6)."),
     ] = None,
-    group_size: Annotated[int, typer.Option(help="Numbers that share a scale: 32, 64, 128.")] = 64,
+    group_size: Annotated[
+        int | None, typer.Option(help="Numbers that share a scale: 32, 64 (default) or 128.")
+    ] = None,
     shard_size: Annotated[
         str, typer.Option(help="Largest weight file, such as 500MB.")
     ] = f"{SHARD_SIZE // 10**9}GB",

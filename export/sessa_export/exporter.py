@@ -105,6 +105,8 @@ def export_checkpoint(
     if target.resolve() == source.resolve():
         raise SessaError(f"{target}: is the checkpoint itself; choose another folder")
     require_supported(load_config(source))
+    if options.dtype == "fp32" and options.data != Options.data:
+        raise SessaError("`data` measures the cost of fewer bits; choose another `dtype` than fp32")
     texts = [Path(name) for name in options.data if Path(name).exists()]
     with new_folder(target, force=force, inputs=[source, *texts]) as scratch:
         config, weights = load_weights(source)

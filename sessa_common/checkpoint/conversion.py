@@ -39,7 +39,12 @@ from sessa_common.checkpoint.manifest import (
     read_settled,
     verify,
 )
-from sessa_common.checkpoint.quantization import dequantize_weights, is_quantized, quantize_weights
+from sessa_common.checkpoint.quantization import (
+    GROUP_SIZE,
+    dequantize_weights,
+    is_quantized,
+    quantize_weights,
+)
 from sessa_common.checkpoint.run_files import STATE
 from sessa_common.config import DTYPES, FOREIGN_KEYS, SessaConfig, parameter_shapes
 from sessa_common.errors import SessaError, expect
@@ -199,7 +204,7 @@ def convert(
     framework: str | None = None,
     dtype: str | None = None,
     bits: int | None = None,
-    group_size: int = 64,
+    group_size: int | None = None,
     shard_size: int | str = SHARD_SIZE,
     config: Mapping[str, Any] | Path | str | None = None,
     seed: int = 0,
@@ -210,7 +215,7 @@ def convert(
 
     The source is a checkpoint folder or a weight file. framework is "torch" or "mlx", which decides
     the layout of convolutions (by default mlx with `bits`, else torch); dtype None keeps each
-    tensor's; bits quantises in MLX's affine format with one scale for group_size numbers;
+    tensor's; bits quantises in MLX's affine format with one scale for group_size numbers (64);
     shard_size is in bytes, or a text such as "500MB". For a weight file, config (or the path of a
     config.json) and further keyword arguments are fields of SessaConfig that the weights do not
     settle, and seed draws a missing embedding. Raises SessaError before the folder appears.
@@ -218,6 +223,9 @@ def convert(
     target, size = Path(target), parse_size(shard_size)
     expect(framework in (None, *FRAMEWORKS), "`framework`", framework, f"{' or '.join(FRAMEWORKS)}")
     expect(dtype in (None, *DTYPES), "`dtype`", dtype, f"one of {', '.join(DTYPES)}")
+    if group_size is not None and not bits:
+        raise SessaError("`group_size` says how weights are quantised; give the number of bits too")
+    group_size = group_size if group_size is not None else GROUP_SIZE
     framework = framework or ("mlx" if bits else "torch")
     inputs = [Path(name) for name in (source, config) if isinstance(name, (Path, str))]
     inputs = [path for path in inputs if path.resolve() != target.resolve()]

@@ -17,6 +17,8 @@ from sessa_common.errors import SessaError
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
+# Numbers that share a scale unless another size is asked for, as in mlx-lm.
+GROUP_SIZE = 64
 
 
 def quantize(

@@ -96,6 +96,10 @@ def read_documents(
     name is missing or unreadable, or which row lacks the text.
     """
     source, counts = source or TextSource(), counts or ReadCounts()
+    if source.subset is not None and not any(name.startswith(HUB_PREFIX) for name in names):
+        raise SessaError(
+            f"`subset` is a part of a Hugging Face data set, but none is named ({HUB_PREFIX}NAME)"
+        )
     if list(names).count(STANDARD_INPUT) > 1:
         raise SessaError("standard input ('-') is named twice, but it can be read only once")
     readers = [reader for name in names for reader in _readers(name, source)]

@@ -76,7 +76,13 @@ def _run_locked(
 ) -> TrainResult:
     run = prepare(request, reporter.preparing)
     steps = run.settings.steps
-    if run.resumed and read_state_metadata(run.folder)[0] >= steps and not _is_untested(run):
+    done = read_state_metadata(run.folder)[0] if run.resumed else 0
+    if done > steps:
+        raise SessaError(
+            f"{run.folder}: the run has taken {done} steps already, which cannot be undone to "
+            f"{steps}; give `steps` above {done} to go on"
+        )
+    if run.resumed and done == steps and not _is_untested(run):
         raise SessaError(
             f"{run.folder}: all {steps} steps are done; give a larger `steps` to go on"
         )

@@ -119,6 +119,8 @@ main(["train", *sys.argv[1:]])
 
 def test_resume_with_more_steps_goes_on(run_folder, capsys):
     assert "all 4 steps are done" in fails(capsys, "train", "--resume", run_folder)
+    earlier = fails(capsys, "train", "--resume", run_folder, "--steps", 2)
+    assert "the run has taken 4 steps already" in earlier and "give --steps above 4" in earlier
     assert sessa("train", "--resume", run_folder, "--steps", 6) == 0
     assert [r["step"] for r in read_metrics(run_folder) if "loss" in r] == [1, 2, 3, 4, 5, 6]
 
