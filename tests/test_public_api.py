@@ -161,7 +161,7 @@ def test_convert_export_and_check(run, tmp_path):
 
 BAD = {
     "field": (lambda t, run: t.train("out", stepz=3), "stepz is not a known field; did you mean"),
-    "type": (lambda t, run: t.train("out", learning_rate="high"), "wrong type"),
+    "type": (lambda t, run: t.train("out", learning_rate="high"), "expected a number"),
     "value": (lambda t, run: t.train("out", steps=0), "steps is 0, expected a positive integer"),
     "models": (
         lambda t, run: t.train("out", preset="demo", init=run),

@@ -34,6 +34,8 @@ class TerminalReporter:
             TimeRemainingColumn(compact=True),
             console=console,
             transient=True,
+            # Where nothing can be drawn over, the bar would only leave an empty line.
+            disable=not console.is_interactive,
         )
         self.task = self.progress.add_task("", status="")
         self.loss = self.speed = math.nan
