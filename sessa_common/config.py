@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sessa_common.errors import SessaError
+from sessa_common.errors import SessaError, expect, require
 from sessa_common.layer_kinds import KINDS, LayerKind, with_layer_kinds
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -43,11 +43,6 @@ def _known_fields(cls: type, given: Mapping[str, Any], where: str) -> dict[str, 
             f"{where}: unknown key {', '.join(unknown)}; known: {', '.join(sorted(names))}"
         )
     return {name: given[name] for name in given if name in names}
-
-
-def _require(ok: bool, message: str) -> None:
-    if not ok:
-        raise SessaError(message)
 
 
 def _is_count(value: object) -> bool:
@@ -95,7 +90,7 @@ class SessaConfig:
     mamba_d_head: int = 64
 
     def __post_init__(self) -> None:
-        _require(self.model_type == "sessa", f"model_type is {self.model_type!r}, expected 'sessa'")
+        expect(self.model_type == "sessa", "model_type", self.model_type, "'sessa'")
         for name in (
             "vocab_size",
             "hidden_size",
@@ -108,61 +103,61 @@ class SessaConfig:
             "mamba_d_head",
         ):
             value = getattr(self, name)
-            _require(_is_count(value), f"{name} is {value!r}, expected a positive integer")
-        _require(
+            expect(_is_count(value), name, value, "a positive integer")
+        expect(
             self.num_hidden_layers <= MOST_LAYERS,
-            f"num_hidden_layers is {self.num_hidden_layers}, expected at most {MOST_LAYERS}",
+            "num_hidden_layers",
+            self.num_hidden_layers,
+            f"at most {MOST_LAYERS}",
         )
         for name in ("use_forward_rope", "tie_word_embeddings"):
             value = getattr(self, name)
-            _require(isinstance(value, bool), f"{name} is {value!r}, expected true or false")
+            expect(isinstance(value, bool), name, value, "true or false")
         for name in ("gamma_max", "rope_theta", "layer_norm_eps"):
             value = getattr(self, name)
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            _require(number, f"{name} is {value!r}, expected a number")
+            expect(number, name, value, "a number")
         D, H = self.hidden_size, self.num_attention_heads
-        _require(D % H == 0, f"num_attention_heads {H} does not divide hidden_size {D}")
+        require(D % H == 0, f"num_attention_heads {H} does not divide hidden_size {D}")
         if self.num_key_value_heads == 0:
             object.__setattr__(self, "num_key_value_heads", H)
         if self.head_dim == 0:
             object.__setattr__(self, "head_dim", D // H)
         kv, d = self.num_key_value_heads, self.head_dim
         divides = _is_count(kv) and H % kv == 0
-        _require(divides, f"num_key_value_heads {kv} does not divide num_attention_heads {H}")
-        _require(d * H == D, f"head_dim {d} times {H} heads is not hidden_size {D}")
+        require(divides, f"num_key_value_heads {kv} does not divide num_attention_heads {H}")
+        require(d * H == D, f"head_dim {d} times {H} heads is not hidden_size {D}")
         self._check_layers()
-        _require(
+        require(
             not (self.rotates and d % 2),
             f"head_dim {d} is odd: RoPE rotates pairs; use an even head_dim "
             "or use_forward_rope=false",
         )
-        _require(0 < self.gamma_max < 1, f"gamma_max is {self.gamma_max}, expected between 0 and 1")
+        expect(0 < self.gamma_max < 1, "gamma_max", self.gamma_max, "between 0 and 1")
         for name in ("rope_theta", "layer_norm_eps"):
             value = getattr(self, name)
-            _require(0 < value < math.inf, f"{name} is {value}, expected above 0 and finite")
-        _require(
-            self.dtype in DTYPES, f"dtype is {self.dtype!r}, expected one of {', '.join(DTYPES)}"
-        )
+            expect(0 < value < math.inf, name, value, "above 0 and finite")
+        expect(self.dtype in DTYPES, "dtype", self.dtype, f"one of {', '.join(DTYPES)}")
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             value = getattr(self, name)
             fits = value is None or (isinstance(value, int) and 0 <= value < self.vocab_size)
-            _require(fits, f"{name} is {value!r}, expected below vocab_size {self.vocab_size}")
+            expect(fits, name, value, f"below vocab_size {self.vocab_size}")
 
     def _check_layers(self) -> None:
         given, L = self.layer_kinds, self.num_hidden_layers
         names = (given,) if isinstance(given, str) else tuple(given)
         fits = isinstance(given, str) or len(names) == L
-        _require(fits, f"layer_kinds has {len(names)} names for {L} layers")
+        require(fits, f"layer_kinds has {len(names)} names for {L} layers")
         for name in names:
             known = isinstance(name, str) and name in KINDS
-            _require(known, f"layer_kinds has {name!r}, expected of {', '.join(KINDS)}")
+            require(known, f"layer_kinds has {name!r}, expected of {', '.join(KINDS)}")
         object.__setattr__(self, "layer_kinds", names[0] if len(set(names)) == 1 else names)
         if self.intermediate_size == 0:
             object.__setattr__(self, "intermediate_size", 4 * self.hidden_size)
         F = self.intermediate_size
-        _require(_is_count(F), f"intermediate_size is {F!r}, expected 0 or more")
+        require(_is_count(F), f"intermediate_size is {F!r}, expected 0 or more")
         inner, P = self.mamba_expand * self.hidden_size, self.mamba_d_head
-        _require(
+        require(
             KINDS["mamba2"] not in self.kinds or inner % P == 0,
             f"mamba_d_head {P} does not divide the inner width {inner}",
         )
@@ -326,7 +321,7 @@ class TrainConfig:
         for name in ("steps", "batch_size", "gradient_accumulation_steps", "evaluate_batches",
                      "keep_checkpoints"):  # fmt: skip
             value = getattr(self, name)
-            _require(_is_count(value), f"{name} is {value!r}, expected a positive integer")
+            expect(_is_count(value), name, value, "a positive integer")
         for name in (
             "sequence_length",
             "max_documents",
@@ -337,51 +332,48 @@ class TrainConfig:
         ):
             value = getattr(self, name)
             none = isinstance(value, int) and not isinstance(value, bool) and value == 0
-            _require(none or _is_count(value), f"{name} is {value!r}, expected 0 or more")
+            expect(none or _is_count(value), name, value, "0 or more")
         for name in ("learning_rate", "adam_eps", "max_grad_norm"):
             value = self._as_float(name)
-            _require(0 < value < math.inf, f"{name} is {value!r}, expected above 0")
+            expect(0 < value < math.inf, name, value, "above 0")
         for name in ("min_lr_ratio", "weight_decay"):
             value = self._as_float(name)
-            _require(0 <= value <= 1, f"{name} is {value!r}, expected from 0 to 1")
+            expect(0 <= value <= 1, name, value, "from 0 to 1")
         for name in ("beta1", "beta2", "validation_fraction"):
             value = self._as_float(name)
-            _require(0 <= value < 1, f"{name} is {value!r}, expected from 0 to below 1")
-        _require(
+            expect(0 <= value < 1, name, value, "from 0 to below 1")
+        require(
             self.task is not None or not self.task_options,
             "task options are given without a task; give `task` too",
         )
-        _require(len(self.data) > 0, "data is empty, expected at least one file, folder or name")
-        _require(
-            self.precision in PRECISIONS,
-            f"precision is {self.precision!r}, expected {', '.join(PRECISIONS)}",
-        )
+        require(len(self.data) > 0, "data is empty, expected at least one file, folder or name")
+        expect(self.precision in PRECISIONS, "precision", self.precision, ", ".join(PRECISIONS))
         for name in ("compile", "parse_special_tokens"):
             value = getattr(self, name)
-            _require(isinstance(value, bool), f"{name} is {value!r}, expected true or false")
+            expect(isinstance(value, bool), name, value, "true or false")
         self._check_texts()
 
     def _as_float(self, name: str) -> float:
         # A file may write 0 for 0.0, which PyTorch's optimizer does not take.
         value = getattr(self, name)
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        _require(number, f"{name} is {value!r}, expected a number")
+        expect(number, name, value, "a number")
         object.__setattr__(self, name, float(value))
         return float(value)
 
     def _check_texts(self) -> None:
         for name in ("text_field", "split"):
             value = getattr(self, name)
-            _require(isinstance(value, str), f"{name} is {value!r}, expected a text")
+            expect(isinstance(value, str), name, value, "a text")
         for name in ("task", "tokenizer", "subset"):
             value = getattr(self, name)
-            _require(
+            require(
                 value is None or isinstance(value, str),
                 f'{name} is {value!r}, expected a text such as "{value}"',
             )
         for name in ("data", "validation_data", "task_options"):
             values = getattr(self, name)
-            _require(
+            require(
                 all(isinstance(value, str) for value in values),
                 f"{name} is {list(values)!r}, expected a list of texts",
             )
@@ -407,7 +399,7 @@ class TrainConfig:
         known = _known_fields(cls, given, where)
         for name in ("data", "validation_data", "task_options"):
             if name in known:
-                _require(
+                require(
                     isinstance(known[name], (list, tuple)),
                     f"{where}: {name} is {known[name]!r}, expected a list",
                 )

@@ -15,10 +15,15 @@ class DivergedError(SessaError):
     """Training met a loss or a gradient that is not finite."""
 
 
+def require(ok: bool, message: str) -> None:
+    """Raise SessaError with this message unless `ok`."""
+    if not ok:
+        raise SessaError(message)
+
+
 def expect(ok: bool, name: str, value: object, expected: str) -> None:
     """Raise SessaError "name is value, expected ..." unless `ok`."""
-    if not ok:
-        raise SessaError(f"{name} is {value!r}, expected {expected}")
+    require(ok, f"{name} is {value!r}, expected {expected}")
 
 
 def check_text(text: str, where: str) -> str:

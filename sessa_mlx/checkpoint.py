@@ -1,4 +1,4 @@
-"""Models from checkpoint folders and back; names and values are those of the file, unchanged."""
+"""Models from checkpoint folders and back, with the names and values of the files."""
 
 from __future__ import annotations
 
@@ -83,20 +83,20 @@ def set_weights(model: SessaForCausalLM, weights: Mapping[str, np.ndarray]) -> N
 
 
 def model_weights(model: SessaForCausalLM) -> dict[str, np.ndarray]:
-    """Every parameter as a NumPy array (bfloat16 through ml_dtypes) under its checkpoint name."""
+    """Return every parameter as a NumPy array (bfloat16 by ml_dtypes) by its checkpoint name."""
     parameters = dict(tree_flatten(model.parameters()))
     return {name: to_numpy(value) for name, value in parameters.items()}
 
 
 def to_tensor(array: np.ndarray) -> mx.array:
-    """An MLX array with the same values and dtype."""
+    """Return an MLX array with the same values and dtype."""
     if array.dtype == np.float64:
         return mx.array(array, dtype=mx.float64)
     return mx.array(array)
 
 
 def to_numpy(tensor: mx.array) -> np.ndarray:
-    """A NumPy array with the same values and dtype."""
+    """Return a NumPy array with the same values and dtype."""
     if tensor.dtype == mx.bfloat16:
         return np.array(tensor.view(mx.int16)).view(ml_dtypes.bfloat16)
     return np.array(tensor)

@@ -44,7 +44,7 @@ class Decoder:
         ids = mx.array(tokens.astype(np.int32))
         seen = None if mask is None else mx.array(mask != 0)
         logits = self.model(ids, cache=self.cache, attention_mask=seen, logits_to_keep=keep)
-        # Nothing may stay lazy in the cache, or the graph would grow with every token.
+        # The cache is evaluated too: a lazy one would keep a graph that grows with each token.
         held = [
             getattr(x, "buffer", x) for layer in self.cache.layers for x in vars(layer).values()
         ]
@@ -55,7 +55,7 @@ class Decoder:
 def load_decoder(
     folder: Path | str, *, dtype: str | None = None, device: str | None = None
 ) -> Decoder:
-    """A decoder on the model of a checkpoint folder; arguments and errors as in `load_model`."""
+    """Load the model of a checkpoint folder as a decoder; arguments and errors of `load_model`."""
     return Decoder(load_model(folder, dtype=dtype, device=device))
 
 

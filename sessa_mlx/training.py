@@ -109,7 +109,7 @@ class TrainBackend:
             grads = {name: grads[name] + g for name, g in new.items()} if grads else new
             mx.eval(loss, grads)
         grads, norm = optimizers.clip_grad_norm(grads, self.settings.max_grad_norm)
-        # A step with a gradient that is not finite would spoil the weights for good.
+        # A gradient that is not finite would spoil the weights for good, so the step is skipped.
         if bool(mx.isfinite(loss + norm)):
             self._adamw(grads, learning_rate)
         return float(loss), float(norm)
@@ -121,15 +121,15 @@ class TrainBackend:
         return float(_cross_entropy(logits, targets, weights)), _likeliest(logits)
 
     def predict(self, inputs: np.ndarray) -> np.ndarray:
-        """The likeliest next ids int32 (B, T) after inputs (B, T)."""
+        """Return the likeliest next ids int32 (B, T) after inputs (B, T)."""
         return _likeliest(self._logits(self.parameters, mx.array(inputs)))
 
     def weights(self) -> dict[str, np.ndarray]:
-        """The float32 master weights."""
+        """Return the float32 master weights."""
         return {name: to_numpy(value) for name, value in self.parameters.items()}
 
     def state(self) -> dict[str, np.ndarray]:
-        """Weights and optimizer moments as they are after the last step."""
+        """Return weights and optimizer moments as they are after the last step."""
         kinds = {"weights": self.parameters, **self.moments}
         return {
             f"{kind}.{name}": to_numpy(value)
@@ -164,8 +164,8 @@ class TrainBackend:
         return self.model(inputs)
 
     def _adamw(self, grads: Arrays, learning_rate: float) -> None:
-        # Written out because mlx.optimizers.AdamW decays every parameter and rounds its bias
-        # corrections to float32; this is the rule of torch.optim.AdamW.
+        # The rule of torch.optim.AdamW. mlx.optimizers.AdamW decays every parameter and rounds its
+        # bias corrections to float32.
         settings, m, v = self.settings, *(self.moments[kind] for kind in MOMENTS)
         self.steps += 1
         size = learning_rate / (1 - settings.beta1**self.steps)
@@ -183,7 +183,7 @@ class TrainBackend:
 
 
 def _cross_entropy(logits: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
-    """The weighted sum over all positions of logits (B, T, V), in float32."""
+    """Return the weighted sum of the losses over all positions of logits (B, T, V), in float32."""
     return (nn.losses.cross_entropy(logits.astype(mx.float32), targets) * weights).sum()
 
 

@@ -1,4 +1,4 @@
-"""Models from checkpoint folders and back; names and values are those of the file, unchanged."""
+"""Models from checkpoint folders and back, with the names and values of the files."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def choose_device(name: str | None) -> str:
         reason = str(error).splitlines()[0]
         raise SessaError(f"device {name!r} cannot be used by PyTorch here ({reason})") from None
     if name.startswith("cuda:"):
-        # Streams and CUDA graphs are made on the current device.
+        # PyTorch makes streams and CUDA graphs on the current device.
         torch.cuda.set_device(name)
     return name
 
@@ -86,19 +86,19 @@ def set_weights(model: SessaForCausalLM, weights: Mapping[str, np.ndarray]) -> N
 
 
 def model_weights(model: SessaForCausalLM) -> dict[str, np.ndarray]:
-    """Every parameter as a NumPy array (bfloat16 through ml_dtypes) under its checkpoint name."""
+    """Return every parameter as a NumPy array (bfloat16 by ml_dtypes) by its checkpoint name."""
     return {name: to_numpy(value) for name, value in model.named_parameters()}
 
 
 def to_tensor(array: np.ndarray) -> Tensor:
-    """A CPU tensor with the same values and dtype."""
+    """Return a CPU tensor with the same values and dtype."""
     if array.dtype == ml_dtypes.bfloat16:
         return torch.tensor(array.view(np.int16)).view(torch.bfloat16)
     return torch.tensor(array)
 
 
 def to_numpy(tensor: Tensor) -> np.ndarray:
-    """A NumPy array with the same values and dtype."""
+    """Return a NumPy array with the same values and dtype."""
     tensor = tensor.detach().cpu()
     if tensor.dtype == torch.bfloat16:
         return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)

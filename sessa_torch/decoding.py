@@ -52,7 +52,7 @@ class Decoder:
 def load_decoder(
     folder: Path | str, *, dtype: str | None = None, device: str | None = None
 ) -> Decoder:
-    """A decoder on the model of a checkpoint folder; arguments and errors as in `load_model`."""
+    """Load the model of a checkpoint folder as a decoder; arguments and errors of `load_model`."""
     return Decoder(load_model(folder, dtype=dtype, device=device))
 
 

@@ -28,9 +28,9 @@ from sessa_torch.checkpoint import (
 )
 
 MOMENT_KEYS = dict(zip(MOMENTS, ("exp_avg", "exp_avg_sq"), strict=True))
-# Of a batch: inputs, targets, weights.
+# Types of a batch's inputs, targets and weights.
 BATCH_TYPES = (torch.int32, torch.int32, torch.float32)
-# What runs only the first times (compiling, tuning, loading kernels) cannot be captured.
+# Runs before a capture: compiling, tuning and loading kernels happen then and cannot be captured.
 WARM_UP = 3
 
 
@@ -128,9 +128,9 @@ class TrainBackend:
             loss.backward()
             losses.append(loss.detach())
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.max_grad_norm)
-        # One transfer, so that the device is waited for once a step.
+        # One transfer, so that the host waits for the device once in a step.
         loss, size = torch.stack([torch.stack(losses).sum(), norm]).tolist()
-        # A step with a gradient that is not finite would spoil the weights for good.
+        # A gradient that is not finite would spoil the weights for good, so the step is skipped.
         if math.isfinite(loss + size):
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate
@@ -146,16 +146,16 @@ class TrainBackend:
 
     @torch.inference_mode()
     def predict(self, inputs: np.ndarray) -> np.ndarray:
-        """The likeliest next ids int32 (B, T) after inputs (B, T)."""
+        """Return the likeliest next ids int32 (B, T) after inputs (B, T)."""
         ids = torch.from_numpy(np.ascontiguousarray(inputs)).to(self.device)
         return _likeliest(self._logits(ids))
 
     def weights(self) -> dict[str, np.ndarray]:
-        """The float32 master weights."""
+        """Return the float32 master weights."""
         return {name: value.copy() for name, value in model_weights(self.model).items()}
 
     def state(self) -> dict[str, np.ndarray]:
-        """Weights and optimizer moments as they are after the last step."""
+        """Return weights and optimizer moments as they are after the last step."""
         arrays = {f"weights.{name}": value for name, value in self.weights().items()}
         for name, parameter in self.parameters.items():
             moments = self.optimizer.state[parameter]
@@ -174,7 +174,7 @@ class TrainBackend:
             moments = self.optimizer.state[parameter]
             for key, value in given.items():
                 if key in moments:
-                    # A captured graph knows the tensor by its address.
+                    # A captured graph reads the tensor at its address, so it is kept.
                     moments[key].copy_(value)
                 else:
                     moments[key] = value.to(parameter.device)
@@ -192,11 +192,12 @@ class TrainBackend:
 
 
 class _CompiledStep:
-    """A training step that waits for the device once, at its end; on CUDA two replayed graphs.
+    """A compiled training step that waits for the device once, at its end.
 
-    `_accumulate` adds the loss and the gradients of the batch in the static buffers of its shape;
-    `_update` clips, takes the AdamW step and sets the sums to zero. A step that is not finite is
-    skipped on the device. Tensors stay where they are: a graph knows them by their address.
+    `_accumulate` adds the loss and the gradients of the batch that lies in the static buffers of
+    its shape; `_update` clips, takes the AdamW step and sets the sums to zero. On CUDA both are
+    captured as graphs and replayed. The device skips a step that is not finite. Tensors are never
+    replaced, because a graph reads them at their addresses.
     """
 
     def __init__(
@@ -218,7 +219,7 @@ class _CompiledStep:
             parameter.grad = gradient
         for group in optimizer.param_groups:
             group["lr"] = self.rate
-        # Fused AdamW does nothing where this is 1; GradScaler sets it in the same way.
+        # Fused AdamW skips its step when this is 1, as GradScaler uses it.
         optimizer.found_inf = self.skip  # type: ignore[attr-defined]
         self.update = self._update
         self.shapes: dict[tuple[int, ...], tuple[list[Tensor], Callable[[], None]]] = {}
@@ -228,7 +229,7 @@ class _CompiledStep:
         self, batches: Sequence[Batch], total: float, learning_rate: float
     ) -> tuple[float, float]:
         """Take one step on the sum of the batches' losses / total; (nats, gradient norm)."""
-        # All before the first sum, since a warm-up ends with sums of zero.
+        # Every shape is made ready before the first sum, because a warm-up sets the sums to zero.
         ready = [self._ready(batch.inputs.shape) for batch in batches]
         self.total.fill_(total)
         self.rate.fill_(learning_rate)
@@ -241,7 +242,7 @@ class _CompiledStep:
         return loss, norm
 
     def _ready(self, shape: tuple[int, ...]) -> tuple[list[Tensor], Callable[[], None]]:
-        """The static buffers (B, T) of a batch, and the call that adds what is in them."""
+        """Return the static buffers (B, T) of a batch and the function that accumulates them."""
         if shape not in self.shapes:
             buffers = [torch.zeros(shape, dtype=kind, device=self.device) for kind in BATCH_TYPES]
             accumulate: Callable[[], None] = partial(self._accumulate, *buffers)
@@ -254,7 +255,7 @@ class _CompiledStep:
 
     def _accumulate(self, inputs: Tensor, targets: Tensor, weights: Tensor) -> None:
         loss = self.loss_sum(inputs, targets, weights) / self.total
-        # Unlike backward(), which adds parameter by parameter, in one kernel.
+        # One kernel adds all gradients; backward() would add them parameter by parameter.
         torch._foreach_add_(self.gradients, torch.autograd.grad(loss, self.parameters))
         self.loss += loss.detach()
 
@@ -267,13 +268,13 @@ class _CompiledStep:
         self.loss.zero_()
 
     def _captured(self, function: Callable[[], None]) -> Callable[[], None]:
-        """A call that replays what function does on the device."""
+        """Capture a function as a CUDA graph and return the call that replays it."""
         assert self.stream is not None
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             self._warm_up(function)
         torch.cuda.current_stream().wait_stream(self.stream)
-        # Not before: outside a capture AdamW warns of it.
+        # Set only now, because AdamW warns about it outside a capture.
         for group in self.optimizer.param_groups:
             group["capturable"] = True
         graph = torch.cuda.CUDAGraph()
@@ -282,16 +283,18 @@ class _CompiledStep:
         return graph.replay
 
     def _warm_up(self, function: Callable[[], None]) -> None:
-        """Run function, then drop what it summed up; weights, moments and step count stay."""
+        """Run a function without changing the weights, the moments or the step count.
+
+        The loss is set to NaN before each run, and the update skips steps whose loss is not finite.
+        """
         for _ in range(WARM_UP):
             for run in (function, self.update):
-                # An update skips what is not finite, also as the function that is warmed up.
                 self.loss.fill_(torch.nan)
                 run()
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-    """The weighted sum over all positions of logits (B, T, V), in float32."""
+    """Return the weighted sum of the losses over all positions of logits (B, T, V), in float32."""
     logits, targets = logits.float().flatten(0, 1), targets.long().flatten()
     return (F.cross_entropy(logits, targets, reduction="none") * weights.flatten()).sum()
 

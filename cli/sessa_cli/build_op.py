@@ -1,4 +1,4 @@
-"""`sessa build-op`: the native ONNX Runtime operator, compiled once for this machine."""
+"""`sessa build-op`: compile the native ONNX Runtime operator for this machine."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ def build_op(
         Path | None, typer.Option(help="File or folder to copy the library to.")
     ] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Compile even when the library is there.")
+        bool, typer.Option("--force", help="Compile even when the library exists.")
     ] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Compile the native operator for ONNX Runtime on this machine and keep it in a cache.
 
-    Needs a C++17 compiler (CXX, else c++, g++ or clang++). Exported models run without it, slower.
+    A C++17 compiler is needed: CXX, else c++, g++ or clang++. Exported models also run without the
+    operator, but slower.
 
     Example: sessa build-op
     """

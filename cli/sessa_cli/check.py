@@ -1,4 +1,4 @@
-"""`sessa check`: the same tokens through every runtime that is installed."""
+"""`sessa check`: compare every installed runtime with the reference."""
 
 from __future__ import annotations
 

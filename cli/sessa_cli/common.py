@@ -14,12 +14,6 @@ from rich.text import Text
 
 from sessa_cli.terminal import printable
 
-# The other helpers import these from here.
-from sessa_common.frameworks import BACKENDS as BACKENDS
-from sessa_common.frameworks import choose_backend as choose_backend
-from sessa_common.frameworks import framework as framework
-from sessa_common.frameworks import is_installed as is_installed
-
 # Exit codes: runs of a comparison failed; bad input; a loss that is not finite; Ctrl-C.
 FAILED, BAD_INPUT, DIVERGED, INTERRUPTED = 1, 2, 3, 130
 

@@ -11,20 +11,12 @@ from typing import Annotated, Any
 
 import typer
 
-from sessa_cli.common import (
-    DIVERGED,
-    FAILED,
-    INTERRUPTED,
-    choose_backend,
-    framework,
-    make_console,
-    print_json,
-    say,
-)
+from sessa_cli.common import DIVERGED, FAILED, INTERRUPTED, make_console, print_json, say
 from sessa_common.errors import SessaError
 from sessa_common.experiments.comparison import MODELS, OLD_NAMES, Comparison, read_plan
 from sessa_common.experiments.comparison_report import RESULTS, TABLE, write_report
 from sessa_common.experiments.comparison_runner import Runner, TrainCommand
+from sessa_common.frameworks import choose_backend, framework
 
 TRAIN = (sys.executable, "-m", "sessa_cli.main", "train")
 # Options of `sessa train` that are not named like their field.

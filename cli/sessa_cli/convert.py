@@ -1,4 +1,4 @@
-"""`sessa convert`: weights between PyTorch, MLX, releases of others and quantised forms."""
+"""`sessa convert`: convert weights between PyTorch, MLX, other releases and quantised forms."""
 
 from __future__ import annotations
 
@@ -19,14 +19,16 @@ def convert(
     source: Annotated[
         Path,
         typer.Argument(
-            help="Checkpoint folder (ours, quantised by MLX, or a Mamba-2 of transformers), or a "
-            ".pt, .pth, .safetensors or .npz file: a model, a stack of release layers, or one."
+            help="Checkpoint folder (of this project, quantised by MLX, or Mamba-2 of "
+            "transformers), or a .pt, .pth, .safetensors or .npz file of a model or of layers."
         ),
     ],
     target: Annotated[Path, typer.Argument(help="New checkpoint folder.")],
     framework: Annotated[
         str | None,
-        typer.Option("--to", help="torch or mlx. Default: mlx with --quantize, else torch."),
+        typer.Option(
+            "--to", help="Framework: torch or mlx. Default: mlx with --quantize, else torch."
+        ),
     ] = None,
     dtype: Annotated[str | None, typer.Option(help=f"Cast to {', '.join(DTYPES)}.")] = None,
     bits: Annotated[
@@ -63,16 +65,19 @@ def convert(
         ),
     ] = None,
     vocab_size: Annotated[
-        int | None, typer.Option(help="Draw an embedding of this size when there is none.")
+        int | None,
+        typer.Option(help="Vocabulary of a drawn embedding, for weights that have none."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of a drawn embedding.")] = 0,
     config: Annotated[
         Path | None, typer.Option(help="A config.json, or a few of its keys, for a weight file.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a folder that is there.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace a folder that is not empty.")
+    ] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Convert a checkpoint, read the result back and say what the comparison proved.
+    """Convert a checkpoint, read the result back and compare it with the source.
 
     A stack of layers has no embedding: --vocab-size draws one, and the model must then be trained.
 

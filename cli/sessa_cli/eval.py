@@ -1,4 +1,4 @@
-"""`sessa eval`: loss, perplexity and bits per byte of texts."""
+"""`sessa eval`: measure loss, perplexity and bits per byte of texts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from sessa_cli.common import choose_backend, framework, make_console, print_json, say
+from sessa_cli.common import make_console, print_json, say
+from sessa_common.frameworks import choose_backend, framework
 from sessa_common.inference.evaluation import Score
 
 
@@ -44,9 +45,9 @@ def evaluate(
         str | None, typer.Option(help="torch: cpu, cuda, mps; mlx: cpu, gpu.")
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="Compute in another type than the checkpoint's.")
+        str | None, typer.Option(help="Type to compute in. Default: the type of the checkpoint.")
     ] = None,
-    json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Measure loss, perplexity and bits per byte of texts; a window slides over the long ones.
 

@@ -1,4 +1,4 @@
-"""`sessa export`: one ONNX graph from a checkpoint folder, and what each client reads beside it."""
+"""`sessa export`: write a checkpoint as one ONNX graph, with the files that its clients read."""
 
 from __future__ import annotations
 
@@ -19,27 +19,31 @@ def export(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder.")],
     folder: Annotated[Path, typer.Argument(help="New folder for model.onnx and the tokenizer.")],
     dtype: Annotated[
-        str | None, typer.Option(help="Weights: fp32, fp16, int8 or int4; fp32 by default.")
+        str | None,
+        typer.Option(help="Type of the weights: fp32, fp16, int8 or int4. Default: fp32."),
     ] = None,
     clients: Annotated[
         str | None,
-        typer.Option("--for", help="Clients, with commas: ort,genai,web,transformers-js."),
+        typer.Option("--for", help="Clients, separated by commas: ort,genai,web,transformers-js."),
     ] = None,
     layout: Annotated[
         str | None,
-        typer.Option(help="Caches: natural, uniform (genai can rewind) or buffer (our runner)."),
+        typer.Option(help="Layout of the caches: natural, uniform (genai can rewind) or buffer."),
     ] = None,
     native: Annotated[
-        bool, typer.Option("--native", help="Build the native operator and put it beside.")
+        bool, typer.Option("--native", help="Build the native operator and put it into the folder.")
     ] = False,
     data: Annotated[
         list[str] | None,
         typer.Option(help="Text to measure the cost of fewer bits on; repeatable."),
     ] = None,
     opset: Annotated[
-        int | None, typer.Option(help="Standard operators: 23, or 21 or 22 for old runtimes.")
+        int | None,
+        typer.Option(help="Version of the standard operators: 23, or 21 or 22 for older runtimes."),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a folder that is there.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace a folder that is not empty.")
+    ] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Export a checkpoint to ONNX and check it in ONNX Runtime before anything is written.

@@ -1,4 +1,4 @@
-"""`sessa generate`: text from a checkpoint folder or an exported one, in any runtime."""
+"""`sessa generate`: continue text with a checkpoint or an exported model, in any runtime."""
 
 from __future__ import annotations
 
@@ -8,18 +8,11 @@ from typing import Annotated
 
 import typer
 
-from sessa_cli.common import (
-    Stopwatch,
-    choose_backend,
-    framework,
-    given_fields,
-    make_console,
-    print_json,
-    say,
-)
+from sessa_cli.common import Stopwatch, given_fields, make_console, print_json, say
 from sessa_cli.terminal import for_output, read_standard_input
 from sessa_common.errors import SessaError
 from sessa_common.fields import build
+from sessa_common.frameworks import choose_backend, framework
 from sessa_common.inference.generation import Continuation, Decoder, generate_texts
 from sessa_common.inference.model_tokenizer import ModelTokenizer
 from sessa_common.inference.sampling import SamplingConfig
@@ -32,17 +25,19 @@ def generate(
     ],
     prompt: Annotated[
         list[str] | None,
-        typer.Option(help="Text to continue, '-' for standard input; several make a batch."),
+        typer.Option(help="Text to continue, or - for standard input; repeatable, for a batch."),
     ] = None,
     prompt_file: Annotated[
         Path | None, typer.Option(help="File with the text to continue.")
     ] = None,
     max_tokens: Annotated[
         int | None,
-        typer.Option(help="Most tokens to write; 200, or what the context has room for."),
+        typer.Option(
+            help="Largest number of tokens to write. Default: 200, or the room in the context."
+        ),
     ] = None,
     temperature: Annotated[
-        float | None, typer.Option(help="0 takes the likeliest token; 0.8 by default.")
+        float | None, typer.Option(help="0 takes the likeliest token. Default: 0.8.")
     ] = None,
     top_k: Annotated[int | None, typer.Option(help="Keep the k likeliest tokens.")] = None,
     top_p: Annotated[
@@ -58,7 +53,9 @@ def generate(
             help="Read the name of a special token in a prompt as the token.",
         ),
     ] = False,
-    seed: Annotated[int | None, typer.Option(help="Same seed, same text.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of the sampling; the same seed gives the same text.")
+    ] = None,
     backend: Annotated[
         str | None, typer.Option(help="auto, torch, mlx or onnx (an exported folder).")
     ] = None,
@@ -66,7 +63,10 @@ def generate(
         str | None, typer.Option(help="Device of the framework, such as cpu, cuda, mps, gpu.")
     ] = None,
     native: Annotated[
-        bool, typer.Option("--native", help="onnx: use the operator that sessa build-op made.")
+        bool,
+        typer.Option(
+            "--native", help="onnx: use the native operator that sessa build-op compiled."
+        ),
     ] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:

@@ -11,12 +11,13 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from sessa_cli.common import choose_backend, framework, make_console, print_json, say
+from sessa_cli.common import make_console, print_json, say
 from sessa_common.errors import SessaError
 from sessa_common.experiments.influence import MAX_POSITIONS
 from sessa_common.experiments.influence_job import InfluenceJob, distinct_names, new_job
 from sessa_common.experiments.influence_picture import draw_influence
 from sessa_common.experiments.influence_report import MEANING, Measurement, measure
+from sessa_common.frameworks import choose_backend, framework
 from sessa_common.json_files import read_json
 from sessa_common.storage import write_json
 

@@ -35,8 +35,9 @@ def info(
     console = make_console()
     say(console, f"{path}: {found.kind}, {found.parameters['total']:,} parameters")
     console.print(_architecture(found), _parameters(found))
-    stored = ", ".join(f"{size:,} of {dtype}" for dtype, size in found.bytes.items()
-                       if dtype != "total")  # fmt: skip
+    stored = ", ".join(
+        f"{size:,} of {dtype}" for dtype, size in found.bytes.items() if dtype != "total"
+    )
     say(console, f"bytes: {found.bytes['total']:,} ({stored}) in {', '.join(found.files)}")
     if found.quantization:
         bits, group = (found.quantization.get(key, "?") for key in ("bits", "group_size"))

@@ -16,13 +16,12 @@ import typer
 
 from sessa_cli.common import (
     Stopwatch,
-    choose_backend,
-    is_installed,
     make_console,
     print_json,
     say,
 )
 from sessa_cli.twins import TWINS, Twin
+from sessa_common.frameworks import choose_backend, is_installed
 from sessa_common.markdown import markdown_table
 from sessa_common.reference.ops import feedback_solve, feedback_solve_backward
 

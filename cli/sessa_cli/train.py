@@ -1,4 +1,4 @@
-"""`sessa train`: a language model from text, resumable, on either framework."""
+"""`sessa train`: train a language model on text or on a task, in either framework."""
 
 from __future__ import annotations
 
@@ -9,22 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sessa_cli.common import (
-    INTERRUPTED,
-    Stopwatch,
-    choose_backend,
-    framework,
-    given_fields,
-    make_console,
-    print_json,
-    say,
-)
+from sessa_cli.common import INTERRUPTED, Stopwatch, given_fields, make_console, print_json, say
 from sessa_cli.progress import TerminalReporter
 from sessa_cli.terminal import for_output
 from sessa_common.checkpoint.run_files import LOSS_PICTURE, RESULT
 from sessa_common.config import PRESETS, SessaConfig, TrainConfig
 from sessa_common.data.task_registry import TASKS
 from sessa_common.errors import SessaError
+from sessa_common.frameworks import choose_backend, framework
 from sessa_common.layer_kinds import KINDS
 
 if TYPE_CHECKING:
@@ -107,7 +99,7 @@ def train(
         of_model("--preset", f"A named size: {', '.join(PRESETS)}. Default: demo."),
     ] = None,
     config: Annotated[
-        Path | None, of_model("--config", "A config.json with the architecture.")
+        Path | None, of_model("--config", "A config.json with the architecture of the model.")
     ] = None,
     init: Annotated[
         Path | None, of_model("--init", "Fine-tune the model of this checkpoint folder.")
@@ -186,7 +178,10 @@ def train(
     out: Annotated[Path | None, of_run("--out -o", "Folder to write. Default: runs/pydoc.")] = None,
     force: Annotated[bool, of_run("--force", "Replace a folder that is not empty.")] = False,
     resume: Annotated[
-        Path | None, of_run("--resume", "Go on with the run in this folder, bit for bit.")
+        Path | None,
+        of_run(
+            "--resume", "Continue the run in this folder; the numbers are those of an unbroken run."
+        ),
     ] = None,
     backend: Annotated[
         str | None, of_run("--backend", "auto (MLX on Apple silicon, else PyTorch), mlx or torch.")
@@ -210,7 +205,7 @@ def train(
     prompt: Annotated[str, of_run("--prompt", "First words of the closing paragraph.")] = "The",
     json_output: Annotated[bool, of_run("--json", "Print the result as JSON on stdout.")] = False,
 ) -> None:
-    """Train a model on text or on a task; without options, a small Sessa model, in some minutes.
+    """Train a model on text or on a task; without options, a small Sessa model in a few minutes.
 
     Example: sessa train --data "books/*.txt" --preset sessa-9m --tokenizer 4096 --out runs/books
 

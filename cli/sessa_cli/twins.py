@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from sessa_cli.common import framework
+from sessa_common.frameworks import framework
 
 
 class Twin(Protocol):

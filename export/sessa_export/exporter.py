@@ -1,4 +1,4 @@
-"""The exported folder: model, tokenizer and clients' files, checked before it appears."""
+"""The exported folder: model, tokenizer and the files of its clients, checked before it appears."""
 
 from __future__ import annotations
 
@@ -21,8 +21,15 @@ from sessa_export.cache_layout import require_supported
 from sessa_export.perplexity import Cost, Document, measure_cost, read_text, require_cost
 from sessa_export.runtime import MODEL_FILE, load_decoder, require_onnx
 
-COPIED = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json",
-          "chat_template*", "vocab.json", "merges.txt")  # fmt: skip
+COPIED = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "chat_template*",
+    "vocab.json",
+    "merges.txt",
+)
 
 Weights = Mapping[str, np.ndarray]
 

@@ -1,4 +1,4 @@
-"""Runs an exported folder in ONNX Runtime: one session, the caches handed on without copies."""
+"""Runs an exported folder in ONNX Runtime, with caches that are passed on without copies."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def require_onnx() -> None:
 class Decoder:
     """`sessa_common.inference.generation.Decoder` on an ONNX Runtime session of an exported model.
 
-    Caches are bound as they are, never copied by the runner. Not for use by two threads at once;
-    several may share one `session`.
+    Caches are bound in place and never copied. Two threads must not use one decoder at once, but
+    several decoders may share one `session`.
     """
 
     def __init__(self, session, config: SessaConfig) -> None:
@@ -67,7 +67,7 @@ class Decoder:
 
 
 def find_model(folder: Path | str) -> Path | None:
-    """The model file of an exported folder, None when there is none."""
+    """Return the model file of an exported folder, None when there is none."""
     folder = Path(folder)
     found = [folder / MODEL_FILE, *sorted(folder.glob("onnx/model*.onnx"))]
     return next((path for path in found if path.is_file()), None)
@@ -82,10 +82,10 @@ def is_exported(folder: Path) -> bool:
 
 
 def open_session(path: Path, *, threads: int = 0, native: bool = False):
-    """An ONNX Runtime session on the CPU; threads 0 leaves their number to the runtime.
+    """Open an ONNX Runtime session on the CPU; threads 0 leaves their number to the runtime.
 
-    `native` takes the operator that `sessa_export.native.build` made on this machine, never a
-    library that lies in the folder: that one is the publisher's code.
+    `native` uses the operator that `sessa_export.native.build` compiled on this machine. A library
+    in the folder is never loaded, because it is code of whoever published the folder.
     """
     require_onnx()
     import onnxruntime

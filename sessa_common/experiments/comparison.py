@@ -12,7 +12,7 @@ from typing import Any
 from sessa_common.config import PRESETS, SessaConfig, TrainConfig, check_matched
 from sessa_common.data.sources import check_names
 from sessa_common.data.task_registry import TASKS, read_task
-from sessa_common.errors import SessaError
+from sessa_common.errors import SessaError, expect
 from sessa_common.json_files import read_json
 from sessa_common.storage import write_json
 
@@ -105,8 +105,8 @@ class Comparison:
         self._check_numbers()
         for name in ("models", "scales", "learning_rates"):
             values = getattr(self, name)
-            if not values or len(set(values)) < len(values):
-                raise SessaError(f"`{name}` is {values}, expected one or more, each once")
+            distinct = bool(values) and len(set(values)) == len(values)
+            expect(distinct, f"`{name}`", values, "one or more, each once")
         self._check_task()
         known = {each.name for each in dataclasses.fields(TrainConfig)} | {
             "max_position_embeddings"
@@ -116,17 +116,15 @@ class Comparison:
 
     def _check_numbers(self) -> None:
         for name in ("seeds", "steps", "batch_size"):
-            if (value := getattr(self, name)) < 1:
-                raise SessaError(f"`{name}` is {value}, expected 1 or more")
+            value = getattr(self, name)
+            expect(value >= 1, f"`{name}`", value, "1 or more")
         for name in ("sweep_steps", "control_steps"):
-            if (value := getattr(self, name)) < 0:
-                raise SessaError(f"`{name}` is {value}, expected 0 or more")
-        if not all(0 < rate < math.inf for rate in self.learning_rates):
-            raise SessaError(f"`learning_rates` is {self.learning_rates}, expected numbers above 0")
-        if not 0 < self.control_threshold <= 1:
-            raise SessaError(
-                f"`control_threshold` is {self.control_threshold}, expected above 0 and at most 1"
-            )
+            value = getattr(self, name)
+            expect(value >= 0, f"`{name}`", value, "0 or more")
+        rates, threshold = self.learning_rates, self.control_threshold
+        positive = all(0 < rate < math.inf for rate in rates)
+        expect(positive, "`learning_rates`", rates, "numbers above 0")
+        expect(0 < threshold <= 1, "`control_threshold`", threshold, "above 0 and at most 1")
 
     def _check_task(self) -> None:
         given = (*self.task_options, *self.control_task_options)

@@ -1,4 +1,4 @@
-"""The part of training that a framework does, and the rules that both frameworks follow."""
+"""The training interface of a framework, and the rules that both frameworks follow."""
 
 from __future__ import annotations
 

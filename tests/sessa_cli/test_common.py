@@ -78,9 +78,12 @@ class Failing(io.StringIO):
 
 @pytest.mark.parametrize(
     ("error", "lost"),
-    [(BrokenPipeError(32, "Broken pipe"), None), (OSError(28, "No space left"), "No space left"),
-     (ValueError("I/O operation on closed file"), "I/O operation on closed file")],
-)  # fmt: skip
+    [
+        (BrokenPipeError(32, "Broken pipe"), None),
+        (OSError(28, "No space left"), "No space left"),
+        (ValueError("I/O operation on closed file"), "I/O operation on closed file"),
+    ],
+)
 def test_output_that_fails_raises_nothing(error, lost):
     stream = SafeOutput(Failing(error))
     print("progress", file=stream)

@@ -17,15 +17,17 @@ from sessa_common.errors import SessaError
     [
         (["--mixer", "attention"], "transformer"),
         (["--mixer=attention", "--attention-block=gated"], "gated_attention"),
-        (["--mixer", "sessa, attention,mamba2", "--no-feedback"],
-         "gated_attention,transformer,mamba2"),
+        (
+            ["--mixer", "sessa, attention,mamba2", "--no-feedback"],
+            "gated_attention,transformer,mamba2",
+        ),
         (["--no-feedback"], "gated_attention"),
         (["--feedback"], "sessa"),
         (["--no-feedback", "--preset", "sessa-1m"], "gated_attention"),
         (["--preset=transformer-1m", "--attention-block", "gated"], "gated_attention"),
         (["--preset", "transformer-1m", "--no-feedback"], "transformer"),
     ],
-)  # fmt: skip
+)
 def test_old_options_become_layer_kinds(given: list[str], kinds: str) -> None:
     found = rename_options(["train", "--steps", "3", *given, "--", "--mixer"])
     assert found[:3] == ["train", "--steps", "3"] and found[-2:] == ["--", "--mixer"]

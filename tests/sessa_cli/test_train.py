@@ -23,8 +23,26 @@ from sessa_common.storage import MANIFEST
 from sessa_common.training.metrics import read_metrics
 
 BACKENDS = ("torch", "mlx")
-TINY = ("--layers", "1", "--width", "16", "--heads", "2", "--context", "32", "--tokenizer", "bytes",
-        "--steps", "4", "--batch-size", "2", "--warmup-steps", "1", "--device", "cpu")  # fmt: skip
+TINY = (
+    "--layers",
+    "1",
+    "--width",
+    "16",
+    "--heads",
+    "2",
+    "--context",
+    "32",
+    "--tokenizer",
+    "bytes",
+    "--steps",
+    "4",
+    "--batch-size",
+    "2",
+    "--warmup-steps",
+    "1",
+    "--device",
+    "cpu",
+)
 
 
 @pytest.fixture
@@ -50,9 +68,19 @@ def test_train_leaves_a_checkpoint_that_loads_and_a_paragraph(backend, text, tmp
     assert result["text"].startswith("The") and len(result["text"]) > 3
     assert "tokens/s" in stderr and "validation loss" in stderr
     names = {path.name for path in out.iterdir()}
-    assert names == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-                     "generation_config.json", "training.json", "training_state.safetensors",
-                     "metrics.jsonl", "loss.png", "checkpoints", MANIFEST}  # fmt: skip
+    assert names == {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "generation_config.json",
+        "training.json",
+        "training_state.safetensors",
+        "metrics.jsonl",
+        "loss.png",
+        "checkpoints",
+        MANIFEST,
+    }
     config, weights = load_weights(out)
     assert (config.vocab_size, config.eos_token_id, config.hidden_size) == (257, 256, 16)
     assert result["parameters"] == sum(value.size for value in weights.values())
@@ -65,9 +93,31 @@ def test_options_override_the_files(text, tmp_path):
     config.write_text(json.dumps(SessaConfig(vocab_size=300, hidden_size=24).to_dict()))
     training = tmp_path / "training.json"
     training.write_text(json.dumps({"steps": 2, "seed": 9, "batch_size": 2, "window": 20}))
-    assert sessa("train", "--data", text, "--config", config, "--layers", 1, "--kv-heads", 2,
-                 "--no-rope", "--gamma-max", 0.5, "--train-config", training, "--seed", 4,
-                 "--tokenizer", 280, "--out", tmp_path / "run") == 0  # fmt: skip
+    assert (
+        sessa(
+            "train",
+            "--data",
+            text,
+            "--config",
+            config,
+            "--layers",
+            1,
+            "--kv-heads",
+            2,
+            "--no-rope",
+            "--gamma-max",
+            0.5,
+            "--train-config",
+            training,
+            "--seed",
+            4,
+            "--tokenizer",
+            280,
+            "--out",
+            tmp_path / "run",
+        )
+        == 0
+    )
     made, _ = load_weights(tmp_path / "run")
     # A config file fixes the embedding, even where the tokenizer is smaller.
     assert (made.vocab_size, made.hidden_size, made.num_hidden_layers) == (300, 24, 1)
@@ -90,10 +140,20 @@ def test_resume_is_the_unbroken_run(backend, text, tmp_path, capsys):
     assert sessa("train", *common, "--steps", 6, "--out", tmp_path / "whole") == 0
     # A smaller learning-rate schedule would differ, so the run is stopped, not shortened.
     interrupted = subprocess.run(
-        [sys.executable, "-c", STOP_AFTER_3, *map(str, common), "--steps", "6",
-         "--out", str(tmp_path / "parts")],
+        [
+            sys.executable,
+            "-c",
+            STOP_AFTER_3,
+            *map(str, common),
+            "--steps",
+            "6",
+            "--out",
+            str(tmp_path / "parts"),
+        ],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True, text=True)  # fmt: skip
+        capture_output=True,
+        text=True,
+    )
     assert interrupted.returncode == 130, interrupted.stderr
     assert f"sessa train --resume {tmp_path / 'parts'}" in interrupted.stdout
     assert read_metrics(tmp_path / "parts")[-1]["step"] == 3
@@ -157,8 +217,26 @@ def test_a_folder_that_cannot_be_made_is_one_line(text, tmp_path, capsys):
 
 
 def test_init_starts_from_the_weights_and_tokenizer_of_a_checkpoint(run_folder, text, tmp_path):
-    assert sessa("train", "--init", run_folder, "--data", text, "--steps", 1, "--lr", "1e-12",
-                 "--window", 16, "--batch-size", 2, "--out", tmp_path / "tuned") == 0  # fmt: skip
+    assert (
+        sessa(
+            "train",
+            "--init",
+            run_folder,
+            "--data",
+            text,
+            "--steps",
+            1,
+            "--lr",
+            "1e-12",
+            "--window",
+            16,
+            "--batch-size",
+            2,
+            "--out",
+            tmp_path / "tuned",
+        )
+        == 0
+    )
     before, after = (load_weights(folder)[1] for folder in (run_folder, tmp_path / "tuned"))
     for name, value in before.items():
         np.testing.assert_allclose(value, after[name], atol=1e-9)
@@ -297,8 +375,10 @@ def test_eval_with_stride_1_gives_every_token_the_whole_context(backend, run_fol
     text = run_folder.parent / "x.txt"
     text.write_text("Größe: the dog sat over the quick fox, again and again.", encoding="utf-8")
     capsys.readouterr()
-    assert sessa("eval", run_folder, "--data", text, "--stride", 1, "--json",
-                 "--backend", backend) == 0  # fmt: skip
+    assert (
+        sessa("eval", run_folder, "--data", text, "--stride", 1, "--json", "--backend", backend)
+        == 0
+    )
     result = json.loads(capsys.readouterr().out)
     model = framework(backend, "checkpoint").load_model(run_folder)
     logits = framework(backend, "evaluation").logits_function(model)

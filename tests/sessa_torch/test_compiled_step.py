@@ -17,9 +17,16 @@ from sessa_common.config import SessaConfig, TrainConfig
 from sessa_common.data.batches import Batch
 from sessa_common.errors import SessaError
 
-SETTINGS = TrainConfig(steps=9, batch_size=3, gradient_accumulation_steps=2,
-                       warmup_steps=2, max_grad_norm=0.3,
-                       learning_rate=5e-3, checkpoint_every=4, compile=True)  # fmt: skip
+SETTINGS = TrainConfig(
+    steps=9,
+    batch_size=3,
+    gradient_accumulation_steps=2,
+    warmup_steps=2,
+    max_grad_norm=0.3,
+    learning_rate=5e-3,
+    checkpoint_every=4,
+    compile=True,
+)
 KINDS = {
     "sessa": {},
     "transformer": {"layer_kinds": "transformer"},
@@ -215,9 +222,30 @@ def test_a_compiled_run_resumes_bit_for_bit(stop, eager, tmp_path):
 # MLX compiles the kernels of each new graph on the CPU with the C++ compiler.
 @pytest.mark.parametrize("backend", ["torch", pytest.param("mlx", marks=pytest.mark.slow)])
 def test_the_option_is_part_of_the_run(backend, eager, tmp_path, capsys):
-    tiny = ("--data", "pydoc", "--max-documents", "3", "--tokenizer", "bytes", "--width", "8",
-            "--heads", "2", "--layers", "1", "--layer-kinds", "transformer", "--context", "16",
-            "--steps", "2", "--batch-size", "2", "--evaluate-batches", "1")  # fmt: skip
+    tiny = (
+        "--data",
+        "pydoc",
+        "--max-documents",
+        "3",
+        "--tokenizer",
+        "bytes",
+        "--width",
+        "8",
+        "--heads",
+        "2",
+        "--layers",
+        "1",
+        "--layer-kinds",
+        "transformer",
+        "--context",
+        "16",
+        "--steps",
+        "2",
+        "--batch-size",
+        "2",
+        "--evaluate-batches",
+        "1",
+    )
     run = tmp_path / "run"
     assert sessa("train", *tiny, "--compile", "--backend", backend, "--out", run) == 0
     assert json.loads((run / TRAINING).read_text())["compile"] is True

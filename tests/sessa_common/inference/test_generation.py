@@ -310,11 +310,20 @@ def test_sampler_refuses_logits_that_are_no_numbers(bad: float, temperature: flo
 
 @pytest.mark.parametrize(
     "options",
-    [{"temperature": -1}, {"temperature": math.nan}, {"temperature": math.inf}, {"top_k": -1},
-     {"top_p": 0}, {"top_p": 1.1}, {"top_p": math.nan}, {"min_p": -0.1}, {"min_p": 2},
-     {"seed": -1}],
+    [
+        {"temperature": -1},
+        {"temperature": math.nan},
+        {"temperature": math.inf},
+        {"top_k": -1},
+        {"top_p": 0},
+        {"top_p": 1.1},
+        {"top_p": math.nan},
+        {"min_p": -0.1},
+        {"min_p": 2},
+        {"seed": -1},
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_sampling_config_refuses(options: dict) -> None:
     with pytest.raises(SessaError, match=f"{next(iter(options))} is"):
         SamplingConfig(**options)
