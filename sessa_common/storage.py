@@ -43,7 +43,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     Nothing but the finished file ever appears as `path`. A link of that name is replaced, not
     followed.
     """
-    with _scratch(path.parent) as (scratch, _):
+    with _scratch(path.parent, path.parent) as (scratch, _):
         yield scratch / path.name
         (scratch / path.name).chmod(_default_mode(scratch))
         sync(scratch / path.name)
@@ -207,7 +207,8 @@ def new_folder(
             if not fill:
                 _make_folder(target.parent)
                 sweep(target.parent)
-            scratch, lock = stack.enter_context(_scratch(target if fill else target.parent))
+            parent = target if fill else target.parent
+            scratch, lock = stack.enter_context(_scratch(parent, path))
         except OSError as error:
             raise SessaError(f"{path}: cannot be created ({error.strerror})") from None
         yield scratch
@@ -231,7 +232,7 @@ def new_folder(
 
 def remove_folder(path: Path) -> None:
     """Remove a folder; a reader finds all of it or nothing."""
-    with _scratch(path.parent) as (scratch, _):
+    with _scratch(path.parent, path.parent) as (scratch, _):
         os.rename(path, scratch / path.name)
         sync(path.parent)
 
@@ -245,7 +246,7 @@ def _put_in_place(scratch: Path, target: Path, *, replace: bool) -> None:
             raise SessaError(f"{target}: appeared meanwhile ({error.strerror})") from None
     elif not _exchange(scratch, target):
         # Without an exchange there is a moment without either; `sweep` then restores the old one.
-        with _scratch(target.parent, ".old") as (old, _):
+        with _scratch(target.parent, target, ".old") as (old, _):
             os.rename(target, old / target.name)
             os.rename(scratch, target)
             sync(target.parent)
@@ -298,19 +299,26 @@ def _make_folder(folder: Path) -> None:
 
 
 @contextmanager
-def _scratch(parent: Path, suffix: str = ".tmp") -> Iterator[tuple[Path, int]]:
-    """Make a folder that only its owner may enter, and its lock; what is left in it is removed."""
-    descriptor = None
-    while descriptor is None:  # A sweep may take a folder away before it is locked.
-        scratch = parent / f".sessa-{secrets.token_hex(8)}{suffix}"
-        scratch.mkdir(0o700)
-        with contextlib.suppress(FileNotFoundError):
-            descriptor = _try_lock(scratch)
+def _scratch(parent: Path, target: Path, suffix: str = ".tmp") -> Iterator[tuple[Path, int]]:
+    """Make a folder that only its owner may enter, and its lock; what is left in it is removed.
+
+    Errors name the file in `target`, for which the scratch folder stands.
+    """
+    descriptor, scratch = None, parent
     try:
+        while descriptor is None:  # A sweep may take a folder away before it is locked.
+            scratch = parent / f".sessa-{secrets.token_hex(8)}{suffix}"
+            scratch.mkdir(0o700)
+            with contextlib.suppress(FileNotFoundError):
+                descriptor = _try_lock(scratch)
         yield scratch, descriptor
+    except OSError as error:  # A full disk, for example, is not the fault of the scratch folder.
+        error.filename = str(error.filename or target).replace(str(scratch), str(target))
+        raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-        os.close(descriptor)
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def _default_mode(scratch: Path) -> int:

@@ -171,8 +171,8 @@ def _read_mamba2(folder: Path, settings: Mapping[str, Any], given: Mapping[str, 
         weights.pop("lm_head.weight", None)
     check_weights(config, weights, str(folder))
     require_finite_weights(weights, str(folder))
-    return Source(config=config, weights=weights, kind="transformers mamba2 folder",
-                  notes=notes, folder=folder)  # fmt: skip
+    kind = "transformers mamba2 folder"
+    return Source(config=config, weights=weights, kind=kind, notes=notes, folder=folder)
 
 
 def _settings_beside(path: Path) -> dict[str, Any]:
@@ -297,12 +297,11 @@ def _carry_files(source: Source, scratch: Path, *, with_state: bool, with_saves:
     """
     if (folder := source.folder) is None:
         return []
-    dropped = {MANIFEST, "config.json", *([] if with_state else [STATE]),
-               *([] if with_saves else [SAVES])}  # fmt: skip
+    kept = {STATE: with_state, SAVES: with_saves, MANIFEST: False, "config.json": False}
     carried = []
     for path in sorted(folder.iterdir()):
         weights = is_model_file(path.name) or path.match("*weight*.npz")
-        if weights or path.name in dropped or path.name.startswith("."):
+        if weights or not kept.get(path.name, True) or path.name.startswith("."):
             continue
         for inside in (path, *path.rglob("*")):
             require_own_file(folder, inside)

@@ -69,10 +69,16 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
 def write_safetensors(
     path: Path, arrays: Mapping[str, np.ndarray], metadata: dict[str, str] | None = None
 ) -> None:
-    """Write a safetensors file atomically, with text metadata in its header."""
+    """Write a safetensors file atomically, with text metadata in its header.
+
+    Raises SessaError when the disk is full.
+    """
     whole = {name: np.ascontiguousarray(a).reshape(a.shape) for name, a in arrays.items()}
-    with atomic_path(path) as scratch:
-        save_file(whole, scratch, metadata=metadata)
+    try:
+        with atomic_path(path) as scratch:
+            save_file(whole, scratch, metadata=metadata)
+    except SafetensorError as error:
+        raise SessaError(f"{path}: cannot be written ({error})") from None
 
 
 def weight_files(folder: Path) -> list[Path]:

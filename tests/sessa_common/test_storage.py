@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -300,3 +301,14 @@ def test_system_without_locks_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(storage, "fcntl", None)
     with pytest.raises(SessaError, match="Windows"), lock_folder(tmp_path):
         pass
+
+
+def test_full_disk_is_told_with_the_name_of_the_file(tmp_path):
+    with pytest.raises(OSError) as error, atomic_path(tmp_path / "a.json") as scratch:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(scratch))
+    assert error.value.filename == str(tmp_path / "a.json")
+    with pytest.raises(OSError) as error, new_folder(tmp_path / "out") as scratch:
+        write_text(scratch / "b", "x")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(scratch / "b"))
+    assert error.value.filename == str(tmp_path / "out" / "b")
+    assert names(tmp_path) == []
