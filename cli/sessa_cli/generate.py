@@ -10,12 +10,16 @@ import typer
 
 from sessa_cli.common import Stopwatch, given_fields, make_console, print_json, say
 from sessa_cli.terminal import for_output, read_standard_input
+from sessa_common.data.formats import decode
 from sessa_common.errors import SessaError
 from sessa_common.fields import build
 from sessa_common.frameworks import choose_backend, framework
 from sessa_common.inference.generation import Continuation, Decoder, generate_texts
 from sessa_common.inference.model_tokenizer import ModelTokenizer
 from sessa_common.inference.sampling import SamplingConfig
+from sessa_common.input_files import read_limited
+
+LARGEST_PROMPT = 64 * 2**20
 
 
 def generate(
@@ -117,10 +121,7 @@ def _prompts(prompt: list[str] | None, prompt_file: Path | None) -> list[str]:
     if prompt_file is not None and prompt:
         raise SessaError("give `prompt` or `prompt_file`, not both")
     if prompt_file is not None and str(prompt_file) != "-":
-        try:
-            return [prompt_file.read_text(encoding="utf-8")]
-        except (OSError, UnicodeDecodeError) as error:
-            raise SessaError(f"{prompt_file}: not a readable UTF-8 text file ({error})") from None
+        return [decode(read_limited(prompt_file, LARGEST_PROMPT), str(prompt_file))]
     given = ["-"] if prompt_file is not None else prompt or [""]
     if given.count("-") > 1:
         raise SessaError("standard input ('-') can be only one of the prompts")
