@@ -58,7 +58,7 @@ def compare(
     batch_size: Annotated[int, typer.Option(help="Rows in a step.")] = Comparison.batch_size,
     learning_rates: Annotated[
         str, typer.Option(help="Peak learning rates; the best one is chosen for each model.")
-    ] = "1e-3,3e-3",
+    ] = ",".join(map(str, Comparison.learning_rates)),
     sweep_steps: Annotated[
         int, typer.Option(help="Steps of the runs that choose the rate; 0: a quarter of --steps.")
     ] = Comparison.sweep_steps,

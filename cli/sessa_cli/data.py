@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from sessa_cli.common import make_console, say
-from sessa_common.data.simplestories import write_stories
+from sessa_common.data.simplestories import VALIDATION_FRACTION, write_stories
 from sessa_common.data.task_registry import TASKS, new_task, parse_options
 from sessa_common.data.tasks import write_task
 from sessa_common.errors import SessaError
@@ -35,7 +35,7 @@ def data(
     ] = None,
     validation_fraction: Annotated[
         float, typer.Option(help=f"Share of {STORIES} that is held out.")
-    ] = 0.01,
+    ] = VALIDATION_FRACTION,
     force: Annotated[
         bool, typer.Option("--force", help="Replace a folder that is not empty.")
     ] = False,

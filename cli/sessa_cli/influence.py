@@ -14,9 +14,14 @@ from rich.table import Table
 from sessa_cli.common import make_console, print_json, say
 from sessa_common.errors import SessaError
 from sessa_common.experiments.influence import MAX_POSITIONS
-from sessa_common.experiments.influence_job import InfluenceJob, distinct_names, new_job
+from sessa_common.experiments.influence_job import (
+    RANDOM_TOKENS,
+    InfluenceJob,
+    distinct_names,
+    new_job,
+)
 from sessa_common.experiments.influence_picture import draw_influence
-from sessa_common.experiments.influence_report import MEANING, Measurement, measure
+from sessa_common.experiments.influence_report import DRAWS, MEANING, Measurement, measure
 from sessa_common.frameworks import choose_backend, framework
 from sessa_common.json_files import read_json
 from sessa_common.storage import write_json
@@ -34,7 +39,9 @@ def influence(
     ] = None,
     tokens: Annotated[
         int | None,
-        typer.Option(min=1, help="Number of random tokens instead. Default: 512 or the context."),
+        typer.Option(
+            min=1, help=f"Number of random tokens instead. Default: {RANDOM_TOKENS} or the context."
+        ),
     ] = None,
     length: Annotated[
         int | None, typer.Option(min=1, help="Use only the first tokens of each text.")
@@ -46,7 +53,7 @@ def influence(
     layer: Annotated[str, typer.Option(help="all, none or the number of a layer.")] = "all",
     probes: Annotated[
         int, typer.Option(min=0, help="Random vectors per position; 0 for the exact norm.")
-    ] = 4,
+    ] = DRAWS,
     seed: Annotated[int, typer.Option(min=0, help="Seed of random tokens and vectors.")] = 0,
     backend: Annotated[str | None, typer.Option(help="auto, mlx or torch.")] = None,
     device: Annotated[

@@ -12,10 +12,15 @@ from sessa_common.errors import SessaError
 from sessa_common.storage import new_folder
 
 COLUMN = "story"
+VALIDATION_FRACTION = 0.01
 
 
 def write_stories(
-    sources: Iterable[str], folder: Path, validation_fraction: float, *, force: bool = False
+    sources: Iterable[str],
+    folder: Path,
+    validation_fraction: float = VALIDATION_FRACTION,
+    *,
+    force: bool = False,
 ) -> tuple[int, int]:
     """Write train.jsonl and validation.jsonl, one story per line; return the numbers of stories.
 

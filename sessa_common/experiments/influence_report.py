@@ -28,6 +28,8 @@ MEANING = (
     "parameter. Slope: the exponent of the power law. Lost: values below float32 rounding of the "
     "peak of their curve, which are left out."
 )
+# Random vectors per position, from which the norm is estimated.
+DRAWS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +45,7 @@ class Measurement:
 
 
 def measure(
-    job: InfluenceJob, probes: Sequence[InfluenceProbe], *, draws: int, seed: int
+    job: InfluenceJob, probes: Sequence[InfluenceProbe], *, draws: int = DRAWS, seed: int = 0
 ) -> Measurement:
     """Measure what a job asks for, with one probe per text and `draws` random vectors per position.
 
