@@ -27,16 +27,23 @@ from sessa_common.errors import SessaError
 INCLUDE_VARIABLE = "ONNXRUNTIME_INCLUDE_DIR"
 HEADER = "onnxruntime_c_api.h"
 # Where Homebrew and the Linux distributions put ONNX Runtime's headers.
-INCLUDE_FOLDERS = ("/opt/homebrew/include/onnxruntime", "/usr/local/include/onnxruntime",
-                   "/usr/include/onnxruntime")  # fmt: skip
+INCLUDE_FOLDERS = (
+    "/opt/homebrew/include/onnxruntime",
+    "/usr/local/include/onnxruntime",
+    "/usr/include/onnxruntime",
+)
 # The operator's entries of the C interface exist from here on (ONNX Runtime 1.17).
 API_VERSION = 17
 HASH_SUFFIX = ".sha256"
 WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi")
-SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer",
-            "-g")  # fmt: skip
+SANITIZE = (
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover=all",
+    "-fno-omit-frame-pointer",
+    "-g",
+)
 # One file per instruction set: which of them runs is decided in the library, by the processor.
 AVX2 = ("-mavx2", "-mfma")
 X86_FLAGS = {
@@ -71,8 +78,10 @@ def find_compiler() -> list[str]:
     Raises SessaError on Windows and when there is none.
     """
     if sys.platform == "win32":
-        raise SessaError("the native operator is built on Linux and macOS only; without it the "
-                         "exported model runs as it is")  # fmt: skip
+        raise SessaError(
+            "the native operator is built on Linux and macOS only; without it the "
+            "exported model runs as it is"
+        )
     try:
         given = shlex.split(os.environ.get("CXX", ""))
     except ValueError as error:

@@ -75,10 +75,16 @@ def _to_half(value: np.ndarray, name: str) -> np.ndarray:
 
 def _linear_nodes(model: onnx.ModelProto) -> list[str]:
     """Names of the products with a learned matrix of more than one column."""
-    learned = {tensor.name: tensor.dims for tensor in model.graph.initializer
-               if tensor.name.endswith(".weight")}  # fmt: skip
-    return [node.name for node in model.graph.node
-            if node.op_type == "MatMul" and learned.get(node.input[1], [1])[-1] > 1]  # fmt: skip
+    learned = {
+        tensor.name: tensor.dims
+        for tensor in model.graph.initializer
+        if tensor.name.endswith(".weight")
+    }
+    return [
+        node.name
+        for node in model.graph.node
+        if node.op_type == "MatMul" and learned.get(node.input[1], [1])[-1] > 1
+    ]
 
 
 def _int8(model: onnx.ModelProto) -> onnx.ModelProto:

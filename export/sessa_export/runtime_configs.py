@@ -43,8 +43,9 @@ def choose_clients(given: Sequence[str], layout: str) -> tuple[str, ...]:
     if unknown:
         raise SessaError(f"client is {unknown[0]!r}, expected some of {', '.join(CLIENTS)}")
     if layout == "buffer" and set(given) - {"ort"}:
-        raise SessaError("the buffer layout is for this project's runner; other clients need "
-                         "natural or uniform")  # fmt: skip
+        raise SessaError(
+            "the buffer layout is for this project's runner; other clients need natural or uniform"
+        )
     return tuple(name for name in CLIENTS if name in given or name == "ort")
 
 
@@ -58,11 +59,15 @@ def require_tokenizer(source: Path, config: SessaConfig, clients: Collection[str
     stop = sorted(stop_tokens(source, config))
     text_clients = [name for name in clients if name != "ort"]
     if text_clients and not (source / "tokenizer.json").is_file():
-        raise SessaError(f"{source}: no tokenizer.json, which {text_clients[0]} needs; "
-                         "put it there, or export with `clients` ort")  # fmt: skip
+        raise SessaError(
+            f"{source}: no tokenizer.json, which {text_clients[0]} needs; "
+            "put it there, or export with `clients` ort"
+        )
     if text_clients and not stop:
-        raise SessaError(f"{source}: no eos_token_id in generation_config.json or config.json, "
-                         f"which {text_clients[0]} needs to stop")  # fmt: skip
+        raise SessaError(
+            f"{source}: no eos_token_id in generation_config.json or config.json, "
+            f"which {text_clients[0]} needs to stop"
+        )
     return stop
 
 
@@ -91,8 +96,10 @@ def _genai(exported: Exported) -> dict[str, Any]:
     options: dict[str, Any] = {"log_id": "onnxruntime-genai", "provider_options": []}
     if exported.library:
         options["custom_ops_library"] = exported.library
-    names = {"past_key_names": "past_key_values.%d.key",
-             "past_value_names": "past_key_values.%d.value"}  # fmt: skip
+    names = {
+        "past_key_names": "past_key_values.%d.key",
+        "past_value_names": "past_key_values.%d.value",
+    }
     outputs = {"present_key_names": "present.%d.key", "present_value_names": "present.%d.value"}
     decoder = {
         "filename": exported.model,

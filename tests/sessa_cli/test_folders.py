@@ -19,9 +19,28 @@ from sessa_common.training.metrics import METRICS, read_metrics
 from sessa_common.training.run_folder import read_state_metadata
 from sessa_common.training.trainer import Trainer
 
-TINY = ("--layers", 1, "--width", 16, "--heads", 2, "--context", 16, "--tokenizer", "bytes",
-        "--batch-size", 2, "--warmup-steps", 1, "--evaluate-every", 2, "--device", "cpu",
-        "--backend", "torch")  # fmt: skip
+TINY = (
+    "--layers",
+    1,
+    "--width",
+    16,
+    "--heads",
+    2,
+    "--context",
+    16,
+    "--tokenizer",
+    "bytes",
+    "--batch-size",
+    2,
+    "--warmup-steps",
+    1,
+    "--evaluate-every",
+    2,
+    "--device",
+    "cpu",
+    "--backend",
+    "torch",
+)
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +48,21 @@ def trained(tmp_path_factory) -> Path:
     """A folder with text, d.txt, and a run of 4 steps on it, a."""
     folder = tmp_path_factory.mktemp("trained")
     (folder / "d.txt").write_text("The quick brown fox jumps over the lazy dog. " * 20)
-    assert sessa("train", "--data", folder / "d.txt", *TINY, "--steps", 4, "--checkpoint-every", 2,
-                 "--out", folder / "a") == 0  # fmt: skip
+    assert (
+        sessa(
+            "train",
+            "--data",
+            folder / "d.txt",
+            *TINY,
+            "--steps",
+            4,
+            "--checkpoint-every",
+            2,
+            "--out",
+            folder / "a",
+        )
+        == 0
+    )
     return folder
 
 
@@ -85,8 +117,10 @@ def test_export_inside_a_checkpoint_is_not_what_generate_runs(work, capsys):
 
 def test_saves_are_kept_and_whole(work, capsys):
     a = work / "a"
-    assert sessa("train", "--resume", a, "--steps", 8, "--backend", "torch",
-                 "--checkpoint-every", 2) == 0  # fmt: skip
+    assert (
+        sessa("train", "--resume", a, "--steps", 8, "--backend", "torch", "--checkpoint-every", 2)
+        == 0
+    )
     kept = list_saves(a)
     losses = {r["step"]: r["validation_loss"] for r in read_metrics(a) if "validation_loss" in r}
     assert {m.step for m in kept.values()} == {6, 8} | {min(losses, key=losses.__getitem__)}
@@ -180,8 +214,9 @@ def test_folder_that_holds_an_input_is_never_replaced(work, capsys, command):
     assert everything(work) == before
 
 
-@pytest.mark.parametrize("command", ["train --data {w}/d.txt --out {o}", "export {w}/a {o}",
-                                     "convert {w}/a {o}"])  # fmt: skip
+@pytest.mark.parametrize(
+    "command", ["train --data {w}/d.txt --out {o}", "export {w}/a {o}", "convert {w}/a {o}"]
+)
 def test_folder_of_somebody_else_is_never_replaced(work, capsys, tmp_path, command):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("x")

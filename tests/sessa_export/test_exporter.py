@@ -226,8 +226,14 @@ def test_files_of_every_client(tmp_path: Path) -> None:
 
 
 def test_only_what_was_asked_for(tmp_path: Path, checkpoint: Path) -> None:
-    always = {"model.onnx", "config.json", "generation_config.json", "tokenizer.json",
-              "tokenizer_config.json", MANIFEST}  # fmt: skip
+    always = {
+        "model.onnx",
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        MANIFEST,
+    }
     expected = {"ort": set(), "genai": {"genai_config.json"}, "web": {"web.json"}}
     for client, files in expected.items():
         export_checkpoint(checkpoint, tmp_path / client, Options(clients=(client,)))

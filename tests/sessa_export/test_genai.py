@@ -15,8 +15,12 @@ from sessa_export.runtime_configs import CLIENTS
 genai = need_module("onnxruntime_genai")
 
 
-FOLDERS = [("grouped", "natural"), ("grouped", "uniform"), ("hybrid", "natural"),
-           ("hybrid", "uniform")]  # fmt: skip
+FOLDERS = [
+    ("grouped", "natural"),
+    ("grouped", "uniform"),
+    ("hybrid", "natural"),
+    ("hybrid", "uniform"),
+]
 
 
 @pytest.fixture(scope="module", params=FOLDERS, ids="-".join)

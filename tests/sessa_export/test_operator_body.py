@@ -181,10 +181,15 @@ def test_torch_exporter_leaves_the_same_node(opset: int | None) -> None:
     torch.manual_seed(0)
     net = Net().eval()
     program = torch.onnx.export(
-        net, (torch.randn(2, 5, 3), torch.ones(2, 5, dtype=torch.bool)), dynamo=True,
-        opset_version=opset, input_names=["x", "seen"], output_names=["y"], verbose=False,
+        net,
+        (torch.randn(2, 5, 3), torch.ones(2, 5, dtype=torch.bool)),
+        dynamo=True,
+        opset_version=opset,
+        input_names=["x", "seen"],
+        output_names=["y"],
+        verbose=False,
         dynamic_shapes=({0: "batch", 1: "time"},) * 2,
-    )  # fmt: skip
+    )
     model = add_function(program.model_proto)
     assert [n.op_type for n in model.graph.node if n.domain == "sessa"] == ["FeedbackSolve"]
     session = session_of(model)

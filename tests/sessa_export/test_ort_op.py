@@ -256,8 +256,9 @@ def test_a_library_is_built_once(fake_compiler):
     assert path == native.library_path() == native.build()
     assert fake_compiler.with_name("log").read_text().splitlines() == written
     assert sorted(file.name for file in path.parent.iterdir()) == [
-        native.library_name(), native.library_name() + ".sha256"
-    ]  # fmt: skip
+        native.library_name(),
+        native.library_name() + ".sha256",
+    ]
     native.build(force=True)
     assert len(fake_compiler.with_name("log").read_text().splitlines()) == 2 * len(written)
 

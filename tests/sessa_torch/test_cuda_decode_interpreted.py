@@ -16,9 +16,16 @@ pytest.importorskip("triton")
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 # Types of keys, states and f.
 TYPES = [
-    (F32, F32, F32), (BF16, F32, F32), (F16, F32, F32), (BF16, BF16, BF16), (F16, F16, F16),
-    (F32, BF16, F32), (BF16, F32, BF16), (F16, BF16, F32), (F32, F16, BF16),
-]  # fmt: skip
+    (F32, F32, F32),
+    (BF16, F32, F32),
+    (F16, F32, F32),
+    (BF16, BF16, BF16),
+    (F16, F16, F16),
+    (F32, BF16, F32),
+    (BF16, F32, BF16),
+    (F16, BF16, F32),
+    (F32, F16, BF16),
+]
 # D and K.
 WIDTHS = [(24, 40), (64, 64), (129, 33), (40, 300), (1100, 24)]
 CASES = [

@@ -15,15 +15,42 @@ from sessa_common.checkpoint.folder import load_weights
 from sessa_common.checkpoint.manifest import verify
 from sessa_common.storage import LEFTOVER, LOCK, MANIFEST
 
-TINY = ("--layers", "1", "--width", "16", "--heads", "2", "--context", "16", "--tokenizer", "bytes",
-        "--batch-size", "2", "--warmup-steps", "1", "--evaluate-every", "2", "--evaluate-batches",
-        "1", "--checkpoint-every", "2", "--device", "cpu")  # fmt: skip
+TINY = (
+    "--layers",
+    "1",
+    "--width",
+    "16",
+    "--heads",
+    "2",
+    "--context",
+    "16",
+    "--tokenizer",
+    "bytes",
+    "--batch-size",
+    "2",
+    "--warmup-steps",
+    "1",
+    "--evaluate-every",
+    "2",
+    "--evaluate-batches",
+    "1",
+    "--checkpoint-every",
+    "2",
+    "--device",
+    "cpu",
+)
 SOUP = tuple(
     word
-    for option in ("min_tokens=20", "max_tokens=24", "train_examples=10", "spaced=false",
-                   "validation_examples=7", "test_examples=5")
+    for option in (
+        "min_tokens=20",
+        "max_tokens=24",
+        "train_examples=10",
+        "spaced=false",
+        "validation_examples=7",
+        "test_examples=5",
+    )
     for word in ("--task-option", option)
-)  # fmt: skip
+)
 BUSY = "a training run that one left behind"
 
 

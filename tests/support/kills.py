@@ -64,9 +64,17 @@ def serve(library: ctypes.CDLL) -> None:
     """Answer requests, one a line, each by a fork."""
     from sessa_cli.main import main  # noqa: F401
 
-    for name in ("sessa_torch.training", "sessa_mlx.training", "sessa_export.exporter",
-                 "sessa_torch.decoding", "sessa_mlx.decoding",
-                 "torch._dynamo", "onnxruntime", "onnx", "matplotlib.figure"):  # fmt: skip
+    for name in (
+        "sessa_torch.training",
+        "sessa_mlx.training",
+        "sessa_export.exporter",
+        "sessa_torch.decoding",
+        "sessa_mlx.decoding",
+        "torch._dynamo",
+        "onnxruntime",
+        "onnx",
+        "matplotlib.figure",
+    ):
         with contextlib.suppress(ImportError):
             __import__(name)
     for line in sys.stdin:

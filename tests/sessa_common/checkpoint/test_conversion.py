@@ -34,9 +34,14 @@ mx = pytest.importorskip("mlx.core")
 torch = pytest.importorskip("torch")
 
 CONFIG = SessaConfig(
-    vocab_size=37, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, eos_token_id=4, max_position_embeddings=50,
-)  # fmt: skip
+    vocab_size=37,
+    hidden_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    eos_token_id=4,
+    max_position_embeddings=50,
+)
 FILES = {"tokenizer.json": '{"version": "1.0"}', "generation_config.json": '{"eos_token_id": 4}'}
 
 
@@ -131,8 +136,13 @@ def test_mlx_reads_what_is_written(tmp_path, dtype):
 
 
 def test_both_frameworks_load_the_result(tmp_path):
-    convert(read(make_folder(tmp_path / "one", weights_in("float32"))), tmp_path / "two",
-            framework="mlx", bits=4, group_size=32)  # fmt: skip
+    convert(
+        read(make_folder(tmp_path / "one", weights_in("float32"))),
+        tmp_path / "two",
+        framework="mlx",
+        bits=4,
+        group_size=32,
+    )
     ids = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (2, 7))
     want = reference.model_logits(*load_weights(tmp_path / "two"), ids)
     import sessa_mlx.checkpoint
@@ -181,8 +191,9 @@ def test_file_beside_its_configuration_needs_no_options(tmp_path):
 
 def test_sharded_round_trip(tmp_path):
     weights = weights_in("bfloat16")
-    report = convert(read(make_folder(tmp_path / "one", weights)), tmp_path / "two",
-                     shard_size=20_000)  # fmt: skip
+    report = convert(
+        read(make_folder(tmp_path / "one", weights)), tmp_path / "two", shard_size=20_000
+    )
     shards = [name for name in report.files if name.startswith("model-")]
     assert len(shards) > 3 and INDEX in report.files and report.exact
     assert all((tmp_path / "two" / name).stat().st_size < 25_000 for name in shards)
@@ -220,8 +231,10 @@ def test_quantised_by_us_equals_quantised_by_mlx(tmp_path, bits, dtype):
 
 def test_folder_that_mlx_quantised_with_overrides(tmp_path):
     weights = weights_in("bfloat16")
-    fine = {"model.embed_tokens": {"group_size": 64, "bits": 8},
-            "model.layers.1.mixer.q_proj": {"group_size": 32, "bits": 6}}  # fmt: skip
+    fine = {
+        "model.embed_tokens": {"group_size": 64, "bits": 8},
+        "model.layers.1.mixer.q_proj": {"group_size": 32, "bits": 6},
+    }
     plain = "model.layers.0.W_in.weight"
     stored, want = {}, dict(weights)
     for name, value in weights.items():
@@ -234,8 +247,13 @@ def test_folder_that_mlx_quantised_with_overrides(tmp_path):
         suffixes = ("weight", "scales", "biases")
         stored |= {f"{path}.{s}": part for s, part in zip(suffixes, parts, strict=True)}
         want[name] = from_mlx(mx.dequantize(*parts, **how))
-    settings = {"group_size": 32, "bits": 4, "mode": "affine", **fine,
-                plain.removesuffix(".weight"): False}  # fmt: skip
+    settings = {
+        "group_size": 32,
+        "bits": 4,
+        "mode": "affine",
+        **fine,
+        plain.removesuffix(".weight"): False,
+    }
     folder = tmp_path / "one"
     folder.mkdir()
     write_json(folder / "config.json", {**CONFIG.to_dict(), "quantization": settings})
@@ -298,8 +316,10 @@ def test_release_layer_keeps_its_numbers(tmp_path, name, suffix):
     prefix = "model.layers.0."
     layer = {n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)}
     assert_same(layer, case.params)
-    assert relative_error(reference.layer_forward(config, layer, case.arrays["x"]),
-                          case.arrays["y"]) <= 1e-10  # fmt: skip
+    assert (
+        relative_error(reference.layer_forward(config, layer, case.arrays["x"]), case.arrays["y"])
+        <= 1e-10
+    )
     invented = [note for note in report.notes if note.startswith("invented")]
     assert len(invented) == 3 and "seed 5" in invented[0]
     drawn = initial_weights(config, 5)["model.embed_tokens.weight"]
@@ -326,8 +346,12 @@ def test_stack_under_any_prefix(tmp_path, prefix):
 def test_whole_model_in_a_training_script_s_pickle(tmp_path, tied):
     config = SessaConfig(**{**CONFIG.__dict__, "tie_word_embeddings": tied})
     weights = weights_in("bfloat16", config)
-    names = {"model.embed_tokens.weight": "tok_emb.weight", "model.norm.weight": "ln_f.weight",
-             "model.norm.bias": "ln_f.bias", "lm_head.weight": "head.weight"}  # fmt: skip
+    names = {
+        "model.embed_tokens.weight": "tok_emb.weight",
+        "model.norm.weight": "ln_f.weight",
+        "model.norm.bias": "ln_f.bias",
+        "lm_head.weight": "head.weight",
+    }
     tensors = {names.get(name, name): value for name, value in weights.items()}
     tensors["head.weight"] = weights["model.embed_tokens.weight" if tied else "lm_head.weight"]
     file = tmp_path / "model.pt"
@@ -541,8 +565,20 @@ def test_convert_command_takes_a_layer_with_options(tmp_path, capsys):
 
     file = save_torch(tmp_path / "layer.pt", lone_layer())
     (tmp_path / "some.json").write_text('{"gamma_max": 0.5}')
-    run_command(command, file, tmp_path / "out", "--heads", 4, "--no-rope", "--vocab-size", 11,
-                "--config", tmp_path / "some.json", "--to", "mlx")  # fmt: skip
+    run_command(
+        command,
+        file,
+        tmp_path / "out",
+        "--heads",
+        4,
+        "--no-rope",
+        "--vocab-size",
+        11,
+        "--config",
+        tmp_path / "some.json",
+        "--to",
+        "mlx",
+    )
     config, _ = load_weights(tmp_path / "out")
     assert (config.gamma_max, config.use_forward_rope, config.vocab_size) == (0.5, False, 11)
     assert "train before use" in capsys.readouterr().out

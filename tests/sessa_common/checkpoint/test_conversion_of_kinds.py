@@ -36,18 +36,23 @@ KINDS: dict[str, dict] = {
     "one_head": {"layer_kinds": "transformer", "num_attention_heads": 1, "num_key_value_heads": 1},
     "mamba2": {"layer_kinds": "mamba2"},
     "hybrid": {"layer_kinds": ("sessa", "mamba2", "transformer"), "num_hidden_layers": 3},
-    "hybrid_gated": {"layer_kinds": ("mamba2", "gated_attention", "sessa"),
-                     "num_hidden_layers": 3},
+    "hybrid_gated": {"layer_kinds": ("mamba2", "gated_attention", "sessa"), "num_hidden_layers": 3},
     "sessa_transformer": {"layer_kinds": "sessa_transformer", "intermediate_size": 96},
     "hybrid_standard": {"layer_kinds": ("transformer", "sessa_transformer")},
-}  # fmt: skip
+}
 CONV = "model.layers.0.mixer.conv1d.weight"
 kinds = pytest.mark.parametrize("kind", KINDS)
 
 
 def config_of(kind: str, **changes: object) -> SessaConfig:
-    base = {"vocab_size": 37, "hidden_size": 64, "num_hidden_layers": 2, "num_key_value_heads": 2,
-            "num_attention_heads": 4, "max_position_embeddings": 50}  # fmt: skip
+    base = {
+        "vocab_size": 37,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 50,
+    }
     if "mamba2" in str(KINDS[kind]):
         base |= {"mamba_d_state": 24, "mamba_d_head": 32, "mamba_d_conv": 3}
     return SessaConfig(**{**base, **KINDS[kind], **changes})
@@ -139,8 +144,9 @@ def test_a_weight_file_alone_tells_its_kinds(tmp_path, kind):
 @kinds
 def test_every_linear_is_quantised_and_nothing_else(tmp_path, kind):
     weights = make_folder(tmp_path / "one", config_of(kind))
-    report = convert(read_source(tmp_path / "one"), tmp_path / "two", framework="mlx",
-                     bits=8, group_size=32)  # fmt: skip
+    report = convert(
+        read_source(tmp_path / "one"), tmp_path / "two", framework="mlx", bits=8, group_size=32
+    )
     assert 0 < report.relative_difference < 0.02
     stored = read_safetensors(tmp_path / "two" / "model.safetensors")
     packed = {name for name, value in stored.items() if value.dtype == np.uint32}
@@ -170,8 +176,7 @@ def test_a_cast_reaches_every_tensor(tmp_path, kind):
 @kinds
 def test_frameworks_load_what_is_written_for_mlx(tmp_path, kind, framework):
     make_folder(tmp_path / "one", config_of(kind))
-    convert(read_source(tmp_path / "one"), tmp_path / "two", framework="mlx", bits=4,
-            group_size=32)  # fmt: skip
+    convert(read_source(tmp_path / "one"), tmp_path / "two", framework="mlx", bits=4, group_size=32)
     ids = np.random.default_rng(0).integers(0, 37, (2, 7))
     want = reference.model_logits(*load_weights(tmp_path / "two"), ids)
     twin = import_module(f"sessa_{framework}.decoding")
@@ -213,23 +218,45 @@ def test_info_of_a_preset_shows_the_state_space_s_share(tmp_path):
 
 def release_folder(path: Path, **changes: object) -> tuple[SessaConfig, dict[str, np.ndarray]]:
     """A folder with names and keys as transformers writes them for Mamba2ForCausalLM."""
-    config = config_of("mamba2", num_attention_heads=1, num_key_value_heads=1,
-                       use_forward_rope=False, max_position_embeddings=2048)  # fmt: skip
+    config = config_of(
+        "mamba2",
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        use_forward_rope=False,
+        max_position_embeddings=2048,
+    )
     weights = weights_of(config)
-    names = {"model.embed_tokens": "backbone.embeddings", "model.layers": "backbone.layers",
-             "model.norm": "backbone.norm_f", ".ln.": ".norm."}  # fmt: skip
+    names = {
+        "model.embed_tokens": "backbone.embeddings",
+        "model.layers": "backbone.layers",
+        "model.norm": "backbone.norm_f",
+        ".ln.": ".norm.",
+    }
     theirs = {}
     for name, value in weights.items():
         for ours, other in names.items():
             name = name.replace(ours, other)
         theirs[name] = value
     settings = {
-        "model_type": "mamba2", "vocab_size": 37, "hidden_size": 64, "num_hidden_layers": 2,
-        "state_size": 24, "head_dim": 32, "num_heads": 4, "conv_kernel": 3, "n_groups": 1,
-        "tie_word_embeddings": True, "layer_norm_epsilon": 1e-5, "chunk_size": 256,
-        "time_step_limit": [0.0, math.inf], "torch_dtype": "float32", "bos_token_id": None,
-        "eos_token_id": None, "pad_token_id": None, **changes,
-    }  # fmt: skip
+        "model_type": "mamba2",
+        "vocab_size": 37,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "state_size": 24,
+        "head_dim": 32,
+        "num_heads": 4,
+        "conv_kernel": 3,
+        "n_groups": 1,
+        "tie_word_embeddings": True,
+        "layer_norm_epsilon": 1e-5,
+        "chunk_size": 256,
+        "time_step_limit": [0.0, math.inf],
+        "torch_dtype": "float32",
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+        **changes,
+    }
     path.mkdir()
     save_weights(path, config, theirs)
     write_json(path / "config.json", settings)

@@ -66,7 +66,11 @@ def test_last_save_is_on_top_and_is_an_ordinary_checkpoint(run):
     (run / MANIFEST).unlink()
     assert step_of(run) == 2
     assert {path.name for path in run.iterdir()} == {
-        "config.json", "model.safetensors", STATE, "checkpoints"}  # fmt: skip
+        "config.json",
+        "model.safetensors",
+        STATE,
+        "checkpoints",
+    }
 
 
 def test_a_kept_save_is_a_checkpoint_of_its_own(run):

@@ -42,8 +42,9 @@ FORMS = (".txt", ".MD", ".txt.gz", ".txt.ZST", ".jsonl", ".JSONL.gz", ".jsonl.zs
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("written", [TEXT, "\ufeff" + TEXT, TEXT.replace("\n", "\r\n")],
-                         ids=["plain", "mark", "CRLF"])  # fmt: skip
+@pytest.mark.parametrize(
+    "written", [TEXT, "\ufeff" + TEXT, TEXT.replace("\n", "\r\n")], ids=["plain", "mark", "CRLF"]
+)
 def test_marks_and_line_ends_are_read_alike_in_every_form(form, written, tmp_path):
     path = write(tmp_path / "x", written, form)
     assert [row.text for row in read_rows(path, "text")] == [TEXT]
@@ -67,8 +68,16 @@ def test_a_zstandard_file_of_several_frames_is_read_whole(tmp_path):
 
 
 def test_only_known_names_are_text(tmp_path):
-    names = {"a.txt": ".txt", "a.b.JSONL.Gz": ".jsonl", "a.parquet": ".parquet", ".txt": None,
-             "a.parquet.gz": None, "a.tar.gz": None, "a.gz": None, "a": None}  # fmt: skip
+    names = {
+        "a.txt": ".txt",
+        "a.b.JSONL.Gz": ".jsonl",
+        "a.parquet": ".parquet",
+        ".txt": None,
+        "a.parquet.gz": None,
+        "a.tar.gz": None,
+        "a.gz": None,
+        "a": None,
+    }
     for name, expected in names.items():
         assert format_of(tmp_path / name) == expected, name
 
