@@ -24,7 +24,7 @@ BYTE_ORDER_MARK = "\ufeff"
 LARGEST_EXPANSION = 200
 # Few rows at once, because one stored string may stand for all rows of a batch.
 PARQUET_ROWS = 32
-# Compression by which a column counts as made of repetitions.
+# Compression from which on a file counts as made of repetitions.
 REPETITIVE = 50
 # A row of text needs at least one bit of its file, however well it is compressed.
 MOST_ROWS_PER_BYTE = 8
@@ -189,7 +189,7 @@ def _parquet_rows(path: Path, column: str) -> Iterator[Row]:
     number = 0
     try:
         # A column that repeats one long text is read as the text and its places.
-        repeated = [column] if _compresses_too_well(parquet.read_metadata(path), column) else None
+        repeated = [column] if _is_repetitive(parquet.read_metadata(path), size) else None
         with parquet.ParquetFile(path, read_dictionary=repeated) as file:
             names = file.schema_arrow.names
             if column not in names:
@@ -214,11 +214,8 @@ def _parquet_rows(path: Path, column: str) -> Iterator[Row]:
         raise SessaError(f"{path}: not a readable parquet file ({error})") from None
 
 
-def _compresses_too_well(metadata: Any, column: str) -> bool:
-    groups = (metadata.row_group(i) for i in range(metadata.num_row_groups))
-    chunks = (group.column(i) for group in groups for i in range(group.num_columns))
-    return any(
-        chunk.total_uncompressed_size > REPETITIVE * max(chunk.total_compressed_size, 1)
-        for chunk in chunks
-        if chunk.path_in_schema == column
-    )
+def _is_repetitive(metadata: Any, size: int) -> bool:
+    # Not the sizes of single columns: pyarrow 26 aborts the process where they are damaged.
+    groups = range(metadata.num_row_groups)
+    unpacked = sum(metadata.row_group(i).total_byte_size for i in groups)
+    return bool(unpacked > REPETITIVE * size)

@@ -20,3 +20,17 @@ def test_damaged_files_are_read_or_refused_in_one_line():
     )
     assert done.returncode == 0, done.stderr + done.stdout[-1000:]
     assert f"{COUNT} cases" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["type_of_column.parquet"])
+def test_a_file_that_once_ended_the_process_is_read_or_refused(name):
+    pytest.importorskip("pyarrow")
+    reads = (
+        "import sys; from pathlib import Path; from sessa_common.data.formats import read_rows\n"
+        "from sessa_common.errors import SessaError\n"
+        "try: list(read_rows(Path(sys.argv[1]), 'story'))\n"
+        "except SessaError: pass"
+    )
+    path = Path(__file__).parent / "found" / name
+    done = subprocess.run([sys.executable, "-c", reads, str(path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
