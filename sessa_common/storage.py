@@ -127,14 +127,16 @@ def sweep(folder: Path) -> None:
             descriptor = _try_lock(path, create=False)
         except (OSError, SessaError):  # Another user's.
             continue
-        if descriptor is None:
+        if descriptor is None and (path / LOCK).exists():
             continue
+        # Without a lock file it holds what a writer was killed while it removed.
         if match[1] == "fill":
             _move_up(path, folder)
         if match[1] == "old":
             _restore(path)
         shutil.rmtree(path, ignore_errors=True)
-        os.close(descriptor)
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def check_new_folder(

@@ -25,7 +25,7 @@ from sessa_common.checkpoint.manifest import (
     verify,
     write_manifest,
 )
-from sessa_common.storage import atomic_path, new_folder, remove_folder
+from sessa_common.storage import atomic_path, new_folder, remove_folder, sweep
 
 # Files of a checkpoint folder that say how to use the weights; every save has its own copy.
 BESIDE = ("config.json", "generation_config.json", "tokenizer*.json", "training.json")
@@ -59,7 +59,12 @@ def add_save(
 
 
 def finish_save(folder: Path) -> None:
-    """Give the files of a new save their names at the top of the run folder, if they lack them."""
+    """Give the files of a new save their names at the top of the run folder, if they lack them.
+
+    What a killed command left among the saves is removed.
+    """
+    if (folder / SAVES).is_dir():
+        sweep(folder / SAVES)
     manifest = read_manifest(folder)
     if manifest is None or manifest.folder == ".":
         return

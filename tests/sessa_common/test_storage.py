@@ -232,10 +232,12 @@ def test_lock_is_not_taken_through_a_link(tmp_path):
     assert (tmp_path / "victim").read_text() == "precious"
 
 
-@pytest.mark.parametrize("moment", ["yield", "locked", "unlocked"])
+@pytest.mark.parametrize("moment", ["yield", "locked", "unlocked", "removing"])
 def test_killed_file_writer_leaves_nothing_for_long(tmp_path, moment):
     programs = {
         "yield": "with storage.atomic_path(folder / 'a') as p: p.write_text('half'); die()",
+        "removing": "with storage.atomic_path(folder / 'a') as p: "
+        "p.write_text('half'); p.with_name(storage.LOCK).unlink(); die()",
         "locked": "storage.fcntl.flock = die\nwith storage.atomic_path(folder / 'a'): pass",
         "unlocked": "storage._try_lock = die\nwith storage.atomic_path(folder / 'a'): pass",
     }
