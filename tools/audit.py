@@ -29,7 +29,7 @@ def pinned_names(text: str) -> list[str]:
 
 
 def licence_of(name: str) -> str | None:
-    """What an installed package says of its licence; None when it is not installed."""
+    """Return what an installed package says of its licence; None when it is not installed."""
     try:
         found = importlib.metadata.metadata(name)
     except importlib.metadata.PackageNotFoundError:
