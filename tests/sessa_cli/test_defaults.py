@@ -9,11 +9,12 @@ import typer
 from sessa_cli.main import app
 from sessa_common import SessaConfig, TrainConfig, convert
 from sessa_common.checkpoint.conversion import parse_size
+from sessa_common.data.simplestories import write_stories
 from sessa_common.experiments.comparison import Comparison
 from sessa_torch import evaluate
 
 COMMANDS = typer.main.get_command(app).commands
-LIBRARY = {"compare": Comparison, "convert": convert, "eval": evaluate}
+LIBRARY = {"compare": Comparison, "convert": convert, "data": write_stories, "eval": evaluate}
 
 
 def _options(command):
