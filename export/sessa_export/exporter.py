@@ -13,6 +13,7 @@ import numpy as np
 
 from sessa_common.checkpoint.folder import load_config, load_weights, require_own_file
 from sessa_common.config import SessaConfig
+from sessa_common.data.sources import local_paths
 from sessa_common.errors import SessaError
 from sessa_common.fields import build, split_fields
 from sessa_common.reference.parity import Result, compare, make_cases, require_ok, tolerance_of
@@ -114,8 +115,8 @@ def export_checkpoint(
     require_supported(load_config(source))
     if options.dtype == "fp32" and options.data != Options.data:
         raise SessaError("`data` measures the cost of fewer bits; choose another `dtype` than fp32")
-    texts = [Path(name) for name in options.data if Path(name).exists()]
-    with new_folder(target, force=force, inputs=[source, *texts]) as scratch:
+    inputs = [source, *local_paths(options.data)]
+    with new_folder(target, force=force, inputs=inputs) as scratch:
         config, weights = load_weights(source)
         text = [] if options.dtype == "fp32" else read_text(source, config, options.data)
         _write_folder(source, scratch, config, weights, options)

@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
-from sessa_common.data.sources import TextSource, read_documents
+from sessa_common.data.sources import TextSource, local_paths, read_documents
 from sessa_common.errors import SessaError
 from sessa_common.storage import new_folder
 
@@ -35,7 +35,7 @@ def write_stories(
             f"`validation_fraction` is {validation_fraction}, expected between 0 and 1"
         )
     counts = [0, 0]
-    with new_folder(folder, force=force) as scratch:
+    with new_folder(folder, force=force, inputs=local_paths(sources)) as scratch:
         with (
             (scratch / "train.jsonl").open("w", encoding="utf-8") as train,
             (scratch / "validation.jsonl").open("w", encoding="utf-8") as validation,

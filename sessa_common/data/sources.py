@@ -106,6 +106,15 @@ def read_documents(
     return islice(_documents(readers, counts), source.max_documents or None)
 
 
+def local_paths(names: Iterable[str]) -> list[Path]:
+    """Files and folders of this machine that `read_documents` would read for these names."""
+    paths: list[Path] = []
+    for name in names:
+        pattern = os.path.expanduser(name.removeprefix(HUB_PREFIX))
+        paths += [Path(pattern), *map(Path, glob.glob(pattern, recursive=True))]
+    return [path for path in paths if path.exists()]
+
+
 def check_names(names: Iterable[str]) -> None:
     """Raise SessaError for a name that several commands could not read one after the other.
 

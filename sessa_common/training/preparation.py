@@ -6,8 +6,6 @@ Everything here can fail, for bad input, and leaves every folder as it was.
 from __future__ import annotations
 
 import dataclasses
-import glob
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +26,7 @@ from sessa_common.data.corpus import (
     told,
     training_sequence_length,
 )
-from sessa_common.data.sources import HUB_PREFIX, TextSource, read_documents
+from sessa_common.data.sources import TextSource, local_paths, read_documents
 from sessa_common.data.task_registry import load_data
 from sessa_common.data.tasks import TaskBatches
 from sessa_common.data.tokenizer import (
@@ -123,10 +121,8 @@ def _inputs(request: TrainRequest, settings: TrainConfig) -> list[Path]:
     """The files and folders that a new run reads, which its folder must not replace."""
     names = [request.init, request.config, request.train_config, settings.task, settings.tokenizer]
     paths = [Path(name) for name in names if isinstance(name, (str, Path))]
-    for name in (*settings.data, *settings.validation_data):
-        pattern = os.path.expanduser(name.removeprefix(HUB_PREFIX))
-        paths += [Path(pattern), *map(Path, glob.glob(pattern, recursive=True))]
-    return [path for path in paths if path.exists()]
+    texts = local_paths((*settings.data, *settings.validation_data))
+    return [*(path for path in paths if path.exists()), *texts]
 
 
 def _choose_config(request: TrainRequest, given: Mapping[str, Any]) -> SessaConfig:

@@ -200,6 +200,8 @@ def test_state_that_is_not_finite_is_not_resumed(work, capsys):
         "convert {w}/a {w} --force",
         "convert {w}/a/model.safetensors {w}/a --force",
         "train --data {w}/d.txt --out {w} --force",
+        "data simplestories --data {w}/d.txt --out {w} --force",
+        "export {w}/a {w} --data {w}/d.txt --force",
         "train --data {w}/*.txt --out {w} --force",
         "train --data {w} --out {w} --force",
         "train --init {w}/a --out {w} --force",
