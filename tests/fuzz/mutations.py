@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-NUMBERS = [0, 1, -1, 2, 3, 7, 255, 2**31 - 1, 2**31, 2**63, -(2**63), 10**12, 10**25, 0.5, -1e300]
+NUMBERS = [0, 1, -1, 2, 3, 7, 2**31 - 1, 2**31, 2**63, -(2**63), 10**12, 10**25, 0.5, -1e300]
 VALUES: list[Any] = [
     None,
     True,
