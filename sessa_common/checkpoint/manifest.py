@@ -49,9 +49,14 @@ def read_manifest(folder: Path) -> Manifest | None:
         raise SessaError(f"{path}: not a manifest of format {FORMAT}, the only one known here")
     try:
         manifest = Manifest(**values)
-        well_formed = isinstance(manifest.folder, str) and all(
-            is_plain_name(name) and len(facts["sha256"]) == 64 and facts["bytes"] >= 0
-            for name, facts in manifest.files.items()
+        well_formed = (
+            isinstance(manifest.folder, str)
+            and isinstance(manifest.step, int | None)
+            and isinstance(manifest.validation_loss, float | int | None)
+            and all(
+                is_plain_name(name) and len(facts["sha256"]) == 64 and facts["bytes"] >= 0
+                for name, facts in manifest.files.items()
+            )
         )
     except (TypeError, KeyError, AttributeError):
         well_formed = False
