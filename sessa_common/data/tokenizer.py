@@ -242,6 +242,8 @@ def end_token_id(path: Path | str) -> int:
     named = read_json(settings).get("eos_token") if settings.is_file() else None
     if isinstance(named, dict):
         named = named.get("content")
+    if not isinstance(named, str | None):
+        raise SessaError(f"{settings}: eos_token is {named!r}, expected a text")
     for token in [named] if named else KNOWN_ENDS:
         if (found := tokenizer.token_to_id(token)) is not None:
             return found

@@ -91,9 +91,14 @@ def evaluate_texts(
 
     def documents() -> Iterator[tuple[np.ndarray, int]]:
         texts = read_documents(names, source, counts)
+        empty = True
         for ids, size in encode_documents(tokenizer.tokenizer, texts, dropped):
             check_ids(ids, config, "the evaluation text")
+            empty = False
             yield ids, size
+        if empty:
+            left_out = [*counts.notes(), *dropped.notes()]
+            raise SessaError("; ".join(["the evaluation text is empty", *left_out]))
 
     score = score_documents(
         logits,

@@ -87,7 +87,10 @@ def stop_tokens(folder: Path | None, config: SessaConfig) -> frozenset[int]:
 def encode_prompt(tokenizer: Tokenizer, text: str, config: SessaConfig) -> list[int]:
     """Token ids of a prompt; the empty prompt becomes the token that begins a text."""
     if text:
-        return encode_text(tokenizer, text, "the prompt")
+        ids = encode_text(tokenizer, text, "the prompt")
+        if not ids:
+            raise SessaError("the tokenizer has no token for any part of the prompt")
+        return ids
     begin = config.bos_token_id if config.bos_token_id is not None else config.eos_token_id
     if begin is None:
         raise SessaError("the prompt is empty and the model has no bos_token_id; give some text")

@@ -75,6 +75,14 @@ def test_end_token_comes_from_the_file_beside_it(named, tmp_path):
     assert tok.end_token_id(tmp_path / "tokenizer.json") == 257
 
 
+@pytest.mark.parametrize("named", [5, ["a"], {"content": 1.5}])
+def test_an_end_token_that_is_no_text_is_named(named, tmp_path):
+    tok.byte_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": named}))
+    with pytest.raises(SessaError, match=r"tokenizer_config\.json: eos_token is"):
+        tok.end_token_id(tmp_path)
+
+
 def test_no_end_token_is_an_error(tmp_path):
     Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(SessaError, match="no token ends a document"):
