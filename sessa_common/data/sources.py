@@ -55,9 +55,8 @@ class TextSource:
 
 @dataclass
 class ReadCounts:
-    """Numbers of what `read_documents` read and left out, counted while it reads."""
+    """Numbers of what `read_documents` left out, counted while it reads."""
 
-    documents: int = 0
     blank: int = 0
     null_rows: int = 0
     first_null: str = ""
@@ -135,7 +134,6 @@ def _documents(readers: Iterable[Reader], counts: ReadCounts) -> Iterator[str]:
             elif not row.text.strip():
                 counts.blank += 1
             else:
-                counts.documents += 1
                 yield row.text
 
 
