@@ -16,7 +16,7 @@ constexpr int64_t kWidth = 2 * kLanes;
 constexpr int64_t kRows = SESSA_ROWS;
 constexpr int64_t kGroup = 2 * kRows;
 constexpr int64_t kBlock = 16 * kGroup;
-// Rows of a panel taken at a time: they stay in the first-level cache for all rows of a group.
+// Rows of a panel that one product reads, few enough to stay in the first-level cache.
 constexpr int64_t kDepth = 128;
 constexpr int64_t kLine = 16;  // floats in a cache line
 
@@ -53,7 +53,7 @@ void pack_keys(const Problem& p, const Workspace& w, int64_t b, int64_t panel) {
   const int64_t first = panel * kWidth, count = smaller(kWidth, p.S() - first);
   float* to = w.keys + (b * panels(p.S()) + panel) * p.K * kWidth;
   with_elements(p.k, (b * p.S() + first) * p.K, [&](auto* from) {
-    // A cache line of every key at a time: whole columns would meet in few sets of the cache.
+    // One cache line of every key at a time: whole columns would compete for few sets of the cache.
     for (int64_t i = 0; i < p.K; i += kLine) {
       const int64_t end = smaller(p.K, i + kLine);
       for (int64_t j = 0; j < count; ++j) {
@@ -108,8 +108,8 @@ void pack_bias(const Problem& p, const Workspace& w, int64_t b) {
   }
 }
 
-// c (M, width) = [c +] a (M, depth) b (depth, width), the sums in registers. They start from 0:
-// many small terms added to a large c one by one would lose their last digits.
+// c (M, width) = [c +] a (M, depth) b (depth, width), with the sums in registers. The sums start
+// from 0, because many small terms added to a large c one by one would lose their last digits.
 template <int64_t M>
 inline void tile(const float* a, int64_t a_stride, const float* b, int64_t depth, float* c,
                  int64_t c_stride, bool add) {

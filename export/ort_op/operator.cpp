@@ -170,7 +170,7 @@ void parallel_for(const OrtApi& api, const OrtKernelContext* context, int64_t co
     (*static_cast<const Task*>(argument))(static_cast<int64_t>(i));
   };
   const size_t size = static_cast<size_t>(count);
-  // One batch a task: whoever is free takes the next.
+  // As many batches as tasks, so that a free thread takes the next task.
   check(api.KernelContext_ParallelFor(context, call, size, size, const_cast<Task*>(&task)));
 }
 
@@ -263,7 +263,7 @@ Operator make_operator(ONNXTensorElementDataType type) {
 }
 
 // The domain must outlive every session that uses it, and two runtimes in one process cannot share
-// one: each runtime's is made once and kept.
+// one, so each runtime gets a domain that is made once and kept.
 OrtCustomOpDomain* domain(const OrtApi& api) {
   static const Operator operators[] = {make_operator(ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT),
                                        make_operator(ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16),

@@ -8,11 +8,12 @@
 namespace sessa {
 namespace {
 
-// Up to here, solving row by row is faster than packing the past first; measured at P = 1024.
+// Number of rows up to which solving row by row is faster than packing the past; measured at
+// P = 1024.
 constexpr int64_t kFewRows = 8;
 // Floats of keys and states that one part of a single row reads: enough to pay for a task.
 constexpr int64_t kPartFloats = 1 << 16;
-// Rows whose lengths are multiples of this would meet in few sets of the first-level cache.
+// Rows whose lengths are multiples of this would compete for few sets of the first-level cache.
 constexpr int64_t kResonant = 256, kShift = 16;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -1,4 +1,4 @@
-"""Builds the native ONNX Runtime operator once, on request, and registers it with sessions.
+"""The native ONNX Runtime operator: built once, on request, and registered with sessions.
 
 The sources are in `ort_op`. Nothing here runs at installation: `sessa build-op` and
 `sessa export --native` call `build`, everything else only looks for what was built.

@@ -1,7 +1,7 @@
 // The feedback solve on Apple GPUs: what framework matrix products cannot do well.
 //
-// s_t = f_t + gamma_t sum_{j<t} alpha_tj s_j, by block rows of n <= BLOCK_ROWS rows (README.md
-// beside this file says why the T^2 products stay with the framework). L = P + earlier rows + n.
+// s_t = f_t + gamma_t sum_{j<t} alpha_tj s_j, by block rows of n <= BLOCK_ROWS rows, with
+// L = P + earlier rows + n. docs/metal.md explains why the T^2 products stay with the framework.
 //   feedback_weights      scores (n, L) -> log-sum-exp, alpha, and gamma alpha of the own block
 //   feedback_block        (I - N) x = rhs within the block row, or (I - N^T) x = rhs reversed
 //   feedback_score_grads  alpha, u s^T -> gradients of the scores and of gamma

@@ -40,7 +40,8 @@ def feedback_solve(
     in float32 (float64 for float64). precision ("auto", "float32" or "bfloat16") is for
     PyTorch's CUDA kernels and changes nothing here. docs/precision.md has the errors. States that
     are stored in 16 bits lose more: bfloat16 tells apart the first 15 positions of the positional
-    code, float16 the first 71 (Lemma 4.10 at gain 0.76).
+    code, float16 the first 71 (Lemma 4.10 at gain 0.76). sessa_common/operator.py states the range
+    of gamma and what happens to numbers that are not finite.
     Raises ValueError or TypeError, naming the argument, for shapes or dtypes that do not fit, and
     ValueError with the reason when the kernel is asked for where it cannot run.
     """
@@ -73,7 +74,7 @@ def _check_types(
 
 
 def _implementation(backend: str, f: mx.array, q: mx.array) -> Any:
-    """The module whose solve_forward and solve_backward run on the default device."""
+    """The module whose solve_forward and solve_backward solve on the default device."""
     chosen = choose_backend(backend, lambda: metal.unavailable_reason(f, q))
     return metal if chosen == "kernel" else blocked
 

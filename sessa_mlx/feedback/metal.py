@@ -2,7 +2,7 @@
 
 Products of size T^2 are matrix products of the framework; the row statistics, the solve within a
 block row, the gradients of the scores and the decode step are the kernels of
-sessa_common/kernels/feedback_solve.metal; docs/metal.md counts why.
+sessa_common/kernels/feedback_solve.metal; docs/metal.md explains this division.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import mlx.core as mx
 
 from sessa_mlx.feedback.masking import visible_rows
 
-# As in the Metal text.
+# The same constants as in the Metal text.
 BLOCK = 256
 THREADS = 128
 COLUMNS = 16
@@ -61,7 +61,7 @@ _MERGE = f"""
 
 
 def unavailable_reason(f: mx.array, q: mx.array) -> str | None:
-    """Why the kernels cannot run here for arrays like f and q; None if they can."""
+    """The reason why the kernels cannot run for these inputs, or None if they can."""
     if not mx.metal.is_available():
         return "MLX has no Metal device here"
     if mx.default_device().type != mx.DeviceType.gpu:
@@ -99,7 +99,7 @@ def solve_forward(
         rows = slice(start, min(start + BLOCK, T))
         old, new = P + rows.start, P + rows.stop
         visible = None if key_mask is None else key_mask[:, old:new]
-        # Only dependencies order the work: all block rows of scores would otherwise come first.
+        # Without this dependency MLX would compute the scores of all block rows first.
         own = mx.depends(queries[:, rows], s[-1]) if s else queries[:, rows]
         scores = _product(own, keys[:, :new].swapaxes(1, 2), storage)
         weights, coupling, sums = _weights(scores, gamma[:, rows], key_mask, storage)
@@ -135,8 +135,8 @@ def solve_backward(
     if past_s is not None:
         states = mx.concatenate([past_s.astype(mx.float32), states], 1)
     states = visible_rows(states, key_mask)
-    # Rows of u and dk wait here for what later rows add; an update in place would copy all of them,
-    # because their readers hold the buffer until the GPU is done.
+    # u and dk hold the sums for the rows that are not solved yet. An update in place would copy the
+    # whole array, because its readers hold the buffer until the GPU is done.
     u = mx.concatenate([mx.zeros((B, P, D)), ds.astype(mx.float32)], 1)
     dk = mx.zeros(k.shape)
     solved: dict[str, list[mx.array]] = {"f": [], "q": [], "k": [], "gamma": []}
@@ -178,7 +178,7 @@ def _mix(weights: mx.array, pieces: list[mx.array], storage: mx.Dtype) -> mx.arr
 
 
 def _append(pieces: list[mx.array], rows: mx.array) -> None:
-    """Add rows; neighbours of one size merge, which keeps both the pieces and the copies few."""
+    """Append rows and merge neighbours of equal size, so that pieces and copies stay few."""
     pieces.append(rows)
     while len(pieces) > 1 and pieces[-1].shape[1] == pieces[-2].shape[1]:
         last = pieces.pop()
@@ -267,12 +267,12 @@ def _score_grads(weights: mx.array, products: mx.array, gamma: mx.array) -> list
 
 
 def _storage(f: mx.array, q: mx.array) -> mx.Dtype:
-    """The type of weights and states: decoding in bfloat16 keeps f and s in float32."""
+    """The type of weights and states: float32 if f and q differ, as in decoding in bfloat16."""
     return f.dtype if f.dtype == q.dtype else mx.float32
 
 
 def _mask(key_mask: mx.array | None, columns: int | None = None) -> mx.array:
-    """The mask's first columns; one element that is never read where there is no mask."""
+    """The mask's first columns, or without a mask one element that the kernel never reads."""
     return mx.zeros((1,), mx.bool_) if key_mask is None else key_mask[:, :columns]
 
 
@@ -315,10 +315,10 @@ def _launch(
 
 
 def _product(a: mx.array, b: mx.array, storage: mx.Dtype) -> mx.array:
-    """a @ b; for float32 storage with float32 accuracy also where MLX keeps 11 bits of an operand.
+    """a @ b, in float32 accuracy for float32 storage even where MLX keeps 11 bits of an operand.
 
-    Float16 and bfloat16 storage fits in those 11 bits. Float32 splits into two such parts; the
-    product of the two low parts is below float32's rounding.
+    Numbers in float16 and bfloat16 fit in 11 bits. A float32 operand is split into two such parts;
+    the product of the two low parts is smaller than float32's rounding and is left out.
     """
     if storage != mx.float32 or not _operands_lose_bits():
         return a @ b
@@ -327,7 +327,7 @@ def _product(a: mx.array, b: mx.array, storage: mx.Dtype) -> mx.array:
 
 
 def _high_bits(x: mx.array) -> mx.array:
-    """x cut to the 11 significant bits of TF32."""
+    """x truncated to the 11 significant bits of TF32."""
     return (x.view(mx.uint32) & 0xFFFFE000).view(mx.float32)
 
 

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from sessa_torch.cuda.launch import prepared
 
-# Rows of one head that a program rotates.
+# Number of rows of one head that a program rotates.
 ROWS = tl.constexpr(32)
 
 
@@ -21,9 +21,10 @@ def rotate_kernel(
     x, cos, sin, out, sxb, sxh, sxt, sob, soh, sot, H, T, each,
     d: tl.constexpr, WIDE: tl.constexpr, BACK: tl.constexpr,
 ):
-    """Rotate the pairs of x (B, H, T, d), BACK by the negative angles, into out.
+    """Rotate the pairs of x (B, H, T, d) into out; with BACK, by the negative angles.
 
-    cos and sin are contiguous rows of d, each apart from one sequence to the next.
+    cos and sin have contiguous rows of d elements, and `each` elements from one sequence to the
+    next.
     """
     head = tl.program_id(1)
     b, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
@@ -64,7 +65,7 @@ class Rotation(torch.autograd.Function):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> Tensor:
-    """x (B, H, T, d) rotated by the kernel, `back` by the negative angles; laid out like x."""
+    """x (B, H, T, d) rotated by the kernel, laid out like x; `back` negates the angles."""
     x = x if x.stride(-1) == 1 else x.contiguous()
     out = torch.empty_like(x)
     (B, H, T, d), cos, sin = x.shape, cos.contiguous(), sin.contiguous()

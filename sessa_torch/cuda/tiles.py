@@ -13,16 +13,22 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 @triton.jit
 def log_sum(top, total):
     """log(2^top total) in float64, +inf where the total is 0."""
-    value = top.to(tl.float64) + tl.log2(tl.where(total > 0, total, 1.0).to(tl.float64))
-    return tl.where(total > 0, value / LOG2_E, float("inf"))
+    value = top.to(tl.float64) + tl.log2(tl.where(total == 0, 1.0, total).to(tl.float64))
+    return tl.where(total == 0, float("inf"), value / LOG2_E)
+
+
+@triton.jit
+def is_finite(x):
+    """False where x is NaN or infinite."""
+    return tl.abs(x) < float("inf")
 
 
 @triton.jit
 def log2_prob(s, scale, lse):
     """s scale - lse / log 2 in float32, with lse in float64.
 
-    In float32 an lse of 80 is off by 4e-6, and so would be all the weights of its row. The same for
-    a rounded product, which is why it must be fused with the difference.
+    An lse of 80 rounded to float32 is off by 4e-6, and so would be all weights of its row. A
+    rounded product would have the same effect, so product and difference must be fused.
     """
     exact = lse * LOG2_E
     near = exact.to(tl.float32)
@@ -34,10 +40,10 @@ def log2_prob(s, scale, lse):
 def load_block(
     x, b, row, col, ROWS: tl.constexpr, COLS: tl.constexpr, USE_TMA: tl.constexpr
 ):
-    """A block (ROWS, COLS) of sequence b from row and col on; what is outside is zero.
+    """A block (ROWS, COLS) of sequence b from row and col on, with zeros outside the tensor.
 
-    x is (pointer, strides of sequences and rows, rows, columns, descriptor), of which USE_TMA
-    says that the descriptor is used: the tensor memory unit of GPUs from Hopper on reads it.
+    x is (pointer, strides of sequences and rows, rows, columns, descriptor). With USE_TMA the
+    tensor memory unit, which GPUs from Hopper on have, reads by the descriptor.
     """
     pointer, sb, st, count, width, descriptor = x
     if USE_TMA:
@@ -71,8 +77,8 @@ def score_tile(
 def tile_offsets(rows, cols, BM: tl.constexpr, BK: tl.constexpr):
     """Offsets (rows, cols) in a row tile, which is stored in blocks of BM rows and BK columns.
 
-    The cells that one step of a product reads are then a fixed distance apart. Column c BK is c BM
-    BK further than column 0.
+    So the elements that one step of a product reads lie at fixed distances. Column c * BK lies
+    c * BM * BK elements behind column 0.
     """
     return (cols // BK * (BM * BK) + cols % BK)[None, :] + (rows * BK)[:, None]
 
@@ -83,11 +89,12 @@ def accumulate_tile(
     BM: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr, REVERSE: tl.constexpr,
     USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """acc + columns begin to end of a row tile times these rows of v, BD columns from first on.
+    """acc plus the product of columns begin to end of a row tile with the same rows of v.
 
-    p is (pointer, descriptor) of (cells / BK, BK), in which the tile starts at row at; v is as in
-    load_block. Whole steps of BK are read, so also columns from end on. With REVERSE columns and
-    rows are counted from the last.
+    The product has BD columns of v, from column `first` on. p is (pointer, descriptor) of a
+    workspace with rows of BK elements, in which the tile starts at row `at`; v is as in load_block.
+    Whole steps of BK are read, so some columns behind end too. With REVERSE columns and rows are
+    counted from the last.
     """
     cells_at = tl.arange(0, BM)[:, None] * BK + tl.arange(0, BK)[None, :]
     for step in range(begin, end, BK):
@@ -103,12 +110,12 @@ def accumulate_tile(
 def row_sums(tile, BN: tl.constexpr):
     """Sums (BM,) in float32 of a tile of BN columns.
 
-    16-bit numbers are summed by the tensor cores: where they are widened one by one, the compiler
-    narrows them one by one too, which is much slower than in pairs.
+    The tensor cores sum 16-bit numbers. A sum in float32 would widen them one by one, and the
+    compiler then narrows them one by one too, which is much slower than in pairs.
     """
     if tile.dtype == tl.float32:
         return tl.sum(tile, 1)
-    # A constant would be put into shared memory by every program, at once and by every thread.
+    # The compiler would put a constant into shared memory, written by all threads of every program.
     ones = tl.where(tl.arange(0, BN)[:, None] + tl.arange(0, 16)[None, :] >= 0, 1.0, 0.0)
     return tl.max(tl.dot(tile, ones.to(tile.dtype)), 1)
 
@@ -121,7 +128,7 @@ def tile_column(tile, NP, BM: tl.constexpr, REVERSE: tl.constexpr):
 
 @triton.jit
 def wait(flag, count):
-    """Spin until the flag reaches count; what was written before it was raised is then visible."""
+    """Spin until the flag reaches count; all writes before its signals are visible from then on."""
     seen = tl.atomic_add(flag, 0, sem="acquire")
     while seen < count:
         seen = tl.atomic_add(flag, 0, sem="acquire")
@@ -130,6 +137,7 @@ def wait(flag, count):
 
 @triton.jit
 def signal(flag):
+    """Raise the flag by one when all threads of the program have written their results."""
     tl.debug_barrier()
     tl.atomic_add(flag, 1, sem="release")
 

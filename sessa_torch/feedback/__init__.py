@@ -44,8 +44,8 @@ def feedback_solve(
     (16-bit operands are taken as they are); "auto" follows q and k. The other backends do not heed
     it. docs/precision.md has the errors. States that are stored in 16 bits lose more: bfloat16
     tells apart the first 15 positions of the positional code, float16 the first 71 (Lemma 4.10 at
-    gain 0.76). Under autocast the operator takes its inputs as they come. The CUDA kernels count on
-    |gamma| <= 1, as the model's gains are.
+    gain 0.76). Autocast does not change the types of the inputs. sessa_common/operator.py states
+    the range of gamma and what happens to numbers that are not finite.
     Raises ValueError or TypeError, naming the argument, for shapes, dtypes or devices that do not
     fit, and ValueError with the reason when the kernel is asked for where it cannot run.
     """
@@ -64,7 +64,7 @@ def feedback_solve(
     if backend == "naive":
         with torch.autocast(f.device.type, enabled=False):
             return feedback_solve_naive(f, q, k, gamma, past_s, key_mask)
-    # The custom op is what the compiler sees; its dispatch costs more time than a short solve.
+    # Only the compiler needs the custom op, whose dispatch takes longer than a short solve.
     solve = _Eager.apply if torch.is_grad_enabled() else _solve
     if torch.compiler.is_compiling():
         solve = _forward
@@ -93,7 +93,7 @@ def _check_types(
 
 
 def _implementation(backend: str, f: Tensor, q: Tensor) -> Any:
-    """The module whose solve_forward and solve_backward run on f's device."""
+    """The module whose solve_forward and solve_backward solve on the device of f."""
     kernels: ModuleType | None = None
     if f.device.type == "cuda":
         from sessa_torch.feedback import cuda as kernels
@@ -131,7 +131,7 @@ def _options(solver: Any, f: Tensor, precision: str) -> dict[str, str]:
 
 
 def _no_autocast(device: torch.device) -> AbstractContextManager[None]:
-    """Autocast would compute the float32 sums inside in the low type."""
+    """A context without autocast, which would compute the float32 sums of a solve in a low type."""
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
@@ -196,7 +196,7 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 class _Eager(torch.autograd.Function):
     """The same operator without the dispatch of a custom op."""
 
-    # One method, because a setup_context of its own makes apply inspect the signature every call.
+    # There is no setup_context, with which apply would inspect the signature at every call.
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
         output = _solve(*inputs)
@@ -205,6 +205,7 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, ds: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        # Of the custom op autograd knows that it has no second derivative, and says so.
+        # The custom op raises on a second derivative; this fast path would silently drop it, so it
+        # is used only for first derivatives.
         gradients: Any = _backward if torch.is_grad_enabled() else _gradients
         return _by_input(ctx, gradients(ds, *ctx.saved_tensors, *ctx.ways))

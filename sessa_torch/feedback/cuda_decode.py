@@ -21,7 +21,13 @@ from torch import Tensor
 
 from sessa_torch.cuda.device import has_tma, is_interpreter, num_sms, shared_memory
 from sessa_torch.cuda.launch import prepared, rows_contiguous
-from sessa_torch.cuda.tiles import NOTHING, log_sum, start_next_kernel, wait_for_kernel_before
+from sessa_torch.cuda.tiles import (
+    NOTHING,
+    is_finite,
+    log_sum,
+    start_next_kernel,
+    wait_for_kernel_before,
+)
 from sessa_torch.feedback.cuda_sizes import DECODE_ROWS, product_precision
 
 # One row reads steps of so many keys and states at most, this deep ahead of their use, and with so
@@ -382,6 +388,16 @@ def weighted_states_kernel(
     tl.store(at, acc, mask=row_ok[:, None] & d_ok[None, :])
 
 
+@triton.jit
+def spoil_behind(x, finite, SIZE: tl.constexpr):
+    """x (SIZE, columns) with NaN behind the first row of each column that is not finite."""
+    rows = tl.arange(0, SIZE)[:, None]
+    first = tl.min(tl.where(finite, SIZE, rows), 0)
+    if tl.min(first, 0) < SIZE:
+        x = tl.where(rows > first[None, :], float("nan"), x)
+    return x
+
+
 @triton.jit(do_not_specialize=["T", "P", "C", "splits"])
 def combine_kernel(
     f, gamma, scores, length, sums, parts, s, lse, sfb, sft, T, P, C, splits,
@@ -419,19 +435,23 @@ def combine_kernel(
     total = tl.sum(totals * weights, 0)
     if ROWS > 1:
         total += tl.sum(e, 1)
-    visible = total > 0
-    gain = tl.where(visible, own / tl.where(visible, total, 1.0), 0.0)
+    gain = tl.where(total == 0, 0.0, own / tl.where(total == 0, 1.0, total))
     z = right + tl.sum(shares * weights[:, :, None], 0) * gain[:, None]
     if ROWS > 1:
+        # A row that is not finite is left out of the products: there it would reach those before.
+        e = tl.where(is_finite(gain)[:, None], e, 0.0)
         # The strictly lower triangular N is nilpotent: its inverse is (I + N)(I + N^2)(I + N^4)....
-        power = e * gain[:, None]
+        power = e * tl.where(is_finite(gain), gain, 0.0)[:, None]
         X = power
         for _ in range(3):
             power = tl.dot(power, power, input_precision="ieee")
             X += power + tl.dot(X, power, input_precision="ieee")
         # What no row sees may be anything.
         used = tl.max(e, 0) > 0
-        z = tl.dot(X, tl.where(used[:, None], z, 0.0), z, input_precision="ieee")
+        finite = is_finite(z)
+        operand = tl.where(used[:, None] & finite, z, 0.0)
+        z = tl.dot(X, operand, z, input_precision="ieee")
+        z = spoil_behind(z, finite | ~used[:, None], ROWS)
     # A row without feedback is f itself, whatever the states are.
     z = tl.where(gain[:, None] == 0, right, z)
     tl.store(s + (b * T + rows[:, None]) * D + d[None, :], z.to(s.dtype.element_ty), mask=ok)

@@ -31,15 +31,16 @@ def scores_task(
 ):
     """Windows of BN columns, counted down from the diagonal, of the probabilities of one row tile.
 
-    A window is stored relative to the row's maximum in window 1, which all rows see, or to its own
-    where that is more than HEADROOM higher: few rows need rescaling and none overflows. Window 1
-    comes first, and the other chunks have their first product ready before they wait for it.
+    A window is stored relative to the row's maximum in window 1, which all rows see, or relative to
+    its own maximum where that is more than HEADROOM higher. So few rows need rescaling and none
+    overflows. Window 1 comes first; the other chunks compute their first product before they wait
+    for its maximum.
     """
     local, inner = tl.arange(0, BM), tl.arange(0, BN)
     cells_at = tile_offsets(local, inner, BM, BK)
     columns = T if REVERSE else P + T
     rows = row * BM + (BM - 1 - local if REVERSE else local)
-    # What rows outside give is masked or unused.
+    # Rows outside the sequence are masked or unused.
     first_row = P + T - (row + 1) * BM if REVERSE else row * BM - P
     end = tl.minimum((row + 1) * BM, NP)
     windows = tl.cdiv(end, BN)
@@ -57,7 +58,7 @@ def scores_task(
             near_cols = T - 1 - near_cols
         first_col = T - BN - first if REVERSE else first
         if REVERSE and PRECISION == "tf32x3":
-            # Operands change places, so that float32 scores are those of the forward pass.
+            # The operands change places, so that float32 scores equal those of the forward pass.
             s = score_tile(k, q, b, first_col, first_row, width, BN, BM, BK, USE_TMA, PRECISION)
             s = tl.trans(s)
         else:
@@ -81,11 +82,11 @@ def scores_task(
             s = tl.fma(s, SCALE, -m[:, None])
         rounded = tl.exp2(s).to(p.dtype.element_ty)
         at = p + (NP - BN - first if REVERSE else first) * BM
-        # cols >= 0, in a form in which the compiler sees that neighbours agree.
+        # cols >= 0, written so that the compiler sees that neighbours agree.
         kept = inner < first + BN if REVERSE else first + inner >= 0
         tl.store(at + cells_at, rounded, mask=kept[None, :])
         if not REVERSE:
-            # The sum of what is multiplied, so that the weights of a row add up to one.
+            # The sum of the rounded weights, so that the weights of a row add up to one.
             tl.store(stats + window * BM + local, m)
             tl.store(stats + (NW + window) * BM + local, row_sums(rounded, BN))
             ref = tl.where(ref == NOTHING, m, ref)
@@ -97,16 +98,16 @@ def scores_task(
 
 @triton.jit
 def softmax_sums(stats, p, windows, end, NW, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
-    """Maximum and sum (BM,) of a row tile, whose windows end up relative to the maximum.
+    """Maximum and sum (BM,) of the rows of a tile.
 
-    Windows stored relative to something else are rescaled in place.
+    Windows that were stored relative to another number are rescaled in place to the maximum.
     """
     local = tl.arange(0, BM)
     top = tl.full((BM,), NOTHING, tl.float32)
     low = tl.full((BM,), -NOTHING, tl.float32)
     total = tl.zeros((BM,), tl.float32)
     for start in range(0, windows, 8):
-        # Eight at a time, so that their loads are under way together.
+        # Eight windows at a time, so that their loads run concurrently.
         for ahead in tl.static_range(8):
             at = stats + tl.minimum(start + ahead, windows - 1) * BM + local
             m = tl.load(at)
@@ -145,9 +146,9 @@ def invert_tile(
     """Replace N = gain p colgain, strictly triangular, by X - I with X = (I - N)^-1.
 
     N is lower triangular, with REVERSE upper. Its diagonal halves have the inverses X1 and X2, each
-    (I + N)(I + N^2)(I + N^4)..., taken in step so that their products overlap; the block beside
-    them becomes X2 N21 X1, or X1 N12 X2. No entry of N, of its powers and of X is above 1, and
-    float16 has as many digits there as TF32: it can carry the operands.
+    (I + N)(I + N^2)(I + N^4)..., computed step by step together so that their products overlap; the
+    block beside them becomes X2 N21 X1, or X1 N12 X2. For |gamma| <= 1 no entry of N, of its powers
+    and of X is above 1. There float16 has as many digits as TF32, so the operands are float16.
     """
     operand: tl.constexpr = tl.float32 if EXACT == "tf32x3" else tl.float16
     SIZE: tl.constexpr = BM // 2
@@ -177,7 +178,7 @@ def invert_tile(
         beside = tl.dot(X2.to(operand), beside, input_precision=EXACT).to(operand)
         beside = tl.dot(beside, X1.to(operand), input_precision=EXACT)
         tl.store(p + tile_offsets(SIZE + i, i, BM, BK), beside.to(p.dtype.element_ty))
-    # Whole blocks, with the zeros that are there already, since single numbers are stored slowly.
+    # Whole blocks are stored, although their other half is zero already: it is faster.
     tl.store(p + tile_offsets(i, i, BM, BK), tl.where(eye, 0.0, X1).to(p.dtype.element_ty))
     at = p + tile_offsets(SIZE + i, SIZE + i, BM, BK)
     tl.store(at, tl.where(eye, 0.0, X2).to(p.dtype.element_ty))
@@ -209,10 +210,9 @@ def inverse_task(
     else:
         top, total = softmax_sums(stats, p, windows, end, NW, BM, BN, BK)
         rows_ok = (rows >= P) & (rows < P + T)
-        seen = total > 0
         tl.store(lse + rows - P, log_sum(top, total), mask=rows_ok)
         gains = tl.load(gamma + rows - P, mask=rows_ok, other=0.0).to(tl.float32)
-        weight = tl.where(seen, gains / tl.where(seen, total, 1.0), 0.0)
+        weight = tl.where(total == 0, 0.0, gains / tl.where(total == 0, 1.0, total))
         tl.store(colgain + local, tl.full((BM,), 1.0, tl.float32))
     tl.store(gain + local, weight)
     signal(inverse_done)
@@ -222,7 +222,7 @@ def inverse_task(
     if row * BM < end:
         at = p + tile_column(row, NP, BM, REVERSE) * BM
         X1, X2, beside = invert_tile(at, gain, colgain, BM, BK, DOUBLINGS, REVERSE, EXACT)
-    # In the product X N the gains go into X; 2^SHIFT keeps them in float16's range.
+    # The gains of the product X N are multiplied into X; 2^SHIFT keeps them in float16's range.
     gains1 = tl.load(gain + i)[None, :] * 2.0**SHIFT
     gains2 = tl.load(gain + SIZE + i)[None, :] * 2.0**SHIFT
     beside = (beside * (gains2 if REVERSE else gains1)).to(p.dtype.element_ty)

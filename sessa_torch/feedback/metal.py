@@ -2,7 +2,7 @@
 
 Products of size T^2 are matrix products of the framework; the row statistics, the solve within a
 block row, the gradients of the scores and the decode step are the kernels of
-sessa_common/kernels/feedback_solve.metal; docs/metal.md counts why.
+sessa_common/kernels/feedback_solve.metal; docs/metal.md explains this division.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from sessa_torch.feedback.masking import visible_rows
 from sessa_torch.feedback.outputs import from_row
 
-# As in the Metal text.
+# The same constants as in the Metal text.
 BLOCK = 256
 THREADS = 128
 COLUMNS = 16
@@ -27,7 +27,7 @@ STORAGE = {torch.float32: "float", torch.float16: "half", torch.bfloat16: "bfloa
 
 
 def unavailable_reason(f: Tensor, q: Tensor) -> str | None:
-    """Why the kernels cannot run for tensors like f and q; None if they can."""
+    """The reason why the kernels cannot run for these inputs, or None if they can."""
     if not torch.backends.mps.is_available():
         return "PyTorch has no Metal device (MPS) here"
     if f.device.type != "mps":
@@ -189,12 +189,12 @@ def _score_grads(weights: Tensor, products: Tensor, gamma: Tensor) -> tuple[Tens
 
 
 def _storage(f: Tensor, q: Tensor) -> torch.dtype:
-    """The type of weights and states: decoding in bfloat16 keeps f and s in float32."""
+    """The type of weights and states: float32 if f and q differ, as in decoding in bfloat16."""
     return f.dtype if f.dtype == q.dtype else torch.float32
 
 
 def _no_mask(like: Tensor) -> Tensor:
-    """Something to bind as a mask that is never read."""
+    """A placeholder for the mask that a kernel without a mask never reads."""
     return like.new_zeros(1, dtype=torch.bool)
 
 
@@ -207,7 +207,7 @@ def _library() -> Any:
 def _launch(name: str, arrays: list[Tensor], sizes: list[int], groups: tuple[int, int]) -> None:
     """Run kernel feedback_`name` on groups[0] x groups[1] threadgroups.
 
-    An array is bound from its first element on; its strides are not seen by the kernel.
+    The kernel gets the memory of an array from its first element on, and not its strides.
     """
     kernel = getattr(_library(), f"feedback_{name}")
     kernel(*arrays, sizes, threads=[groups[0] * THREADS, groups[1]], group_size=[THREADS, 1])

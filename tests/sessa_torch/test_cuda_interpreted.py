@@ -92,6 +92,10 @@ def test_what_the_mask_hides_does_not_matter(results):
     assert not any(results["hidden"].values()), results["hidden"]
 
 
+def test_no_row_of_a_few_changes_the_rows_before_it(results):
+    assert results["causality"] == "kept"
+
+
 def test_unavailable_says_why():
     from sessa_torch.feedback.cuda import unavailable_reason
 
@@ -276,6 +280,23 @@ def hidden_rows(kernels, value, **case):
     return sum(not torch.equal(x, y) for x, y in zip(*found, strict=True))
 
 
+def causality(kernels):
+    """ "kept" if a row that is not finite changes no row before it, among few behind a past."""
+    import numpy as np
+    from support.edge_cases import Edges, check_causality
+
+    def solve(arrays, ds):
+        f, q, k, gamma, past = (
+            torch.from_numpy(arrays[name]) for name in ("f", "q", "k", "gamma", "past_s")
+        )
+        return {"s": kernels.solve_forward(f, q, k, gamma, past)[0].numpy()}
+
+    for what in ("f", "q", "k", "gamma"):
+        for row in (0, 2, 5):
+            check_causality(solve, Edges(6, 3), what, row, np.nan)
+    return "kept"
+
+
 def rope():
     """Errors of the rotary kernel and its gradient for widths and strides of several kinds."""
     from sessa_torch.attention import apply_rope, rope_tables
@@ -311,6 +332,7 @@ def main():
     first, second = (kernels.solve_forward(*args)[0] for _ in range(2))
     results["same bits"] = int(not torch.equal(first, second))
     results["rope"] = rope()
+    results["causality"] = causality(kernels)
     results["hidden"] = {
         f"{value} {case}": hidden_rows(kernels, value, **case)
         for value in (float("nan"), float("inf"), 6e4)

@@ -20,8 +20,7 @@ B, D, K = 2, 5, 3
 NAMES = ("s", "df", "dq", "dk", "dgamma", "dpast_s")
 GAINS = (1.0, 3.0, 10.0, -3.0, -10.0)
 
-# A backend: s and then its gradients, by NAMES, from operands and the gradient of s. A backend
-# without gradients gives s alone.
+# A backend takes operands and the gradient of s. It returns s and the gradients, or s alone.
 Solve = Callable[[Arrays, np.ndarray], Arrays]
 
 

@@ -1,1 +1,1 @@
-"""Metal kernels on a Linux CPU; README.md beside this says how and what for."""
+"""An emulator of Metal kernels for a Linux CPU; README.md beside this file explains it."""
