@@ -282,6 +282,11 @@ def _restore(old: Path) -> None:
             sync(old.parent)
 
 
+def is_empty(folder: Path) -> bool:
+    """Return True for a folder that is absent or holds only what writers keep while they work."""
+    return not _entries(folder)
+
+
 def _entries(folder: Path) -> set[str]:
     """Everything in a folder and below it, without what writers keep there while they work."""
     found: set[str] = set()

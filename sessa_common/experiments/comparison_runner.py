@@ -27,7 +27,7 @@ from sessa_common.experiments.comparison import (
 from sessa_common.experiments.comparison_report import write_report
 from sessa_common.experiments.comparison_results import best_rate, control_result, read_result
 from sessa_common.json_files import read_json
-from sessa_common.storage import LOCK, lock_folder, write_json
+from sessa_common.storage import is_empty, lock_folder, write_json
 from sessa_common.training.trainer import stop_signal
 
 LOG_LINES = 12
@@ -84,8 +84,7 @@ class Runner:
         self.lock = -1  # The lock of the folder, which a run that outlives this one keeps.
         comparison.check_sources()
         check_plan(out, comparison)
-        there = {path.name for path in out.iterdir()} if out.exists() else set()
-        if there - {LOCK} and PLAN not in there:
+        if not is_empty(out) and not (out / PLAN).exists():
             raise SessaError(f"{out}: not empty and no comparison; give another `out`")
         out.mkdir(parents=True, exist_ok=True)
 

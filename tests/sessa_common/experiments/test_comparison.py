@@ -334,6 +334,7 @@ def test_only_an_empty_folder_begins_a_comparison(trainer, tmp_path, capsys):
     (out / "thesis.txt").unlink()
     # What a command leaves that failed before its plan was written.
     (out / LOCK).write_text("")
+    (out / ".sessa-0123456789abcdef.tmp").mkdir()
     assert sessa("compare", *FEW, "--out", out) == 0
 
 
