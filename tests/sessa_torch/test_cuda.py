@@ -74,10 +74,18 @@ def test_wide_states(dtype, T):
     assert_right(draw(dtype, T, WIDE, B=1, P=129), dtype)
 
 
-@pytest.mark.parametrize("change", [
-    {"gamma": 0.0}, {"gamma": 0.999}, {"gamma": -0.999}, {"logits": 80.0}, {"hidden": 1.0},
-    {"B": 150},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"gamma": 0.0},
+        {"gamma": 0.999},
+        {"gamma": -0.999},
+        {"logits": 80.0},
+        {"hidden": 1.0},
+        {"B": 150},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
 def test_what_inputs_may_be(dtype, change):
     assert_right(draw(dtype, 300, **change), dtype)
@@ -100,8 +108,12 @@ def test_inputs_that_lie_in_other_ways(dtype):
     assert_right((*odd, *inputs[3:]), dtype)
 
 
-MIXED = [(torch.bfloat16, torch.float32), (torch.float16, torch.float32),
-         (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)]  # fmt: skip
+MIXED = [
+    (torch.bfloat16, torch.float32),
+    (torch.float16, torch.float32),
+    (torch.float32, torch.bfloat16),
+    (torch.bfloat16, torch.bfloat16),
+]
 
 
 def draw_caches(T, P, widths, keys, states, room=70):
@@ -201,9 +213,11 @@ def test_opcheck_and_a_whole_graph():
     f, q, k, gamma, past, mask, ds = draw(torch.bfloat16, 130, P=33, hidden=0.3)
     leaves = [x.requires_grad_() for x in (f, q, k, gamma, past)]
     torch.library.opcheck(
-        torch.ops.sessa.feedback_solve.default, (*leaves, mask, "kernel"),
-        atol=0, rtol=0,
-    )  # fmt: skip
+        torch.ops.sessa.feedback_solve.default,
+        (*leaves, mask, "kernel"),
+        atol=0,
+        rtol=0,
+    )
     compiled = torch.compile(
         lambda f, q, k, gamma, past: feedback_solve(f, q, k, gamma, past_s=past, key_mask=mask),
         fullgraph=True,

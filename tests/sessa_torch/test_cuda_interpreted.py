@@ -55,9 +55,11 @@ LIMITS |= dict.fromkeys(("float16", "float16 past and mask", "widened to float32
 LIMITS |= dict.fromkeys((*COARSE, "rounded to bfloat16"), 4.5e-3) | {"two 16-bit types": 6e-3}
 
 HIDDEN = [
-    {"T": 70, "P": 37}, {"T": 70, "P": 37, "types": ("float16", "float32")},
-    {"T": 5, "P": 40}, {"T": 40, "P": 64, "half": True},
-]  # fmt: skip
+    {"T": 70, "P": 37},
+    {"T": 70, "P": 37, "types": ("float16", "float32")},
+    {"T": 5, "P": 40},
+    {"T": 40, "P": 64, "half": True},
+]
 
 
 @pytest.fixture(scope="module")
@@ -114,12 +116,15 @@ def fake_kernel():
     compiled = MagicMock()
     compiled.__getitem__.side_effect = lambda grid: runs(("compiled", grid))
     names = ("x", "y", "y_blocks", "stride", "T", "K", "BLOCK")
-    kernel = MagicMock(arg_names=names, params=[
-        SimpleNamespace(
-            name=name, is_constexpr=name in ("K", "BLOCK"), do_not_specialize=name == "T"
-        )
-        for name in names
-    ])  # fmt: skip
+    kernel = MagicMock(
+        arg_names=names,
+        params=[
+            SimpleNamespace(
+                name=name, is_constexpr=name in ("K", "BLOCK"), do_not_specialize=name == "T"
+            )
+            for name in names
+        ],
+    )
     kernel.__getitem__.side_effect = lambda grid: runs(("triton", grid))
     return kernel, launches
 
@@ -271,8 +276,10 @@ def hidden_rows(kernels, value, **case):
     P, found = past.shape[1], []
     ds = torch.randn(f.shape, generator=torch.Generator().manual_seed(1)).to(f.dtype)
     for filler in (0, value):
-        hidden = (x.masked_fill(~mask[:, i:j, None], filler)
-                  for x, i, j in ((f, P, None), (k, 0, None), (past, 0, P)))  # fmt: skip
+        hidden = (
+            x.masked_fill(~mask[:, i:j, None], filler)
+            for x, i, j in ((f, P, None), (k, 0, None), (past, 0, P))
+        )
         rows, keys, states = hidden
         s, lse = kernels.solve_forward(rows, q, keys, gamma, states, mask)
         grads = kernels.solve_backward(ds, q, keys, gamma, s, lse, states, mask)
