@@ -135,7 +135,7 @@ def score_gradients(
         products.launch(
             (row_tasks + -(-seen // t.rows) * wide, B), (p, q, k, dq, dk, dk_sum, unit),
             (p_blocks, q_values, k_values),
-            (*by_score, *where, K**-0.5, row_tasks, first + chunk >= T),
+            (*by_score, *where, K**-0.5, row_tasks, int(first + chunk >= T)),
         )
     return dq, dk, dgamma
 

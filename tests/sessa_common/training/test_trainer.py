@@ -222,7 +222,7 @@ def test_a_save_that_fails_leaves_the_older_state_whole(tokens, tmp_path, monkey
 
     def full_disk(arrays, path, **_):
         path.write_bytes(b"half")
-        raise OSError("no space left")
+        raise OSError(28, "no space left")
 
     monkeypatch.setattr("sessa_common.checkpoint.folder.save_file", full_disk)
     with pytest.raises(OSError, match="no space"):
