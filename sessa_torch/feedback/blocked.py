@@ -166,13 +166,18 @@ def _solve_causally(
 def _solve_block(N: Tensor, rhs: Tensor, *, transposed: bool = False) -> Tensor:
     """(I - N)^-1 rhs, or (I - N)^-T rhs, for strictly lower triangular N (B, n, n)."""
     if rhs.device.type != "cpu":
-        # Without the diagonal of ones, small terms are summed before they are added to rhs.
-        X = unit_lower_inverse(N).sub_(torch.eye(N.shape[-1], dtype=N.dtype, device=N.device))
-        return torch.baddbmm(rhs, X.mT if transposed else X, rhs)
+        return _solve_by_inverse(N, rhs, transposed=transposed)
     # One call instead of twenty products. A solve from the right would read the rows as they lie in
     # memory, but it rounds more often: the error of s - f is four times larger.
     A = -N.mT if transposed else -N
     return torch.linalg.solve_triangular(A, rhs, upper=transposed, unitriangular=True)
+
+
+def _solve_by_inverse(N: Tensor, rhs: Tensor, *, transposed: bool) -> Tensor:
+    """The result of `_solve_block` from matrix products only."""
+    # Without the diagonal of ones, small terms are summed before they are added to rhs.
+    X = unit_lower_inverse(N) - torch.eye(N.shape[-1], dtype=N.dtype, device=N.device)
+    return torch.baddbmm(rhs, X.mT if transposed else X, rhs)
 
 
 def unit_lower_inverse(N: Tensor) -> Tensor:
