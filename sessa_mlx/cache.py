@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import mlx.core as mx
 
 from sessa_common.config import SessaConfig
+from sessa_common.inference.cache_contents import require_trimmable
 
 CHUNK = 256
 
@@ -37,6 +40,10 @@ class GrowingBuffer:
         self.length = total
         return self.buffer[self._span(0, total)]
 
+    def load(self, rows: mx.array) -> None:
+        """Replace all rows."""
+        self.buffer, self.length = rows, rows.shape[self.axis]
+
     def _span(self, start: int, stop: int) -> tuple[slice, ...]:
         return (slice(None),) * self.axis + (slice(start, stop),)
 
@@ -58,6 +65,15 @@ class SessaLayerCache:
         for rows in vars(self).values():
             rows.length = min(rows.length, length)
 
+    def tensors(self) -> dict[str, mx.array]:
+        """The rows that are not empty, by name."""
+        return {name: held.rows for name, held in vars(self).items() if held.rows is not None}
+
+    def load(self, tensors: Mapping[str, mx.array]) -> None:
+        """Replace the rows by those that `tensors` gave."""
+        for name, rows in tensors.items():
+            getattr(self, name).load(rows)
+
 
 class Mamba2LayerCache:
     """One Mamba-2 layer's past: conv (B, width-1, channels), and state (B, heads, P, N) float32.
@@ -74,11 +90,20 @@ class Mamba2LayerCache:
         if length == 0:
             self.conv = self.state = None
 
+    def tensors(self) -> dict[str, mx.array]:
+        """Both tensors by name; none before the first token."""
+        return {name: held for name, held in vars(self).items() if held is not None}
+
+    def load(self, tensors: Mapping[str, mx.array]) -> None:
+        """Replace both tensors."""
+        self.conv, self.state = tensors["conv"], tensors["state"]
+
 
 class SessaCache:
     """The cache of a whole model for inference without gradients; dropping positions is exact."""
 
     def __init__(self, config: SessaConfig) -> None:
+        self.config = config
         self.layers = [
             SessaLayerCache() if kind.attends else Mamba2LayerCache() for kind in config.kinds
         ]
@@ -113,20 +138,39 @@ class SessaCache:
     def trim(self, count: int) -> None:
         """Drop the last `count` positions, which is exact: no row depends on a later position.
 
-        Raises ValueError, before anything is changed, for more positions than are cached, and for
+        Raises SessaError, before anything is changed, for more positions than are cached, and for
         a part of them when a layer is Mamba-2, whose state cannot be rolled back.
         """
-        if not 0 <= count <= self.length:
-            raise ValueError(f"cannot drop {count} of {self.length} cached positions")
-        recurrent = any(isinstance(layer, Mamba2LayerCache) for layer in self.layers)
-        if recurrent and 0 < count < self.length:
-            raise ValueError(
-                f"cannot drop {count} of {self.length} positions: the state of a Mamba-2 layer "
-                "cannot be rolled back; drop all of them and read the prompt again"
-            )
+        require_trimmable(self.config, count, self.length)
         self.length -= count
         if self.mask is not None:
             self.mask = self.mask[:, : self.length]
         if count:
             for layer in self.layers:
                 layer.trim(self.length)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Keep only these sequences of the batch."""
+        chosen = mx.array(list(rows))
+        for layer in self.layers:
+            layer.load({name: held[chosen] for name, held in layer.tensors().items()})
+        mask = None if self.mask is None else self.mask[chosen]
+        self.mask = None if mask is None or mask.all().item() else mask
+
+    def tensors(self) -> dict[str, mx.array]:
+        """The tensors of all layers as `cache_contents.cache_shapes` names them, without mask."""
+        return {
+            f"layers.{i}.{name}": held
+            for i, layer in enumerate(self.layers)
+            for name, held in layer.tensors().items()
+        }
+
+    def load(self, tensors: Mapping[str, mx.array], mask: mx.array) -> None:
+        """Replace the contents by those that `tensors` gave and their mask (B, P)."""
+        for i, layer in enumerate(self.layers):
+            prefix = f"layers.{i}."
+            layer.load(
+                {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+            )
+        self.length = mask.shape[1]
+        self.mask = None if mask.all().item() else mask

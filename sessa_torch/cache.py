@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor
 
 from sessa_common.config import SessaConfig
+from sessa_common.inference.cache_contents import require_trimmable
 
 CHUNK = 256
 
@@ -42,6 +45,10 @@ class GrowingBuffer:
         self.length = total
         return self.buffer.narrow(self.axis, 0, total)
 
+    def load(self, rows: Tensor) -> None:
+        """Replace all rows."""
+        self.buffer, self.length = rows, rows.shape[self.axis]
+
 
 class SessaLayerCache:
     """One layer's rows: k, v (B, G, P, d) after RoPE, k_fb (B, P, D) and s (B, P, D) float32.
@@ -60,6 +67,15 @@ class SessaLayerCache:
         for rows in vars(self).values():
             rows.length = min(rows.length, length)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The rows that are not empty, by name."""
+        return {name: held.rows for name, held in vars(self).items() if held.rows is not None}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Replace the rows by those that `tensors` gave."""
+        for name, rows in tensors.items():
+            getattr(self, name).load(rows)
+
 
 class Mamba2LayerCache:
     """One Mamba-2 layer's past: conv (B, width-1, channels), and state (B, heads, P, N) float32.
@@ -76,11 +92,20 @@ class Mamba2LayerCache:
         if length == 0:
             self.conv = self.state = None
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Both tensors by name; none before the first token."""
+        return {name: held for name, held in vars(self).items() if held is not None}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Replace both tensors."""
+        self.conv, self.state = tensors["conv"], tensors["state"]
+
 
 class SessaCache:
     """The cache of a whole model for inference without gradients; dropping positions is exact."""
 
     def __init__(self, config: SessaConfig) -> None:
+        self.config = config
         self.layers = [
             SessaLayerCache() if kind.attends else Mamba2LayerCache() for kind in config.kinds
         ]
@@ -112,20 +137,38 @@ class SessaCache:
     def trim(self, count: int) -> None:
         """Drop the last `count` positions, which is exact: no row depends on a later position.
 
-        Raises ValueError, before anything is changed, for more positions than are cached, and for
+        Raises SessaError, before anything is changed, for more positions than are cached, and for
         a part of them when a layer is Mamba-2, whose state cannot be rolled back.
         """
-        if not 0 <= count <= self.length:
-            raise ValueError(f"cannot drop {count} of {self.length} cached positions")
-        recurrent = any(isinstance(layer, Mamba2LayerCache) for layer in self.layers)
-        if recurrent and 0 < count < self.length:
-            raise ValueError(
-                f"cannot drop {count} of {self.length} positions: the state of a Mamba-2 layer "
-                "cannot be rolled back; drop all of them and read the prompt again"
-            )
+        require_trimmable(self.config, count, self.length)
         self.length -= count
         if self.mask is not None:
             self.mask = self.mask[:, : self.length]
         if count:
             for layer in self.layers:
                 layer.trim(self.length)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Keep only these sequences of the batch."""
+        for layer in self.layers:
+            layer.load({name: held[list(rows)] for name, held in layer.tensors().items()})
+        mask = None if self.mask is None else self.mask[list(rows)]
+        self.mask = None if mask is None or bool(mask.all()) else mask
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors of all layers as `cache_contents.cache_shapes` names them, without mask."""
+        return {
+            f"layers.{i}.{name}": held
+            for i, layer in enumerate(self.layers)
+            for name, held in layer.tensors().items()
+        }
+
+    def load(self, tensors: Mapping[str, Tensor], mask: Tensor) -> None:
+        """Replace the contents by those that `tensors` gave and their mask (B, P)."""
+        for i, layer in enumerate(self.layers):
+            prefix = f"layers.{i}."
+            layer.load(
+                {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+            )
+        self.length = mask.shape[1]
+        self.mask = None if bool(mask.all()) else mask

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,12 @@ from tokenizers import Tokenizer
 
 from sessa_common.errors import SessaError
 from sessa_common.fields import build, split_fields
-from sessa_common.inference.generation import generate_texts
+from sessa_common.inference.cache_contents import MASK, check_cache_arrays, is_trimmable
+from sessa_common.inference.generation import draw_on_host, generate_texts
 from sessa_common.inference.model_tokenizer import ModelTokenizer
-from sessa_common.inference.sampling import SamplingConfig
+from sessa_common.inference.sampling import GumbelNoise, SamplingConfig
 from sessa_torch.cache import SessaCache
-from sessa_torch.checkpoint import load_model
+from sessa_torch.checkpoint import load_model, to_numpy, to_tensor
 from sessa_torch.model import SessaForCausalLM
 
 
@@ -28,25 +29,83 @@ class Decoder:
         self.config = model.config
         self.reset()
 
+    @property
+    def length(self) -> int:
+        """The number of positions in the cache, padding included."""
+        return self.cache.length
+
+    @property
+    def trimmable(self) -> bool:
+        """Whether `trim` can drop some positions; False when a layer is Mamba-2."""
+        return is_trimmable(self.config)
+
     def reset(self) -> None:
         """Empty the cache."""
         self.cache = SessaCache(self.config)
+        self.last: torch.Tensor | None = None
 
     def logits(self, tokens: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
         """Append tokens (B, T) and return their logits (B, T, V)."""
-        return self._run(tokens, mask, 0)
+        found = self._run(tokens, mask, 0)
+        self.last = found[:, -1]
+        return to_numpy(found)
 
     def step(self, tokens: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
         """Append tokens (B, T) and return the logits of the last, (B, V)."""
-        return self._run(tokens, mask, 1)[:, 0]
+        self.last = self._run(tokens, mask, 1)[:, 0]
+        return to_numpy(self.last)
+
+    def feed(self, tokens: np.ndarray, mask: np.ndarray | None = None) -> None:
+        """Append tokens (B, T); the logits of the last stay on the device for `draw`."""
+        self.last = self._run(tokens, mask, 1)[:, 0]
+
+    def draw(
+        self, sampling: SamplingConfig, budget: int, noise: GumbelNoise | None = None
+    ) -> Generator[np.ndarray, None, None]:
+        """Yield the next ids (B,) int64, as `sessa_common.inference.generation.Decoder` says."""
+        last = None if self.last is None else to_numpy(self.last)
+        return draw_on_host(self, last, sampling, budget, noise)
+
+    def trim(self, count: int) -> None:
+        """Drop the last `count` positions; SessaError where that is impossible."""
+        self.cache.trim(count)
+        self.last = None
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Keep only these rows of the batch."""
+        self.cache.keep(rows)
+        self.last = None
+
+    def cache_arrays(self) -> dict[str, np.ndarray]:
+        """Copy the cache into arrays, named as in `cache_contents.cache_shapes`."""
+        arrays = {name: to_numpy(held).copy() for name, held in self.cache.tensors().items()}
+        if not arrays:
+            return {}
+        B = len(next(iter(arrays.values())))
+        mask = self.cache.mask
+        arrays[MASK] = np.ones((B, self.length), bool) if mask is None else to_numpy(mask)
+        return arrays
+
+    def restore_cache(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Replace the cache by what `cache_arrays` gave; SessaError for that of another model."""
+        if arrays:
+            check_cache_arrays(self.config, arrays, self._dtype())
+        self.reset()
+        if arrays:
+            device = self.model.model.norm.weight.device
+            tensors = {name: to_tensor(array).to(device) for name, array in arrays.items()}
+            self.cache.load(tensors, tensors.pop(MASK))
+
+    def _dtype(self) -> str:
+        return str(self.model.model.norm.weight.dtype).rpartition(".")[2]
 
     @torch.inference_mode()
-    def _run(self, tokens: np.ndarray, mask: np.ndarray | None, keep: int) -> np.ndarray:
-        device = next(self.model.parameters()).device
+    def _run(self, tokens: np.ndarray, mask: np.ndarray | None, keep: int) -> torch.Tensor:
+        device = self.model.model.norm.weight.device
         ids = torch.tensor(tokens, dtype=torch.long, device=device)
         seen = None if mask is None else torch.tensor(mask != 0, device=device)
         logits = self.model(ids, cache=self.cache, attention_mask=seen, logits_to_keep=keep)
-        return logits.float().cpu().numpy()
+        return logits.float()
 
 
 def load_decoder(

@@ -171,5 +171,7 @@ class Mamba2Mixer(nn.Module):
         if cache.state is not None and x.shape[1] == 1:
             y, cache.state = ssd_step(x, dt, A, b, c, cache.state)
         else:
-            y, cache.state = ssd_chunked(x, dt, A, b, c, cache.state)
+            y, state = ssd_chunked(x, dt, A, b, c, cache.state)
+            # A copied cache is contiguous; with equal strides the sums of both have one order.
+            cache.state = state.contiguous()
         return y

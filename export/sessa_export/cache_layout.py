@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
 from sessa_common.config import SessaConfig
 from sessa_common.errors import SessaError
 from sessa_common.layer_kinds import KINDS
@@ -44,3 +48,51 @@ def pair_numbers(config: SessaConfig, layout: str) -> list[range]:
     """The numbers of each layer's pairs, which are numbered through all layers."""
     sizes = [len(layer_pairs(config, i, layout)) for i in range(config.num_hidden_layers)]
     return [range(sum(sizes[:i]), sum(sizes[: i + 1])) for i in range(len(sizes))]
+
+
+def layout_of(config: SessaConfig, pairs: Sequence[tuple[int, int]]) -> str:
+    """The layout, "uniform" or "natural" (as in buffer), of pairs of these heads and widths."""
+    return "natural" if list(pairs) == kv_layers(config) else "uniform"
+
+
+def named_rows(
+    config: SessaConfig, layout: str, arrays: Sequence[np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Copy keys and values of all pairs, (B, heads, P, width), to `cache_contents` names."""
+    found = {}
+    for i, numbers in enumerate(pair_numbers(config, layout)):
+        for j, (first, second) in enumerate((("k", "k_fb"), ("v", "s"))):
+            forward, *rest = (arrays[2 * number + j] for number in numbers)
+            found[f"layers.{i}.{first}"] = forward.copy()
+            if rest:
+                heads = np.concatenate(rest, axis=1)
+                found[f"layers.{i}.{second}"] = _merge_heads(heads)
+    return found
+
+
+def numbered_pairs(
+    config: SessaConfig, layout: str, named: Mapping[str, np.ndarray]
+) -> list[np.ndarray]:
+    """Return keys and values of all pairs in the order of the graph; undoes `named_rows`."""
+    found = []
+    for i, numbers in enumerate(pair_numbers(config, layout)):
+        columns = []
+        for first, second in (("k", "k_fb"), ("v", "s")):
+            pieces = [named[f"layers.{i}.{first}"]]
+            if len(numbers) > 1:
+                rows = named[f"layers.{i}.{second}"]
+                heads = config.num_attention_heads if layout == "uniform" else 1
+                pieces += np.split(_split_heads(rows, heads), len(numbers) - 1, axis=1)
+            columns.append(pieces)
+        found += [array for pair in zip(*columns, strict=True) for array in pair]
+    return found
+
+
+def _merge_heads(x: np.ndarray) -> np.ndarray:
+    """(B, heads, P, width) -> (B, P, heads * width)."""
+    return x.transpose(0, 2, 1, 3).reshape(len(x), x.shape[2], -1)
+
+
+def _split_heads(x: np.ndarray, heads: int) -> np.ndarray:
+    """(B, P, heads * width) -> (B, heads, P, width)."""
+    return x.reshape(*x.shape[:2], heads, -1).transpose(0, 2, 1, 3)

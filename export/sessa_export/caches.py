@@ -49,6 +49,16 @@ class GrownCaches:
         """Every cache, (B, heads, P, width)."""
         return [value.numpy() for value in self.values]
 
+    def load(self, arrays: list[np.ndarray]) -> None:
+        """Replace every cache, (B, heads, P, width) float32."""
+        from onnxruntime import OrtValue
+
+        self.values = [OrtValue.ortvalue_from_numpy(np.ascontiguousarray(a)) for a in arrays]
+
+    def trim(self, length: int) -> None:
+        """Keep the first `length` positions."""
+        self.load([array[:, :, :length] for array in self.arrays()])
+
 
 class BufferedCaches:
     """Caches for buffer: they stay in place, and the new rows of a run are written into them."""
@@ -86,6 +96,17 @@ class BufferedCaches:
     def arrays(self) -> list[np.ndarray]:
         """Every cache, (B, heads, P, width)."""
         return [buffer[:, :, : self.length] for buffer in self.buffers]
+
+    def load(self, arrays: list[np.ndarray]) -> None:
+        """Replace every cache, (B, heads, P, width) float32."""
+        self.reset()
+        self.buffers = self._zeros(len(arrays[0]), 0)
+        self._write(arrays, arrays[0].shape[2])
+
+    def trim(self, length: int) -> None:
+        """Keep the first `length` positions."""
+        # The bound mask still shows the rows that are dropped, so the next run binds a new one.
+        self.length, self.bound = length, ()
 
     def _zeros(self, B: int, C: int) -> list[np.ndarray]:
         shapes = [

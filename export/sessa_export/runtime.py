@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from sessa_common.config import SessaConfig
 from sessa_common.errors import SessaError
+from sessa_common.inference.cache_contents import (
+    MASK,
+    check_cache_arrays,
+    is_trimmable,
+    require_trimmable,
+)
+from sessa_common.inference.generation import draw_on_host
+from sessa_common.inference.sampling import GumbelNoise, SamplingConfig
+from sessa_export.cache_layout import layout_of, named_rows, numbered_pairs
 from sessa_export.caches import BufferedCaches, GrownCaches
 
 MODEL_FILE = "model.onnx"
@@ -39,22 +49,78 @@ class Decoder:
         self.dtype = session.get_modelmeta().custom_metadata_map.get(DTYPE_KEY, "fp32")
         buffered = any(output.name.startswith("new.") for output in session.get_outputs())
         self.caches = BufferedCaches(session) if buffered else GrownCaches(session)
+        shapes = [(i.shape[1], i.shape[3]) for i in self.caches.inputs[::2]]
+        self.layout = layout_of(config, shapes)
         self.reset()
+
+    @property
+    def length(self) -> int:
+        """The number of positions in the cache, padding included."""
+        return 0 if self.mask is None else self.mask.shape[1]
+
+    @property
+    def trimmable(self) -> bool:
+        """Whether `trim` can drop some positions; False when a layer is Mamba-2."""
+        return is_trimmable(self.config)
 
     def reset(self) -> None:
         """Empty the cache."""
         self.caches.reset()
         self.mask: np.ndarray | None = None
+        self.last: np.ndarray | None = None
 
     def logits(self, tokens: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
         """Append tokens (B, T) and return their logits (B, T, V)."""
         tokens = np.ascontiguousarray(tokens, np.int64)
         self.mask = self._grown_mask(tokens, mask)
-        return self.caches.run(tokens, self.mask)
+        found = self.caches.run(tokens, self.mask)
+        self.last = found[:, -1]
+        return found
 
     def step(self, tokens: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
         """Append tokens (B, T) and return the logits of the last, (B, V)."""
         return self.logits(tokens, mask)[:, -1]
+
+    def feed(self, tokens: np.ndarray, mask: np.ndarray | None = None) -> None:
+        """Append tokens (B, T)."""
+        self.logits(tokens, mask)
+
+    def draw(
+        self, sampling: SamplingConfig, budget: int, noise: GumbelNoise | None = None
+    ) -> Generator[np.ndarray, None, None]:
+        """Yield the next ids (B,) int64, as `sessa_common.inference.generation.Decoder` says."""
+        return draw_on_host(self, self.last, sampling, budget, noise)
+
+    def trim(self, count: int) -> None:
+        """Drop the last `count` positions; SessaError for more than there are."""
+        require_trimmable(self.config, count, self.length)
+        if self.mask is not None and count:
+            self.mask = self.mask[:, : self.length - count]
+            self.caches.trim(self.length)
+        self.last = None
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Keep only these rows of the batch."""
+        if self.mask is not None:
+            self.mask = self.mask[list(rows)]
+            self.caches.load([array[list(rows)] for array in self.caches.arrays()])
+        self.last = None
+
+    def cache_arrays(self) -> dict[str, np.ndarray]:
+        """Copy the cache into arrays, named as in `cache_contents.cache_shapes`."""
+        if self.mask is None:
+            return {}
+        arrays = named_rows(self.config, self.layout, self.caches.arrays())
+        return {**arrays, MASK: self.mask != 0}
+
+    def restore_cache(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Replace the cache by what `cache_arrays` gave; SessaError for that of another model."""
+        if arrays:
+            check_cache_arrays(self.config, arrays, "float32")
+        self.reset()
+        if arrays:
+            self.mask = arrays[MASK].astype(np.int64)
+            self.caches.load(numbered_pairs(self.config, self.layout, arrays))
 
     def _grown_mask(self, tokens: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
         past = np.zeros((len(tokens), 0), np.int64) if self.mask is None else self.mask

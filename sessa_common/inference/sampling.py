@@ -1,13 +1,19 @@
-"""Sampling of the next token from logits, in NumPy, so that every runtime draws the same one."""
+"""Sampling of the next tokens from logits, defined in float32 so that every runtime agrees."""
 
 from __future__ import annotations
 
 import math
+from collections import deque
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from sessa_common.errors import SessaError, expect
+
+# The largest factor on the logits: a smaller temperature than its inverse takes the likeliest
+# token, and the products stay finite.
+LARGEST_INVERSE_TEMPERATURE = 1e30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,43 +40,111 @@ class SamplingConfig:
         expect(0 <= self.min_p <= 1, "min_p", self.min_p, "between 0 (off) and 1")
         expect(self.seed >= 0, "seed", self.seed, "0 or more")
 
+    @property
+    def inverse_temperature(self) -> np.float32:
+        """The factor 1 / temperature on the logits; for temperatures above 0."""
+        return np.float32(min(1 / self.temperature, LARGEST_INVERSE_TEMPERATURE))
 
-class Sampler:
-    """Draws the tokens of one sequence; each row of a batch has its own random stream."""
 
-    def __init__(self, config: SamplingConfig, row: int = 0) -> None:
-        self.config = config
-        self.rng = np.random.default_rng([config.seed, row])
+class GumbelNoise:
+    """The noise of every token id for the next draws of a batch, which does not depend on logits.
 
-    def __call__(self, logits: np.ndarray) -> int:
-        """Draw the next token's id from logits (V,); SessaError when they are not finite."""
-        scores = np.asarray(logits, np.float64)
-        if np.isnan(scores).any() or not np.isfinite(scores.max()):
-            raise SessaError("the model's logits are not finite numbers; the weights are damaged")
-        if self.config.temperature == 0:
-            return int(scores.argmax())
-        logp = filter_logits(scores, self.config)
-        # Gumbel noise belongs to a token's id, so rounding elsewhere cannot change the draw.
-        return int((logp + self.rng.gumbel(size=logp.shape)).argmax())
+    Row r of the batch reads the random stream (seed, rows[r]), one draw of `vocab_size` numbers for
+    each token. A runtime may look at the noise of later tokens before it takes that of the next.
+    """
+
+    def __init__(self, seed: int, rows: Iterable[int], vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+        self.streams = [np.random.default_rng([seed, row]) for row in rows]
+        self.ahead: deque[np.ndarray] = deque()
+
+    def peek(self, turn: int = 0) -> np.ndarray:
+        """Return the noise (B, V) float32 of the draw `turn` draws after the next."""
+        while len(self.ahead) <= turn:
+            self.ahead.append(np.stack([_gumbel(rng, self.vocab_size) for rng in self.streams]))
+        return self.ahead[turn]
+
+    def take(self) -> np.ndarray:
+        """Return the noise (B, V) float32 of the next draw and go on to the one after it."""
+        found = self.peek()
+        self.ahead.popleft()
+        return found
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Keep only these rows of the batch; each goes on in its own stream."""
+        self.streams = [self.streams[row] for row in rows]
+        self.ahead = deque(noise[list(rows)] for noise in self.ahead)
+
+
+def _gumbel(rng: np.random.Generator, size: int) -> np.ndarray:
+    """Return -log(-log(1 - u)), float32, for the u of rng.random: the numbers of rng.gumbel.
+
+    Both logarithms are of float32 numbers, which is several times faster. The inner one needs all
+    digits of a small u, which 1 - u lost in rounding: the factor u / (1 - rounded) restores them.
+    """
+    u = np.maximum(rng.random(size), 1e-30)
+    rounded = (1 - u).astype(np.float32)
+    u = u.astype(np.float32)
+    lost = 1 - rounded
+    with np.errstate(divide="ignore", invalid="ignore"):
+        inner = np.where(lost == 0, u, -np.log(rounded) * (u / lost))
+    return -np.log(inner)
+
+
+def choose(
+    logits: np.ndarray,  # (B, V)
+    config: SamplingConfig,
+    noise: GumbelNoise,
+) -> np.ndarray:
+    """Choose the next ids (B,) int64: the largest score plus noise, the lowest id of equal ones.
+
+    Raises SessaError when logits are not finite; -inf stands for a token that cannot be chosen.
+    """
+    scores = np.asarray(logits, np.float32)
+    # The largest is NaN when any is, and -inf when no token can be chosen.
+    if not np.isfinite(scores.max(axis=-1)).all():
+        raise SessaError("the model's logits are not finite numbers; the weights are damaged")
+    if config.temperature > 0:
+        scores = filter_logits(scores, config) + noise.take()
+    return scores.argmax(axis=-1)
 
 
 def filter_logits(logits: np.ndarray, config: SamplingConfig) -> np.ndarray:
-    """Divide logits (V,) by the temperature and set those that the filters drop to -inf."""
-    scores = (logits - logits.max()) / config.temperature
-    if 0 < config.top_k < scores.size:
-        scores = np.where(_first(scores, config.top_k), scores, -np.inf)
-    if config.top_p < 1:
-        p = np.sort(np.exp(scores))[::-1]
-        before = p.cumsum() - p
-        kept = int((before < config.top_p * p.sum()).sum())
-        scores = np.where(_first(scores, kept), scores, -np.inf)
+    """Return scores (B, V) float32: log-probabilities up to a constant, -inf where dropped.
+
+    The order of operations is the definition, which a device repeats: subtract the largest logit,
+    multiply by 1 / temperature, then the filters.
+    """
+    scores = np.asarray(logits, np.float32)
+    scores = (scores - scores.max(axis=-1, keepdims=True)) * config.inverse_temperature
+    B, V = scores.shape
+    limited = 0 < config.top_k < V
+    if limited or config.top_p < 1:
+        counts = np.full((B, 1), config.top_k if limited else V)
+        ranked = -np.sort(-scores, axis=-1)
+        if config.top_p < 1:
+            counts = _nucleus(ranked, counts, config.top_p)
+        scores = np.where(_first(scores, ranked, counts), scores, np.float32(-np.inf))
     if config.min_p > 0:
-        scores = np.where(scores >= math.log(config.min_p), scores, -np.inf)
+        least = np.float32(math.log(config.min_p))
+        scores = np.where(scores >= least, scores, np.float32(-np.inf))
     return scores
 
 
-def _first(scores: np.ndarray, count: int) -> np.ndarray:
-    """Return True at the `count` largest scores; of equal ones the lower ids count."""
-    chosen = np.zeros(scores.shape, bool)
-    chosen[np.argsort(-scores, kind="stable")[:count]] = True
-    return chosen
+def _nucleus(ranked: np.ndarray, counts: np.ndarray, top_p: float) -> np.ndarray:
+    """Return how many (B, 1) of the `counts` likeliest tokens first reach top_p of their sum."""
+    p = np.where(np.arange(ranked.shape[-1]) < counts, np.exp(ranked), 0).astype(np.float64)
+    before = p.cumsum(axis=-1) - p
+    reached = before < top_p * p.sum(axis=-1, keepdims=True)
+    return np.minimum(reached.sum(axis=-1, keepdims=True), counts)
+
+
+def _first(scores: np.ndarray, ranked: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Return True at the `counts` (B, 1) largest scores; of equal ones the lower ids count.
+
+    `ranked` are the scores in falling order.
+    """
+    least = np.take_along_axis(ranked, counts - 1, axis=-1)
+    above, equal = scores > least, scores == least
+    missing = counts - above.sum(axis=-1, keepdims=True)
+    return above | (equal & (equal.cumsum(axis=-1) <= missing))

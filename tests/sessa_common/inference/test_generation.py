@@ -1,58 +1,35 @@
-"""The sampler, the generation loop, streaming, and the same text from every runtime."""
+"""The generation loop, and the same text from every runtime."""
 
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 import typer
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from support.decoders import ReferenceDecoder, ScriptedDecoder
 from support.export_models import lively_weights, small_config, write_checkpoint
 from typer.testing import CliRunner
 
 import sessa_export.runtime
 from sessa_cli.generate import generate as generate_command
-from sessa_common.config import SessaConfig
-from sessa_common.data.tokenizer import byte_tokenizer, train_bpe, word_tokenizer
+from sessa_common.data.tokenizer import byte_tokenizer
 from sessa_common.errors import SessaError
 from sessa_common.inference.generation import (
     MAX_TOKENS,
-    TextStream,
     generate,
     left_pad,
     prefill,
     token_budget,
 )
 from sessa_common.inference.model_tokenizer import encode_prompt, stop_tokens
-from sessa_common.inference.sampling import Sampler, SamplingConfig, filter_logits
-from sessa_common.reference.model import empty_cache, model_logits
+from sessa_common.inference.sampling import SamplingConfig
 from sessa_common.storage import write_json
 from sessa_export.exporter import export_checkpoint
 
 GREEDY = SamplingConfig(temperature=0)
 RUNTIMES = ["reference", "torch", "mlx", "onnx"]
-
-
-class ReferenceStepper:
-    """The float64 reference with its own cache."""
-
-    def __init__(self, config: SessaConfig, weights: dict[str, np.ndarray]) -> None:
-        self.config, self.weights = config, weights
-        self.reset()
-
-    def reset(self) -> None:
-        self.cache = None
-
-    def logits(self, tokens: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
-        self.cache = self.cache or empty_cache(self.config, len(tokens))
-        return model_logits(self.config, self.weights, tokens, mask, self.cache)
-
-    def step(self, tokens: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
-        return self.logits(tokens, mask)[:, -1]
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +46,7 @@ def decoders(folders) -> dict:
     checkpoint, exported = folders
     config = small_config("untied", num_key_value_heads=2)
     found = {
-        "reference": ReferenceStepper(config, lively_weights(config)),
+        "reference": ReferenceDecoder(config, lively_weights(config)),
         "onnx": sessa_export.runtime.load_decoder(exported),
     }
     for name in ("torch", "mlx"):
@@ -111,7 +88,7 @@ KINDS = {
 def test_every_kind_writes_the_same_text_in_each_framework(kind: str, tmp_path: Path) -> None:
     config = small_config("untied", mamba_d_state=12, mamba_d_head=16, **KINDS[kind])
     write_checkpoint(tmp_path / "checkpoint", config)
-    runtimes = [ReferenceStepper(config, lively_weights(config))]
+    runtimes = [ReferenceDecoder(config, lively_weights(config))]
     for name in ("torch", "mlx"):
         module = pytest.importorskip(f"sessa_{name}.decoding")
         runtimes.append(module.load_decoder(tmp_path / "checkpoint"))
@@ -167,41 +144,23 @@ def test_logits_and_step_agree(decoders, name: str) -> None:
     np.testing.assert_allclose(last, every[:, -1], rtol=0, atol=1e-5)
 
 
-class Scripted:
-    """A decoder whose rows say fixed tokens, whatever they are told."""
-
-    def __init__(self, *rows: list[int]) -> None:
-        self.rows, self.calls = rows, 0
-        self.config = small_config()
-
-    def reset(self) -> None:
-        self.calls = 0
-
-    def step(self, tokens: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
-        logits = np.zeros((len(self.rows), 257))
-        for row, script in enumerate(self.rows):
-            logits[row, script[min(self.calls, len(script) - 1)]] = 9
-        self.calls += 1
-        return logits
-
-    logits = step
-
-
 def test_rows_stop_on_their_own() -> None:
-    decoder = Scripted([1, 2, 256, 3], [4, 256, 4], [5, 5, 5, 5])
+    decoder = ScriptedDecoder([1, 2, 256, 3], [4, 256, 4], [5, 5, 5, 5])
     steps = list(generate(decoder, [[1]] * 3, GREEDY, max_tokens=4, stop={256}))
     assert steps == [[1, 4, 5], [2, None, 5], [None, None, 5], [None, None, 5]]
     assert decoder.calls == 4
+    # Rows leave the batch when half of them have ended.
+    assert [len(tokens) for tokens in decoder.fed] == [3, 3, 3, 1]
 
 
 def test_generation_ends_when_every_row_has() -> None:
-    decoder = Scripted([1, 256], [256])
+    decoder = ScriptedDecoder([1, 256], [256])
     assert list(generate(decoder, [[1]] * 2, GREEDY, max_tokens=9, stop={256})) == [[1, None]]
     assert decoder.calls == 2
 
 
 def test_no_step_is_made_for_a_token_nobody_asked_for() -> None:
-    decoder = Scripted([1, 2, 3])
+    decoder = ScriptedDecoder([1, 2, 3])
     assert list(generate(decoder, [[1]], GREEDY, max_tokens=2)) == [[1], [2]]
     assert decoder.calls == 2
 
@@ -220,7 +179,7 @@ def test_no_step_is_made_for_a_token_nobody_asked_for() -> None:
     ],
 )
 def test_bad_requests_are_refused_before_the_model_runs(prompts, options, message) -> None:
-    decoder = Scripted([1])
+    decoder = ScriptedDecoder([1])
     with pytest.raises(SessaError, match=message):
         generate(decoder, prompts, GREEDY, **options)
     assert decoder.calls == 0
@@ -243,138 +202,6 @@ def test_left_pad() -> None:
     np.testing.assert_array_equal(tokens, [[1, 2, 3], [9, 9, 4]])
     np.testing.assert_array_equal(mask, [[1, 1, 1], [0, 0, 1]])
     assert left_pad([[1, 2], [3, 4]])[1] is None
-
-
-def probabilities(logits: np.ndarray, **options) -> np.ndarray:
-    p = np.exp(filter_logits(np.asarray(logits, float), SamplingConfig(**options)))
-    return p / p.sum()
-
-
-LOGITS = np.log([0.5, 0.25, 0.15, 0.07, 0.03])
-
-
-@pytest.mark.parametrize(
-    "options, expected",
-    [
-        ({}, [0.5, 0.25, 0.15, 0.07, 0.03]),
-        ({"temperature": 0.5}, np.square([0.5, 0.25, 0.15, 0.07, 0.03]) / 0.3408),
-        ({"top_k": 2}, [2 / 3, 1 / 3, 0, 0, 0]),
-        ({"top_k": 99}, [0.5, 0.25, 0.15, 0.07, 0.03]),
-        ({"top_p": 0.76}, [0.5 / 0.9, 0.25 / 0.9, 0.15 / 0.9, 0, 0]),
-        ({"top_p": 0.74}, [2 / 3, 1 / 3, 0, 0, 0]),
-        ({"top_p": 0.01}, [1, 0, 0, 0, 0]),
-        ({"min_p": 0.2}, [0.5 / 0.9, 0.25 / 0.9, 0.15 / 0.9, 0, 0]),
-        ({"min_p": 1.0}, [1, 0, 0, 0, 0]),
-        # top-p counts within what top-k left: 0.5 / 0.75 is two thirds already.
-        ({"top_k": 2, "top_p": 0.6}, [1, 0, 0, 0, 0]),
-    ],
-)
-def test_filters(options: dict, expected: list[float]) -> None:
-    got = probabilities(LOGITS, **{"temperature": 1.0, **options})
-    np.testing.assert_allclose(got, expected, atol=1e-12)
-
-
-def test_equal_logits_keep_the_lower_ids() -> None:
-    np.testing.assert_allclose(probabilities(np.zeros(6), top_k=3), [1 / 3] * 3 + [0] * 3)
-    np.testing.assert_allclose(probabilities(np.zeros(4), top_p=0.5), [1 / 2] * 2 + [0] * 2)
-
-
-def test_sampler_draws_with_the_given_probabilities() -> None:
-    sampler = Sampler(SamplingConfig(temperature=1.0, seed=1))
-    counts = np.bincount([sampler(LOGITS) for _ in range(20_000)], minlength=5)
-    expected = np.exp(LOGITS)
-    # Four standard deviations of a binomial share.
-    assert np.all(np.abs(counts / 20_000 - expected) < 4 * np.sqrt(expected / 20_000))
-
-
-def test_seed_and_row_choose_the_random_stream() -> None:
-    def draw(seed: int, row: int) -> list[int]:
-        sampler = Sampler(SamplingConfig(temperature=1.0, seed=seed), row)
-        return [sampler(np.zeros(1000)) for _ in range(8)]
-
-    assert draw(1, 0) == draw(1, 0)
-    assert len({tuple(draw(seed, row)) for seed in (0, 1) for row in (0, 1)}) == 4
-
-
-def test_sampler_never_draws_what_was_dropped() -> None:
-    sampler = Sampler(SamplingConfig(temperature=50.0, top_k=2))
-    assert {sampler(LOGITS) for _ in range(500)} == {0, 1}
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("temperature", [0, 1])
-def test_sampler_refuses_logits_that_are_no_numbers(bad: float, temperature: float) -> None:
-    with pytest.raises(SessaError, match="not finite"):
-        Sampler(SamplingConfig(temperature=temperature))(np.array([0.0, bad]))
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"temperature": -1},
-        {"temperature": math.nan},
-        {"temperature": math.inf},
-        {"top_k": -1},
-        {"top_p": 0},
-        {"top_p": 1.1},
-        {"top_p": math.nan},
-        {"min_p": -0.1},
-        {"min_p": 2},
-        {"seed": -1},
-    ],
-    ids=str,
-)
-def test_sampling_config_refuses(options: dict) -> None:
-    with pytest.raises(SessaError, match=f"{next(iter(options))} is"):
-        SamplingConfig(**options)
-
-
-def stream(tokenizer, ids: list[int]) -> list[str]:
-    text = TextStream(tokenizer)
-    return [*(text.push(token) for token in ids), text.finish()]
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.binary(max_size=40))
-def test_stream_adds_up_for_any_bytes(data: bytes) -> None:
-    pieces = stream(byte_tokenizer(), list(data))
-    assert "".join(pieces) == data.decode("utf-8", errors="replace")
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.text(max_size=20))
-def test_stream_never_splits_a_character(text: str) -> None:
-    pieces = stream(byte_tokenizer(), list(text.encode("utf-8")))
-    assert "".join(pieces) == text
-    assert pieces[-1] == "" or "\ufffd" in text
-    assert all("\ufffd" not in piece for piece in pieces) or "\ufffd" in text
-
-
-def test_stream_gives_each_character_as_soon_as_it_is_whole() -> None:
-    pieces = stream(byte_tokenizer(), list("aé😀b".encode()))
-    assert pieces == ["a", "", "é", "", "", "", "😀", "b", ""]
-
-
-def test_stream_of_words_continues_the_prompt_after_a_space() -> None:
-    tokenizer = word_tokenizer(["<pad>", "one", "two", "three"])
-    assert TextStream(tokenizer, [1]).push(2) == " two"
-    assert TextStream(tokenizer).push(2) == "two"
-
-
-@settings(max_examples=50, deadline=None)
-@given(before=st.text(max_size=6), text=st.text(min_size=1, max_size=8))
-def test_stream_after_a_prompt_adds_up(before: str, text: str) -> None:
-    given_ids, ids = (list(part.encode("utf-8")) for part in (before, text))
-    pieces = TextStream(byte_tokenizer(), given_ids)
-    assert "".join([*map(pieces.push, ids), pieces.finish()]) == text
-
-
-def test_stream_of_merged_tokens_leaves_the_end_token_out() -> None:
-    text = "the cat and the hat; naïve café, the end"
-    tokenizer = train_bpe([text] * 20, 300)
-    ids = tokenizer.encode(text).ids
-    assert len(ids) < len(text)
-    assert "".join(stream(tokenizer, [*ids, tokenizer.token_to_id("<|endoftext|>")])) == text
 
 
 def test_stop_tokens(tmp_path: Path) -> None:

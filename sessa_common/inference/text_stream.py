@@ -1,0 +1,45 @@
+"""Text from token ids, piece by piece, without splitting a character."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tokenizers import Tokenizer
+
+
+class TextStream:
+    """Turns token ids into pieces of text that add up to the whole and never split a character.
+
+    `before` are the ids of the text that the pieces continue: with some tokenizers they decide
+    whether the first piece begins with a space.
+    """
+
+    # A character has at most four bytes, so at most three of its bytes can be waiting.
+    LONGEST_WAIT = 3
+
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()) -> None:
+        self.tokenizer = tokenizer
+        self.ids = list(before[-self.LONGEST_WAIT - 1 :])
+        self.start, self.clean = 0, len(self.ids)
+        self.sent = len(self._decode(0))
+
+    def push(self, token: int) -> str:
+        """Add one token and return the text that is now certain, possibly none."""
+        self.ids.append(token)
+        text = self._decode(self.start)
+        waiting = len(text) - len(text.rstrip("\ufffd"))
+        certain = len(text) - min(waiting, self.LONGEST_WAIT)
+        piece = text[self.sent : certain]
+        self.sent = max(self.sent, certain)
+        if not waiting:
+            # The last clean piece stays in view: some decoders treat the first token differently.
+            self.start, self.clean = self.clean, len(self.ids)
+            self.sent = len(self._decode(self.start))
+        return piece
+
+    def finish(self) -> str:
+        """Return the text that was held back; to be called once, at the end."""
+        return self._decode(self.start)[self.sent :]
+
+    def _decode(self, start: int) -> str:
+        return self.tokenizer.decode(self.ids[start:], skip_special_tokens=True)
