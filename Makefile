@@ -6,7 +6,8 @@ BIN := .venv/bin
 OPENBLAS := $(wildcard /usr/lib/*-linux-gnu/openblas-pthread/libblas.so.3)
 PRELOAD := $(if $(OPENBLAS),LD_PRELOAD=$(firstword $(OPENBLAS)) OPENBLAS_NUM_THREADS=1)
 
-.PHONY: setup web demo test check bench fuzz ort-op-fuzz ort-op-sanitize metal-races kill-tests power-cut audit clean
+.PHONY: setup web demo test check bench fuzz ort-op-fuzz ort-op-sanitize metal-races metal-compile \
+	report wheel publish kill-tests power-cut audit clean
 
 setup: .venv/.installed
 
@@ -53,6 +54,31 @@ ort-op-sanitize: setup
 metal-races: setup
 	$(BIN)/python tools/metal_emulator/races.py
 
+# Writes every Metal text into metal-texts/ and, on a Mac, gives each to Apple's compiler.
+metal-compile: setup
+	$(BIN)/python tools/compile_metal.py metal-texts
+
+# `sessa selftest`, a short training run and generation in one framework; what they print is kept.
+BACKEND ?= torch
+report: setup
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash tools/report.sh $(BACKEND) report
+
+# The wheel is built from the source distribution, which proves that this is complete. uv gets a
+# folder of its own, so that .venv keeps the exact versions.
+UV := .venv/uv/bin/uv
+$(UV): setup constraints.txt
+	$(BIN)/pip install --quiet --upgrade --constraint constraints.txt --target .venv/uv uv
+
+wheel: $(UV)
+	rm -rf dist
+	$(UV) build --build-constraints constraints.txt
+	$(BIN)/python tools/check_wheel.py dist
+
+# Uploads dist/ to PyPI from the release workflow, if the tag names its version.
+publish: $(UV)
+	$(BIN)/python tools/check_wheel.py dist --tag "$(TAG)"
+	$(UV) publish --trusted-publishing always dist/*.whl dist/*.tar.gz
+
 # Kills commands at 300 of their writes and looks at what they leave.
 kill-tests: setup
 	OMP_NUM_THREADS=1 KILLS=300 $(BIN)/python -m pytest tests/sessa_cli/test_kills.py -k a_kill
@@ -67,4 +93,4 @@ audit: setup
 	PYTHONPATH=.venv/audit $(BIN)/python tools/audit.py
 
 clean:
-	rm -rf .venv demo
+	rm -rf .venv demo dist metal-texts report
