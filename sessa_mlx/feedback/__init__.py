@@ -15,7 +15,7 @@ from sessa_common.operator import (
     check_shapes,
     choose_backend,
 )
-from sessa_mlx.feedback import blocked, metal
+from sessa_mlx.feedback import blocked, gpu, metal
 from sessa_mlx.feedback.naive import feedback_solve_naive
 
 __all__ = ["feedback_solve", "feedback_solve_naive"]
@@ -37,11 +37,14 @@ def feedback_solve(
     Args: f (B, T, D); q (B, T, K); k (B, P+T, K); gamma (B, T); past_s (B, P, D), states already
     solved; key_mask (B, P+T) bool, True = visible; backend "auto", "naive", "blocked" or "kernel".
     Returns s (B, T, D) in the dtype of f; a row that sees nothing gives s = f. Sums and softmax run
-    in float32 (float64 for float64). precision ("auto", "float32" or "bfloat16") is for
-    PyTorch's CUDA kernels and changes nothing here. docs/precision.md has the errors. States that
-    are stored in 16 bits lose more: bfloat16 tells apart the first 15 positions of the positional
-    code, float16 the first 71 (Lemma 4.10 at gain 0.76). sessa_common/operator.py states the range
-    of gamma and what happens to numbers that are not finite.
+    in float32 (float64 for float64). precision is the type of the weights and states that a GPU
+    multiplies: "float32", or "bfloat16", to which float32 is rounded while sums and s stay float32
+    (16-bit arrays are taken as they are); "auto" follows q and k. A CPU multiplies in float32, and
+    the Metal kernels multiply 16 bits where f, q and k have 16 bits.
+    docs/precision.md has the errors. States that are stored in 16 bits lose more: bfloat16 tells
+    apart the first 15 positions of the positional code, float16 the first 71 (Lemma 4.10 at gain
+    0.76). sessa_common/operator.py states the range of gamma and what happens to numbers that are
+    not finite.
     Raises ValueError or TypeError, naming the argument, for shapes or dtypes that do not fit, and
     ValueError with the reason when the kernel is asked for where it cannot run.
     """
@@ -52,7 +55,9 @@ def feedback_solve(
     _check_types(f, q, k, gamma, past_s, key_mask)
     if backend == "naive":
         return feedback_solve_naive(f, q, k, gamma, past_s, key_mask)
-    solve = _operator(_implementation(backend, f, q), past_s is not None, key_mask is not None)
+    module = _implementation(backend, f, q)
+    options = (("precision", precision),) if module is gpu else ()
+    solve = _operator(module, options, past_s is not None, key_mask is not None)
     return solve(f, q, k, gamma, *(x for x in (past_s, key_mask) if x is not None))[0]
 
 
@@ -76,25 +81,32 @@ def _check_types(
 def _implementation(backend: str, f: mx.array, q: mx.array) -> Any:
     """The module whose solve_forward and solve_backward solve on the default device."""
     chosen = choose_backend(backend, lambda: metal.unavailable_reason(f, q))
-    return metal if chosen == "kernel" else blocked
+    if chosen == "kernel":
+        return metal
+    return gpu if mx.default_device().type == mx.DeviceType.gpu else blocked
 
 
 @cache
-def _operator(solve: Any, has_past: bool, has_mask: bool) -> Callable[..., Any]:
-    """The differentiable operator over the arrays that are present, in argument order."""
+def _operator(
+    solve: Any, options: tuple[tuple[str, str], ...], has_past: bool, has_mask: bool
+) -> Callable[..., Any]:
+    """The differentiable operator over the arrays that are present, in argument order.
+
+    `options` are keyword arguments of both passes of the module `solve`.
+    """
 
     def optional(arrays: tuple[mx.array, ...]) -> tuple[mx.array | None, mx.array | None]:
         return arrays[4] if has_past else None, arrays[-1] if has_mask else None
 
     @mx.custom_function
     def forward(*arrays: mx.array) -> tuple[mx.array, mx.array]:
-        return solve.solve_forward(*arrays[:4], *optional(arrays))
+        return solve.solve_forward(*arrays[:4], *optional(arrays), **dict(options))
 
     @forward.vjp
     def backward(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, ...]:
         past_s, key_mask = optional(primals)
         grads = solve.solve_backward(
-            cotangents[0], *primals[1:4], *outputs, past_s=past_s, key_mask=key_mask
+            cotangents[0], *primals[1:4], *outputs, past_s, key_mask, **dict(options)
         )
         present = grads[:5] if has_past else grads[:4]
         return (*present, mx.zeros_like(key_mask)) if key_mask is not None else tuple(present)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import mlx.core as mx
 
 from sessa_mlx.feedback.masking import visible_rows
+from sessa_mlx.feedback.products import diagonal_blocks, lower_halves
 
 BLOCK = 256
 LEAF = 8
@@ -161,30 +162,17 @@ def unit_lower_inverse(N: mx.array) -> mx.array:
         size *= 2
     leaf = min(size, LEAF)
     padded = mx.pad(N, [(0, 0), (0, size - n), (0, size - n)]) if size > n else N
-    blocks = _diagonal_blocks(padded, leaf)  # (B, size / leaf, leaf, leaf)
+    blocks = diagonal_blocks(padded, leaf)  # (B, size / leaf, leaf, leaf)
     X = mx.broadcast_to(mx.eye(leaf, dtype=N.dtype), blocks.shape)
     half = 1
     while half < leaf:
         # Within a leaf all pairs merge by one product of whole matrices.
-        X = X + X @ mx.where(_lower_halves(leaf, half), blocks, 0) @ X
+        X = X + X @ mx.where(lower_halves(leaf, half), blocks, 0) @ X
         half *= 2
     while X.shape[1] > 1:
         half = X.shape[-1]
-        low = _diagonal_blocks(padded, 2 * half)[..., half:, :half]
+        low = diagonal_blocks(padded, 2 * half)[..., half:, :half]
         first, second = X[:, ::2], X[:, 1::2]
         top = mx.concatenate([first, mx.zeros_like(first)], -1)
         X = mx.concatenate([top, mx.concatenate([second @ low @ first, second], -1)], -2)
     return X[:, 0, :n, :n]
-
-
-def _lower_halves(n: int, half: int) -> mx.array:
-    """True (n, n) in the lower left quarter of every diagonal block of 2 half rows."""
-    index = mx.arange(n) // half
-    return (index[:, None] == index + 1) & (index % 2 == 0)
-
-
-def _diagonal_blocks(N: mx.array, size: int) -> mx.array:
-    """The (B, count, size, size) blocks on the diagonal of N (B, count * size, count * size)."""
-    B, n, _ = N.shape
-    blocks = N.reshape(B, n // size, size, n // size, size)
-    return mx.moveaxis(mx.diagonal(blocks, axis1=1, axis2=3), -1, 1)

@@ -7,8 +7,6 @@ sessa_common/kernels/feedback_solve.metal; docs/metal.md explains this division.
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Callable
 from functools import cache
 from importlib.resources import files
@@ -17,6 +15,7 @@ from typing import Any
 import mlx.core as mx
 
 from sessa_mlx.feedback.masking import visible_rows
+from sessa_mlx.feedback.products import product
 
 # The same constants as in the Metal text.
 BLOCK = 256
@@ -84,12 +83,13 @@ def solve_forward(
 
     The log-sum-exp is +inf for a row that sees nothing, so that exp(score - lse) is 0 there.
     """
-    T = f.shape[1]
+    T, dtype = f.shape[1], f.dtype
     P = k.shape[1] - T
     gamma = gamma.astype(mx.float32)
     if T == 1 and past_s is not None and P:
         return _step(f, q, k, gamma, past_s, key_mask)
     storage = _storage(f, q)
+    f = f.astype(mx.float32) if storage == mx.float32 else f
     queries, keys = q.astype(mx.float32) * q.shape[-1] ** -0.5, k.astype(mx.float32)
     # The states as later rows read them: zero where the key is hidden.
     pieces = [] if past_s is None or P == 0 else [visible_rows(past_s.astype(storage), key_mask)]
@@ -101,13 +101,13 @@ def solve_forward(
         visible = None if key_mask is None else key_mask[:, old:new]
         # Without this dependency MLX would compute the scores of all block rows first.
         own = mx.depends(queries[:, rows], s[-1]) if s else queries[:, rows]
-        scores = _product(own, keys[:, :new].swapaxes(1, 2), storage)
+        scores = product(own, keys[:, :new].swapaxes(1, 2), storage)
         weights, coupling, sums = _weights(scores, gamma[:, rows], key_mask, storage)
         carried = _mix(weights, pieces, storage)
-        s.append(_block(f[:, rows].astype(storage), gamma[:, rows], carried, coupling, visible))
+        s.append(_block(f[:, rows], gamma[:, rows], carried, coupling, visible))
         lse.append(sums)
-        _append(pieces, visible_rows(s[-1], visible))
-    return mx.concatenate(s, 1).astype(f.dtype), mx.concatenate(lse, 1)
+        _append(pieces, visible_rows(s[-1].astype(storage), visible))
+    return mx.concatenate(s, 1).astype(dtype), mx.concatenate(lse, 1)
 
 
 def solve_backward(
@@ -144,17 +144,17 @@ def solve_backward(
         rows = slice(start, min(start + BLOCK, T))
         old, new = P + rows.start, P + rows.stop
         own = mx.depends(queries[:, rows], [u, dk, *solved["q"][:1]])
-        scores = _product(own, keys[:, :new].swapaxes(1, 2), storage)
+        scores = product(own, keys[:, :new].swapaxes(1, 2), storage)
         weights, coupling, _ = _weights(scores, gw[:, rows], key_mask, storage)
         ui = _block(u[:, old:], gw[:, rows], None, coupling, None, reverse=True)
         u = u[:, :old]
         if old:
             pushed = (ui * gw[:, rows, None]).astype(storage)
-            u = u + _product(weights[:, :, :old].swapaxes(1, 2), pushed, storage)
-        products = _product(ui, states[:, :new].swapaxes(1, 2), storage)
+            u = u + product(weights[:, :, :old].swapaxes(1, 2), pushed, storage)
+        products = product(ui, states[:, :new].swapaxes(1, 2), storage)
         dscores, dgamma = _score_grads(weights, products, gw[:, rows])
-        dq = _product(dscores, k[:, :new].astype(storage), storage) * scale
-        dk = dk + _product(dscores.swapaxes(1, 2), q[:, rows].astype(storage), storage)
+        dq = product(dscores, k[:, :new].astype(storage), storage) * scale
+        dk = dk + product(dscores.swapaxes(1, 2), q[:, rows].astype(storage), storage)
         done = {"f": ui.astype(s.dtype), "q": dq.astype(q.dtype), "gamma": dgamma}
         done["k"] = (dk[:, old:] * scale).astype(k.dtype)
         dk = dk[:, :old]
@@ -171,7 +171,7 @@ def _mix(weights: mx.array, pieces: list[mx.array], storage: mx.Dtype) -> mx.arr
     total, start = None, 0
     for piece in pieces:
         stop = start + piece.shape[1]
-        part = _product(weights[:, :, start:stop], piece, storage)
+        part = product(weights[:, :, start:stop], piece, storage)
         total = part if total is None else total.astype(mx.float32) + part
         start = stop
     return total
@@ -312,29 +312,3 @@ def _launch(
         output_shapes=[shape for shape, _ in outputs],
         output_dtypes=[dtype for _, dtype in outputs],
     )
-
-
-def _product(a: mx.array, b: mx.array, storage: mx.Dtype) -> mx.array:
-    """a @ b, in float32 accuracy for float32 storage even where MLX keeps 11 bits of an operand.
-
-    Numbers in float16 and bfloat16 fit in 11 bits. A float32 operand is split into two such parts;
-    the product of the two low parts is smaller than float32's rounding and is left out.
-    """
-    if storage != mx.float32 or not _operands_lose_bits():
-        return a @ b
-    high_a, high_b = _high_bits(a), _high_bits(b)
-    return high_a @ high_b + (high_a @ (b - high_b) + (a - high_a) @ high_b)
-
-
-def _high_bits(x: mx.array) -> mx.array:
-    """x truncated to the 11 significant bits of TF32."""
-    return (x.view(mx.uint32) & 0xFFFFE000).view(mx.float32)
-
-
-@cache
-def _operands_lose_bits() -> bool:
-    """True on M5 and later, whose matrix units take float32 as TF32 unless MLX_ENABLE_TF32 is 0."""
-    architecture = str(mx.device_info().get("architecture", ""))
-    generation = re.match(r"applegpu_g(\d+)", architecture)
-    off = os.environ.get("MLX_ENABLE_TF32") == "0"
-    return generation is not None and int(generation[1]) >= 17 and not off

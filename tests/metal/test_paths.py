@@ -30,7 +30,7 @@ import sessa_torch.feedback as torch_feedback
 from sessa_common.config import SessaConfig
 from sessa_mlx.cache import SessaCache
 from sessa_mlx.checkpoint import new_model
-from sessa_mlx.feedback import blocked, metal
+from sessa_mlx.feedback import blocked, metal, products
 from sessa_mlx.model import SessaForCausalLM
 
 
@@ -230,7 +230,7 @@ class RoundedProduct:
         self.x = x
 
     def __matmul__(self, other: RoundedProduct) -> mx.array:
-        return metal._high_bits(self.x) @ metal._high_bits(other.x)
+        return products.high_bits(self.x) @ products.high_bits(other.x)
 
     def __sub__(self, other: RoundedProduct) -> RoundedProduct:
         return RoundedProduct(self.x - other.x)
@@ -244,15 +244,15 @@ def test_float32_products_survive_operands_of_11_bits() -> None:
     a, b = (random.standard_normal(shape).astype(np.float32) for shape in ((50, 70), (70, 40)))
     exact = a.astype(np.float64) @ b.astype(np.float64)
     rounded = [RoundedProduct(mx.array(x)) for x in (a, b)]
-    cut = metal._high_bits
+    cut = products.high_bits
 
     def high(x: mx.array | RoundedProduct) -> mx.array | RoundedProduct:
         return RoundedProduct(cut(x.x)) if isinstance(x, RoundedProduct) else cut(x)
 
-    with mock.patch.object(metal, "_high_bits", high):
+    with mock.patch.object(products, "high_bits", high):
         plain_error = relative_error([np.array(rounded[0] @ rounded[1])], [exact])
-        with mock.patch.object(metal, "_operands_lose_bits", return_value=True):
-            error = relative_error([np.array(metal._product(*rounded, mx.float32))], [exact])
+        with mock.patch.object(products, "operands_lose_bits", return_value=True):
+            error = relative_error([np.array(products.product(*rounded, mx.float32))], [exact])
     assert plain_error > 1e-4 and error < 1e-6
 
 
@@ -264,6 +264,9 @@ def test_float32_products_survive_operands_of_11_bits() -> None:
         ("applegpu_g17s", None, True),
         ("applegpu_g17s", "1", True),
         ("applegpu_g17s", "0", False),
+        ("sm_75", None, False),
+        ("sm_90", None, True),
+        ("sm_90", "0", False),
         ("x86_64", None, False),
     ],
 )
@@ -274,9 +277,9 @@ def test_where_operands_lose_bits(
     monkeypatch.delenv("MLX_ENABLE_TF32", raising=False)
     if setting is not None:
         monkeypatch.setenv("MLX_ENABLE_TF32", setting)
-    metal._operands_lose_bits.cache_clear()
-    assert metal._operands_lose_bits() is loses
-    metal._operands_lose_bits.cache_clear()
+    products.operands_lose_bits.cache_clear()
+    assert products.operands_lose_bits() is loses
+    products.operands_lose_bits.cache_clear()
 
 
 @pytest.mark.skipif(mx.metal.is_available(), reason="there is Metal here")

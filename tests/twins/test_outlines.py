@@ -12,8 +12,15 @@ from sessa_common.config import SessaConfig, parameter_shapes
 
 ROOT = Path(__file__).parents[2]
 # Triton runs on CUDA only, MLX arrays neither share memory nor tell their layout, and only PyTorch
-# writes pickles.
-ONE_SIDED = {"cuda/", "feedback/cuda", "feedback/outputs.py", "state_dict_file.py"}
+# writes pickles. PyTorch's custom kernels need no other way on CUDA and choose TF32 by product.
+ONE_SIDED = {
+    "cuda/",
+    "feedback/cuda",
+    "feedback/gpu.py",
+    "feedback/outputs.py",
+    "feedback/products.py",
+    "state_dict_file.py",
+}
 # The name of a module's call differs between the frameworks.
 SAME = {"__call__": "forward"}
 

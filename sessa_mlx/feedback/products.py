@@ -1,0 +1,70 @@
+"""Matrix products of the solve: their operands, and float32 accuracy where a GPU uses TF32."""
+
+from __future__ import annotations
+
+import os
+import re
+from functools import cache
+
+import mlx.core as mx
+import numpy as np
+
+HALVES = (mx.float16, mx.bfloat16)
+
+
+def storage_type(f: mx.array, q: mx.array, precision: str = "auto") -> mx.Dtype:
+    """Type of the weights and states that a GPU multiplies; sums and s stay float32.
+
+    A model of 16 bits has f or q in 16 bits: a cache keeps f and the states in float32, and q tells
+    the type. `precision` is that of `feedback_solve`.
+    """
+    if precision == "float32":
+        return mx.float32
+    given = next((x.dtype for x in (f, q) if x.dtype in HALVES), mx.float32)
+    if precision == "bfloat16" and given == mx.float32:
+        return mx.bfloat16
+    return given if q.dtype in HALVES or precision == "bfloat16" else mx.float32
+
+
+def product(a: mx.array, b: mx.array, storage: mx.Dtype) -> mx.array:
+    """a @ b, in float32 accuracy for float32 storage even where MLX keeps 11 bits of an operand.
+
+    Numbers in float16 and bfloat16 fit in 11 bits. A float32 operand is split into two such parts;
+    the product of the two low parts is smaller than float32's rounding and is left out.
+    """
+    if storage != mx.float32 or not operands_lose_bits():
+        return a @ b
+    high_a, high_b = high_bits(a), high_bits(b)
+    return high_a @ high_b + (high_a @ (b - high_b) + (a - high_a) @ high_b)
+
+
+def high_bits(x: mx.array) -> mx.array:
+    """x truncated to the 11 significant bits of TF32."""
+    return (x.view(mx.uint32) & 0xFFFFE000).view(mx.float32)
+
+
+@cache
+def operands_lose_bits() -> bool:
+    """True on Apple's M5 and NVIDIA's Ampere and later, where MLX takes float32 as TF32.
+
+    MLX_ENABLE_TF32=0 turns that off; MLX reads it when it starts.
+    """
+    architecture = str(mx.device_info().get("architecture", ""))
+    generation = re.match(r"(applegpu_g|sm_)(\d+)", architecture)
+    if generation is None or os.environ.get("MLX_ENABLE_TF32") == "0":
+        return False
+    return int(generation[2]) >= {"applegpu_g": 17, "sm_": 80}[generation[1]]
+
+
+@cache
+def lower_halves(n: int, half: int) -> mx.array:
+    """True (n, n) in the lower left quarter of every diagonal block of 2 half rows."""
+    index = np.arange(n) // half
+    return mx.array((index[:, None] == index + 1) & (index % 2 == 0))
+
+
+def diagonal_blocks(N: mx.array, size: int) -> mx.array:
+    """The (B, count, size, size) blocks on the diagonal of N (B, count * size, count * size)."""
+    B, n, _ = N.shape
+    blocks = N.reshape(B, n // size, size, n // size, size)
+    return mx.moveaxis(mx.diagonal(blocks, axis1=1, axis2=3), -1, 1)
