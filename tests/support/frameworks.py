@@ -14,19 +14,22 @@ import torch
 from mlx import nn as mlx_nn
 from mlx.utils import tree_flatten
 
+import sessa_mlx.checkpoint
 import sessa_mlx.model
+import sessa_mlx.selftest
+import sessa_torch.checkpoint
 import sessa_torch.model
-from sessa_cli.twins import MlxTwin, TorchTwin
+import sessa_torch.selftest
 
 Arrays = dict[str, np.ndarray]
 
 
-class TorchFramework(TorchTwin):
+class TorchFramework(sessa_torch.selftest.Twin):
     """PyTorch on the CPU."""
 
     def __init__(self) -> None:
         super().__init__("cpu")
-        self.model = sessa_torch.model
+        self.model, self.checkpoint = sessa_torch.model, sessa_torch.checkpoint
 
     def gradients(self, loss: Callable[..., Any], inputs: Arrays, dtype: str) -> Arrays:
         """Gradients of a scalar function of keyword arrays."""
@@ -61,12 +64,12 @@ class TorchFramework(TorchTwin):
         return {name: self.numpy(p.grad) for name, p in model.named_parameters()}
 
 
-class MlxFramework(MlxTwin):
+class MlxFramework(sessa_mlx.selftest.Twin):
     """MLX on its default device."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.model = sessa_mlx.model
+        self.model, self.checkpoint = sessa_mlx.model, sessa_mlx.checkpoint
 
     def gradients(self, loss: Callable[..., Any], inputs: Arrays, dtype: str) -> Arrays:
         """Gradients of a scalar function of keyword arrays."""
