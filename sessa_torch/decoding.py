@@ -13,9 +13,11 @@ from tokenizers import Tokenizer
 from sessa_common.errors import SessaError
 from sessa_common.fields import build, split_fields
 from sessa_common.inference.cache_contents import MASK, check_cache_arrays, is_trimmable
-from sessa_common.inference.generation import draw_on_host, generate_texts
+from sessa_common.inference.generation import draw_on_host
+from sessa_common.inference.logit_rules import LogitRules
 from sessa_common.inference.model_tokenizer import ModelTokenizer
 from sessa_common.inference.sampling import GumbelNoise, SamplingConfig
+from sessa_common.inference.texts import BATCH_SIZE, generate_texts
 from sessa_torch.cache import SessaCache
 from sessa_torch.checkpoint import load_model, to_numpy, to_tensor
 from sessa_torch.model import SessaForCausalLM
@@ -121,22 +123,23 @@ def generate(
     *,
     tokenizer: Tokenizer | Path | str | None = None,
     max_tokens: int | None = None,
+    batch_size: int = BATCH_SIZE,
     parse_special_tokens: bool = False,
     on_text: Callable[[int, str], None] | None = None,
     dtype: str | None = None,
     device: str | None = None,
-    **sampling: Any,
+    **fields: Any,
 ) -> list[str]:
     """Continue prompts with a model or with the model of a checkpoint folder; one text a prompt.
 
     A model in memory needs a `tokenizer` (or a folder that has one). `max_tokens` is 200, or what
-    the context has room for; `on_text(row, piece)` receives the text while it is written.
+    the context has room for; at most `batch_size` prompts run at once; `on_text(row, piece)`
+    receives the text while it is written.
     `parse_special_tokens` reads the name of a special token in a prompt as the token. Further
-    keyword arguments are fields of SamplingConfig, as in generate("runs/a", "The", temperature=0).
-    Raises SessaError.
+    keyword arguments are fields of SamplingConfig and LogitRules, as in
+    generate("runs/a", "The", temperature=0, repetition_penalty=1.1). Raises SessaError.
     """
-    (fields,) = split_fields(sampling, SamplingConfig)
-    rules = build(SamplingConfig, fields)
+    sampling, rules = split_fields(fields, SamplingConfig, LogitRules)
     if isinstance(model, (Path, str)):
         tokenizer = model if tokenizer is None else tokenizer
         model = load_model(model, dtype=dtype, device=device)
@@ -146,8 +149,10 @@ def generate(
         Decoder(model),
         ModelTokenizer.open(tokenizer, model.config, parse_special_tokens),
         [prompts] if isinstance(prompts, str) else prompts,
-        rules,
+        build(SamplingConfig, sampling),
+        rules=build(LogitRules, rules),
         max_tokens=max_tokens,
+        batch_size=batch_size,
         on_text=on_text,
     )
     return [continuation.text for continuation in found]

@@ -170,7 +170,7 @@ BAD = {
     "resume": (lambda t, run: t.train("out", resume=run), "`out` starts a new run"),
     "device": (lambda t, run: t.train("out", device="tpu"), "device"),
     "sampling": (lambda t, run: t.generate(run, "a", top_p=2), "top_p is 2"),
-    "prompts": (lambda t, run: t.generate(run, [], device="cpu"), "a prompt is empty"),
+    "prompts": (lambda t, run: t.generate(run, [], device="cpu"), "prompts is empty"),
     "dtype": (lambda t, run: t.evaluate(run, "pydoc", dtype="int4"), "dtype is 'int4'"),
     "stride": (lambda t, run: t.evaluate(run, "pydoc", stride=0, device="cpu"), "stride is 0"),
     "in memory": (

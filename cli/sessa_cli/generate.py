@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,10 +15,13 @@ from sessa_common.data.formats import decode
 from sessa_common.errors import SessaError
 from sessa_common.fields import build
 from sessa_common.frameworks import choose_backend, framework
-from sessa_common.inference.generation import Continuation, Decoder, generate_texts
+from sessa_common.inference.generation import Decoder
+from sessa_common.inference.logit_rules import LogitRules
 from sessa_common.inference.model_tokenizer import ModelTokenizer
 from sessa_common.inference.sampling import SamplingConfig
+from sessa_common.inference.texts import Continuation, generate_texts
 from sessa_common.input_files import read_limited
+from sessa_common.json_files import read_json
 
 LARGEST_PROMPT = 64 * 2**20
 
@@ -50,6 +54,23 @@ def generate(
     min_p: Annotated[
         float | None, typer.Option(help="Drop tokens below this share of the likeliest one's.")
     ] = None,
+    repetition_penalty: Annotated[
+        float | None,
+        typer.Option(help="Make tokens of the prompt and the text less likely; 1 is off."),
+    ] = None,
+    presence_penalty: Annotated[
+        float | None, typer.Option(help="Subtract this from the logits of tokens in the text.")
+    ] = None,
+    frequency_penalty: Annotated[
+        float | None, typer.Option(help="Subtract this for every time that the text has a token.")
+    ] = None,
+    logit_bias: Annotated[
+        list[str] | None,
+        typer.Option(help="ID=NUMBER to add to a token's logit, -inf to forbid it; repeatable."),
+    ] = None,
+    json_schema: Annotated[
+        Path | None, typer.Option(help="File with a JSON schema that the text must follow.")
+    ] = None,
     parse_special_tokens: Annotated[
         bool,
         typer.Option(
@@ -79,6 +100,7 @@ def generate(
     Example: sessa generate runs/first --prompt "The list of" --max-tokens 100
     """
     sampling = build(SamplingConfig, given_fields(context.params, SamplingConfig))
+    rules = read_rules(context.params)
     prompts = _prompts(prompt, prompt_file)
     decoder = _load(checkpoint, backend, device, native)
     tokenizer = ModelTokenizer.open(checkpoint, decoder.config, parse_special_tokens)
@@ -96,6 +118,7 @@ def generate(
         tokenizer,
         prompts,
         sampling,
+        rules=rules,
         max_tokens=max_tokens,
         on_text=write if live else None,
     )
@@ -108,9 +131,27 @@ def generate(
             _write(f"[{number}] {given}{made.text}\n")
 
 
+def read_rules(params: dict[str, Any]) -> LogitRules:
+    """The rules on logits that the options of a command ask for."""
+    fields = given_fields(params, LogitRules)
+    if "logit_bias" in fields:
+        fields["logit_bias"] = dict(_bias(text) for text in fields["logit_bias"])
+    if "json_schema" in fields:
+        fields["json_schema"] = read_json(fields["json_schema"])
+    return build(LogitRules, fields)
+
+
+def _bias(text: str) -> tuple[int, float]:
+    token, _, number = text.partition("=")
+    try:
+        return int(token), float(number)
+    except ValueError:
+        raise SessaError(f"`logit_bias` is {text!r}, expected ID=NUMBER, such as 17=-5") from None
+
+
 def _as_json(prompts: list[str], found: list[Continuation], seconds: float) -> dict:
     rows = [
-        {"prompt": prompt, "text": made.text, "tokens": made.tokens}
+        {"prompt": prompt, **dataclasses.asdict(made)}
         for prompt, made in zip(prompts, found, strict=True)
     ]
     speed = sum(made.tokens for made in found) / seconds

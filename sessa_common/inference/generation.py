@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Protocol
@@ -11,9 +11,8 @@ import numpy as np
 
 from sessa_common.config import SessaConfig
 from sessa_common.errors import SessaError, expect
-from sessa_common.inference.model_tokenizer import ModelTokenizer
+from sessa_common.inference.logit_rules import RowRules
 from sessa_common.inference.sampling import GumbelNoise, SamplingConfig, choose
-from sessa_common.inference.text_stream import TextStream
 
 # Tokens to write when the caller gives no number and the context has room for them.
 MAX_TOKENS = 200
@@ -92,16 +91,19 @@ def draw_on_host(
     sampling: SamplingConfig,
     budget: int,
     noise: GumbelNoise | None = None,
+    rules: RowRules | None = None,
 ) -> Generator[np.ndarray, None, None]:
-    """`Decoder.draw` for a runtime whose logits come to the host; `logits` are of the last token.
+    """`Decoder.draw` for a runtime whose logits come to the host, and for rules on logits.
 
-    They are None when nothing was fed.
+    `logits` are those of the last token, None when nothing was fed.
     """
     if logits is None:
         raise SessaError("nothing was fed to the decoder since its cache changed; feed a token")
     noise = noise or GumbelNoise(sampling.seed, range(len(logits)), logits.shape[-1])
     for turn in range(budget):
-        ids = choose(logits, sampling, noise)
+        ids = choose(rules.apply(logits) if rules else logits, sampling, noise)
+        if rules:
+            rules.accept(ids)
         yield ids
         if turn + 1 < budget:
             logits = decoder.step(ids[:, None])
@@ -178,14 +180,18 @@ def generate(
     stop: Collection[int] = (),
     prefill_chunk: int = PREFILL_CHUNK,
     cached: int = 0,
+    streams: Sequence[int] | None = None,
+    rules: RowRules | None = None,
 ) -> Generator[list[int | None], None, None]:
     """Continue prompts of any lengths; each turn yields one id a row, None for a row that ended.
 
     A row ends at an id of `stop`, which is not yielded. Row r draws from the random stream
-    (seed, r), whatever else is in the batch. `cached` is the number of ids at the start of the only
-    prompt that the cache holds already. When the iterator ends or is closed, the cache holds the
-    prompts and every drawn id except the last. Raises SessaError, before the model runs, for an
-    empty prompt, an id out of range, or more tokens than max_position_embeddings.
+    (seed, r), or (seed, streams[r]), whatever else is in the batch. `cached` is the number of ids
+    at the start of the only prompt that the cache holds already. `rules`, begun with these prompts,
+    change the logits, and tokens are then chosen on the host. When the iterator ends or is closed,
+    the cache holds the prompts and every drawn id except the last. Raises SessaError, before the
+    model runs, for an empty prompt, an id out of range, or more tokens than
+    max_position_embeddings.
     """
     if not prompts or not all(map(len, prompts)):
         raise SessaError("a prompt is empty; give at least one token")
@@ -197,27 +203,62 @@ def generate(
     fits = cached == 0 or (len(prompts) == 1 and cached < len(prompts[0]))
     expect(fits, "cached", cached, "0, or fewer than the tokens of a single prompt")
     budget = token_budget(decoder.config, max(map(len, prompts)), max_tokens)
-    return _generate(decoder, prompts, sampling, budget, stop, prefill_chunk, cached)
+    noise = GumbelNoise(
+        sampling.seed,
+        range(len(prompts)) if streams is None else streams,
+        decoder.config.vocab_size,
+    )
+    batch = _Batch(decoder, sampling, noise, rules)
+    return _generate(batch, prompts, budget, stop, prefill_chunk, cached)
+
+
+@dataclass
+class _Batch:
+    """What the rows of a decoder need to go on: noise, and the rules on their logits if any."""
+
+    decoder: Decoder
+    sampling: SamplingConfig
+    noise: GumbelNoise
+    rules: RowRules | None
+    last: np.ndarray | None = None  # logits (B, V), where rules need them on the host
+
+    def start(self, prompts: Sequence[Sequence[int]], chunk: int, cached: int) -> None:
+        """Read the prompts, from the position `cached` of a cache that holds what is before."""
+        if cached == 0:
+            self.decoder.reset()
+        tokens, mask = left_pad(prompts)
+        self.last = prefill(self.decoder, tokens[:, cached:], mask, chunk)
+
+    def draw(self, budget: int) -> Generator[np.ndarray, None, None]:
+        """Draw ids (B,), at most `budget` times."""
+        if self.rules is None:
+            return self.decoder.draw(self.sampling, budget, self.noise)
+        return draw_on_host(self.decoder, self.last, self.sampling, budget, self.noise, self.rules)
+
+    def keep(self, rows: list[int], ids: np.ndarray) -> None:
+        """Keep only these rows, after the ids (B,) that were drawn last."""
+        self.decoder.keep(rows)
+        self.noise.keep(rows)
+        if self.rules is None:
+            self.decoder.feed(ids[rows, None])
+        else:
+            self.rules.keep(rows)
+            self.last = self.decoder.step(ids[rows, None])
 
 
 def _generate(
-    decoder: Decoder,
+    batch: _Batch,
     prompts: Sequence[Sequence[int]],
-    sampling: SamplingConfig,
     budget: int,
     stop: Collection[int],
     chunk: int,
     cached: int,
 ) -> Generator[list[int | None], None, None]:
-    if cached == 0:
-        decoder.reset()
-    tokens, mask = left_pad(prompts)
-    prefill(decoder, tokens[:, cached:], mask, chunk)
-    rows = list(range(len(prompts)))  # which prompt each row of the decoder continues
-    noise = GumbelNoise(sampling.seed, rows, decoder.config.vocab_size)
+    batch.start(prompts, chunk, cached)
+    rows = list(range(len(prompts)))  # which prompt each row of the batch continues
     running = set(rows)
     while running and budget:
-        with closing(decoder.draw(sampling, budget, noise)) as drawn:
+        with closing(batch.draw(budget)) as drawn:
             for ids in drawn:
                 budget -= 1
                 found = _running_ids(rows, ids, running, stop, len(prompts))
@@ -228,10 +269,8 @@ def _generate(
                     break
         if running and budget:
             stay = [i for i, row in enumerate(rows) if row in running]
+            batch.keep(stay, ids)
             rows = [rows[i] for i in stay]
-            decoder.keep(stay)
-            noise.keep(stay)
-            decoder.feed(ids[stay, None])
 
 
 def _running_ids(
@@ -245,46 +284,3 @@ def _running_ids(
         elif row in running:
             found[row] = token
     return found
-
-
-@dataclass(frozen=True)
-class Continuation:
-    """A text that a model wrote after a prompt, and the number of its tokens."""
-
-    text: str
-    tokens: int
-
-
-def generate_texts(
-    decoder: Decoder,
-    tokenizer: ModelTokenizer,
-    prompts: Sequence[str],
-    sampling: SamplingConfig,
-    *,
-    max_tokens: int | None = None,
-    on_text: Callable[[int, str], None] | None = None,
-) -> list[Continuation]:
-    """Continue prompts until an end token or `max_tokens` (200, or what the context has room for).
-
-    `on_text(row, piece)` is called with each piece of text as soon as it is certain. Raises
-    SessaError, before the model runs, as `generate` does.
-    """
-    ids = [tokenizer.encode(prompt) for prompt in prompts]
-    steps = generate(decoder, ids, sampling, max_tokens=max_tokens, stop=tokenizer.stop_ids)
-    streams = [TextStream(tokenizer.tokenizer, prompt) for prompt in ids]
-    pieces: list[list[str]] = [[] for _ in prompts]
-    counts = [0] * len(prompts)
-
-    def add(row: int, piece: str) -> None:
-        pieces[row].append(piece)
-        if on_text is not None and piece:
-            on_text(row, piece)
-
-    for step in steps:
-        for row, token in enumerate(step):
-            if token is not None:
-                counts[row] += 1
-                add(row, streams[row].push(token))
-    for row, stream in enumerate(streams):
-        add(row, stream.finish())
-    return [Continuation("".join(p), n) for p, n in zip(pieces, counts, strict=True)]

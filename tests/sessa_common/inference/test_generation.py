@@ -243,7 +243,8 @@ def test_command_writes_the_same_text_with_every_backend(folders, decoders, back
     expected = byte_tokenizer().decode(ids)
     assert command(*arguments) == f"The{expected}\n"
     answer = json.loads(command(*arguments, "--json"))
-    assert answer["texts"] == [{"prompt": "The", "text": expected, "tokens": len(ids)}]
+    made = {"text": expected, "tokens": len(ids), "finish": "length"}
+    assert answer["texts"] == [{"prompt": "The", **made}]
     assert answer["tokens_per_second"] > 0
 
 
@@ -259,6 +260,18 @@ def test_command_reads_prompts_from_everywhere(folders, tmp_path: Path) -> None:
     assert both.endswith(f"[2] {expected}")
 
 
+def test_command_follows_rules(folders, tmp_path: Path) -> None:
+    pytest.importorskip("llguidance")
+    write_json(
+        tmp_path / "schema.json", {"type": "array", "items": {"enum": [1, 2]}, "maxItems": 9}
+    )
+    options = ["--prompt", "a", "--json", "--logit-bias", "93=-50", "--logit-bias", "50=-inf"]
+    answer = json.loads(command(folders[1], *options, "--json-schema", tmp_path / "schema.json"))
+    [text] = answer["texts"]
+    # "]" comes where nothing else may, and "2" never.
+    assert json.loads(text["text"]) == [1] * 9 and text["finish"] == "stop"
+
+
 def test_command_refuses(folders, tmp_path: Path) -> None:
     checkpoint, exported = folders
     cases = [
@@ -268,6 +281,10 @@ def test_command_refuses(folders, tmp_path: Path) -> None:
         ([exported, "--prompt", "a", "--device", "cuda"], "device is 'cuda'"),
         ([exported, "--prompt", "a", "--max-tokens", 300], "reads at most 300"),
         ([exported, "--prompt", "a", "--top-p", 2], "top_p is 2"),
+        ([exported, "--prompt", "a", "--repetition-penalty", 0], "repetition_penalty is 0"),
+        ([exported, "--prompt", "a", "--logit-bias", "the=2"], "expected ID=NUMBER"),
+        ([exported, "--prompt", "a", "--logit-bias", "300=2"], "logit_bias is 300"),
+        ([exported, "--prompt", "a", "--json-schema", tmp_path / "no.json"], r"no\.json"),
         ([exported, "--prompt", "a", "--prompt-file", "b"], "not both"),
         ([exported, "--prompt", "-", "--prompt", "-"], "only one"),
         ([exported, "--prompt-file", tmp_path / "none.txt"], r"none\.txt"),
