@@ -5,13 +5,27 @@ Letters: B batch, T time, P past, D width, H heads, G key/value heads, d head wi
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import mlx.core as mx
+import numpy as np
 from mlx import nn
 
 from sessa_common.config import SessaConfig
+from sessa_mlx._step_cache import StepLayerCache, hide_rows
 from sessa_mlx.cache import SessaLayerCache
 
-Rope = tuple[mx.array, mx.array]
+
+@dataclass(frozen=True)
+class _Consecutive:
+    """Rotary positions first, first + 1, ...; MLX has one kernel for these."""
+
+    first: mx.array | int  # one number, or (B,)
+    periods: mx.array  # (d/2,) float32, theta^(2i/d)
+
+
+# Tables of `rope_tables`, or positions that need none.
+Rope = tuple[mx.array, mx.array] | _Consecutive
 
 
 def rope_tables(positions: mx.array, head_dim: int, theta: float, dtype: mx.Dtype) -> Rope:
@@ -39,6 +53,8 @@ def rope_of(
     """
     if not config.use_forward_rope:
         return None
+    if key_mask is None and x.dtype != mx.float64:
+        return _Consecutive(past, _periods(config))
     if key_mask is None:
         positions = mx.arange(past, past + x.shape[1])[None]
     else:
@@ -46,8 +62,31 @@ def rope_of(
     return rope_tables(positions, config.head_dim, config.rope_theta, x.dtype)
 
 
+def _rope_at(config: SessaConfig, position: mx.array, dtype: mx.Dtype) -> Rope:
+    """The rotary positions of one token in each row; position (1,) or (B,)."""
+    if dtype == mx.float64:
+        return rope_tables(position[:, None], config.head_dim, config.rope_theta, dtype)
+    return _Consecutive(position, _periods(config))
+
+
+def _periods(config: SessaConfig) -> mx.array:
+    """theta^(2i/d), rounded once; MLX's own powers in float32 are less exact."""
+    d = config.head_dim
+    return mx.array(config.rope_theta ** (np.arange(0, d, 2) / d), dtype=mx.float32)
+
+
 def apply_rope(x: mx.array, rope: Rope) -> mx.array:
     """Rotate the interleaved pairs (0,1), (2,3), ... of x (B, H, T, d) by the angles of `rope`."""
+    if isinstance(rope, _Consecutive):
+        return mx.fast.rope(
+            x,
+            x.shape[-1],
+            traditional=True,
+            base=None,
+            scale=1.0,
+            offset=rope.first,
+            freqs=rope.periods,
+        )
     cos, sin = rope
     swapped = mx.unflatten(x, -1, (-1, 2))[..., ::-1].flatten(-2)
     return (x * cos + swapped * sin).astype(x.dtype)
@@ -106,6 +145,8 @@ class AttentionMixer(nn.Module):
         `rope` are the tables of `rope_of`, from a caller that shares them between layers. Without
         them they are built here, from the position of the cache and the mask.
         """
+        if isinstance(cache, StepLayerCache):
+            return self._step(a, cache)
         B, T, D = a.shape
         d = self.config.head_dim
         q, k, v = (
@@ -117,6 +158,26 @@ class AttentionMixer(nn.Module):
         if rope is not None:
             q, k = apply_rope(q, rope), apply_rope(k, rope)
         if cache is not None:
+            k, v = (hide_rows(x, key_mask) for x in (k, v))
             k, v = cache.k.append(k), cache.v.append(v)
         f = causal_attention(q, k, v, key_mask).swapaxes(1, 2).reshape(B, T, D)
+        return self.out_proj(f) if self.projects else f
+
+    def _step(self, a: mx.array, cache: StepLayerCache) -> mx.array:
+        """Mix one token (B, 1, D) behind the cached ones, inside the compiled step."""
+        return self._attend(cache.project(a), cache)
+
+    def _attend(self, projected: mx.array, cache: StepLayerCache) -> mx.array:
+        """Attention of one token; projected (B, 1, ...) begins with its q, k and v."""
+        B, H, G = len(projected), self.config.num_attention_heads, self.config.num_key_value_heads
+        d, position = self.config.head_dim, cache.position
+        heads = projected[..., : (H + 2 * G) * d].reshape(B, 1, -1, d).swapaxes(1, 2)
+        rotated, v = mx.split(heads, [H + G], 1)
+        if self.config.use_forward_rope:
+            rotated = apply_rope(rotated, _rope_at(self.config, position.rotary, v.dtype))
+        q, k = mx.split(rotated, [H], 1)
+        k = cache.write("k", k, position.index, axis=2)
+        v = cache.write("v", v, position.index, axis=2)
+        f = mx.fast.scaled_dot_product_attention(q, k, v, scale=d**-0.5, mask=position.seen)
+        f = f.swapaxes(1, 2).flatten(2)
         return self.out_proj(f) if self.projects else f

@@ -8,12 +8,20 @@ import mlx.core as mx
 
 from sessa_common.config import SessaConfig
 from sessa_common.inference.cache_contents import require_trimmable
+from sessa_mlx._step_cache import hide_rows
 
+# A buffer has room for a multiple of this number of rows.
 CHUNK = 256
+# A full buffer grows by this factor, so that growing costs little per row.
+GROWTH = 1.5
 
 
 class GrowingBuffer:
-    """An array that grows along one axis; it grows by whole chunks, so appending rarely copies."""
+    """An array that grows along one axis, by half of its size at a time.
+
+    Rows that are hidden, were dropped or were never appended are zero: a weight of 0 hides zeros,
+    but neither NaN nor infinity.
+    """
 
     def __init__(self, axis: int) -> None:
         self.axis = axis
@@ -29,50 +37,132 @@ class GrowingBuffer:
 
     def append(self, new: mx.array) -> mx.array:
         """Add rows and return all of them."""
-        total = self.length + new.shape[self.axis]
-        if self.buffer is None or self.buffer.shape[self.axis] < total:
-            shape = list(new.shape)
-            shape[self.axis] = -(-total // CHUNK) * CHUNK - self.length
-            room = mx.zeros(shape, dtype=new.dtype)
-            old = self.rows
-            self.buffer = room if old is None else mx.concatenate([old, room], self.axis)
-        self.buffer[self._span(self.length, total)] = new
-        self.length = total
-        return self.buffer[self._span(0, total)]
+        count = new.shape[self.axis]
+        if self.buffer is None:
+            self.buffer = self._empty(new, 0)
+        self._reserve(count)
+        self.buffer[self._span(self.length, self.length + count)] = new
+        self.length += count
+        return self.buffer[self._span(0, self.length)]
 
     def load(self, rows: mx.array) -> None:
         """Replace all rows."""
         self.buffer, self.length = rows, rows.shape[self.axis]
 
+    def _reserve(self, count: int) -> bool:
+        """Make room for `count` more rows; return True when the buffer had to grow."""
+        assert self.buffer is not None
+        room, needed = self.buffer.shape[self.axis], _whole_chunks(self.length + count)
+        if needed <= room:
+            return False
+        more = max(needed, _whole_chunks(int(GROWTH * room))) - room
+        self.buffer = mx.concatenate([self.buffer, self._empty(self.buffer, more)], self.axis)
+        return True
+
+    def _prepare_step(self) -> bool:
+        """Make room for the row of a step; return True when the buffer had to grow."""
+        return self._reserve(1)
+
+    def _drop(self, length: int) -> None:
+        """Drop all but the first `length` rows."""
+        if self.buffer is not None and length < self.length:
+            self.buffer[self._span(length, self.length)] = 0
+            self.length = length
+
+    def _empty(self, like: mx.array, size: int) -> mx.array:
+        shape = (*like.shape[: self.axis], size, *like.shape[self.axis + 1 :])
+        return mx.zeros(shape, dtype=like.dtype)
+
     def _span(self, start: int, stop: int) -> tuple[slice, ...]:
         return (slice(None),) * self.axis + (slice(start, stop),)
+
+
+def _whole_chunks(rows: int) -> int:
+    return -(-rows // CHUNK) * CHUNK
+
+
+class _StateBuffer(GrowingBuffer):
+    """The states of a layer; those appended last are written when the next ones are asked for.
+
+    The solve reads the past states and gives the new ones. Writing these in the same evaluation
+    would copy the buffer, because MLX writes in place only what nothing else reads.
+    """
+
+    def __init__(self, axis: int) -> None:
+        super().__init__(axis)
+        self.pending: mx.array | None = None  # the last rows, counted in `length`
+
+    @property
+    def rows(self) -> mx.array | None:
+        """The rows appended so far, or None when there are none."""
+        self._write()
+        return super().rows
+
+    def append(self, new: mx.array) -> mx.array:
+        """Add rows and return them, without those before."""
+        self._write()
+        self.pending = new
+        self.length += new.shape[self.axis]
+        return new
+
+    def load(self, rows: mx.array) -> None:
+        """Replace all rows."""
+        self.pending = None
+        super().load(rows)
+
+    def _write(self) -> None:
+        if self.pending is not None:
+            new, self.pending = self.pending, None
+            self.length -= new.shape[self.axis]
+            super().append(new)
+
+    def _prepare_step(self) -> bool:
+        """Let the last row alone be pending, and make room."""
+        single = self.pending is not None and self.pending.shape[self.axis] == 1
+        if self.buffer is None or not single:
+            self._write()
+            assert self.buffer is not None
+            # The sum has its own memory; a part of the buffer would keep it from being written.
+            self.pending = self.buffer[self._span(self.length - 1, self.length)] + 0
+            mx.eval(self.buffer, self.pending)
+        return super()._prepare_step()
+
+    def _drop(self, length: int) -> None:
+        self._write()
+        super()._drop(length)
 
 
 class SessaLayerCache:
     """One layer's rows: k, v (B, G, P, d) after RoPE, k_fb (B, P, D) and s (B, P, D) float32.
 
     The states stay in float32 in any model dtype: bfloat16 could distinguish only the first 15
-    positions of the positional code (Lemma 4.10 at gain 0.76). Without feedback, k_fb and s stay
-    empty.
+    positions of the positional code (Lemma 4.10 at gain 0.76). The feedback's keys have the values
+    of the model's dtype, but are held in float32 too: MLX has no product of 16-bit numbers with a
+    float32 result, and converting all keys for every token would read more bytes than it saves.
+    Without feedback, k_fb and s stay empty.
     """
 
     def __init__(self) -> None:
         self.k, self.v = GrowingBuffer(2), GrowingBuffer(2)
-        self.k_fb, self.s = GrowingBuffer(1), GrowingBuffer(1)
+        self.k_fb, self.s = GrowingBuffer(1), _StateBuffer(1)
 
     def trim(self, length: int) -> None:
         """Keep the first `length` positions."""
-        for rows in vars(self).values():
-            rows.length = min(rows.length, length)
+        for held in vars(self).values():
+            held._drop(length)
 
     def tensors(self) -> dict[str, mx.array]:
-        """The rows that are not empty, by name."""
-        return {name: held.rows for name, held in vars(self).items() if held.rows is not None}
+        """The rows that are not empty, by name; all but `s` in the dtype of the model."""
+        found = {name: held.rows for name, held in vars(self).items() if held.rows is not None}
+        if "k_fb" in found:
+            found["k_fb"] = found["k_fb"].astype(found["k"].dtype)
+        return found
 
     def load(self, tensors: Mapping[str, mx.array]) -> None:
         """Replace the rows by those that `tensors` gave."""
         for name, rows in tensors.items():
-            getattr(self, name).load(rows)
+            wide = name == "k_fb" and rows.dtype != mx.float64
+            getattr(self, name).load(rows.astype(mx.float32) if wide else rows)
 
 
 class Mamba2LayerCache:
@@ -107,7 +197,8 @@ class SessaCache:
         self.layers = [
             SessaLayerCache() if kind.attends else Mamba2LayerCache() for kind in config.kinds
         ]
-        self.mask: mx.array | None = None  # (B, P), True where a token is not padding
+        # (B, M), True where a token is not padding; the positions from M on are no padding.
+        self.mask: mx.array | None = None
         self.length = 0
 
     def extend(self, count: int, mask: mx.array | None) -> mx.array | None:
@@ -119,7 +210,7 @@ class SessaCache:
         if mask is not None:
             mask = mask.astype(mx.bool_)
             if self.length and mask.shape[1] == count:
-                past = self.mask
+                past = self._full_mask(self.length)
                 if past is None:
                     past = mx.ones((mask.shape[0], self.length), dtype=mx.bool_)
                 mask = mx.concatenate([past, mask], 1)
@@ -128,12 +219,20 @@ class SessaCache:
                     f"attention_mask has {mask.shape[1]} columns, "
                     f"expected {self.length} cached + {count} new"
                 )
-        elif self.mask is not None:
-            new = mx.ones((self.mask.shape[0], count), dtype=mx.bool_)
-            mask = mx.concatenate([self.mask, new], 1)
+        else:
+            mask = self._full_mask(self.length + count)
         self.mask = mask
         self.length += count
         return mask
+
+    def _full_mask(self, columns: int) -> mx.array | None:
+        """The mask (B, columns), None without padding."""
+        if self.mask is None:
+            return None
+        B, M = self.mask.shape
+        if columns == M:
+            return self.mask
+        return mx.concatenate([self.mask, mx.ones((B, columns - M), dtype=mx.bool_)], 1)
 
     def trim(self, count: int) -> None:
         """Drop the last `count` positions, which is exact: no row depends on a later position.
@@ -167,10 +266,11 @@ class SessaCache:
 
     def load(self, tensors: Mapping[str, mx.array], mask: mx.array) -> None:
         """Replace the contents by those that `tensors` gave and their mask (B, P)."""
-        for i, layer in enumerate(self.layers):
-            prefix = f"layers.{i}."
-            layer.load(
-                {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
-            )
         self.length = mask.shape[1]
         self.mask = None if mask.all().item() else mask
+        for i, layer in enumerate(self.layers):
+            prefix = f"layers.{i}."
+            own = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+            if isinstance(layer, SessaLayerCache) and self.mask is not None:
+                own = {name: hide_rows(rows, mask) for name, rows in own.items()}
+            layer.load(own)

@@ -13,14 +13,19 @@ from tokenizers import Tokenizer
 from sessa_common.errors import SessaError
 from sessa_common.fields import build, split_fields
 from sessa_common.inference.cache_contents import MASK, check_cache_arrays, is_trimmable
-from sessa_common.inference.generation import draw_on_host
+from sessa_common.inference.generation import NOTHING_FED
 from sessa_common.inference.logit_rules import LogitRules
 from sessa_common.inference.model_tokenizer import ModelTokenizer
 from sessa_common.inference.sampling import GumbelNoise, SamplingConfig
 from sessa_common.inference.texts import BATCH_SIZE, generate_texts
+from sessa_mlx._step import CompiledStep, held_arrays, undo_unless_kept
+from sessa_mlx._step_sampling import DeviceSampler
 from sessa_mlx.cache import SessaCache
 from sessa_mlx.checkpoint import load_model, to_numpy, to_tensor
 from sessa_mlx.model import SessaForCausalLM
+
+# Tokens after which buffers that are no longer used are given back, as mlx-lm does.
+CLEAR_EVERY = 256
 
 
 class Decoder:
@@ -29,6 +34,7 @@ class Decoder:
     def __init__(self, model: SessaForCausalLM) -> None:
         self.model = model.eval()
         self.config = model.config
+        self.next_token = CompiledStep(model)
         self.reset()
 
     @property
@@ -65,8 +71,29 @@ class Decoder:
         self, sampling: SamplingConfig, budget: int, noise: GumbelNoise | None = None
     ) -> Generator[np.ndarray, None, None]:
         """Yield the next ids (B,) int64, as `sessa_common.inference.generation.Decoder` says."""
-        last = None if self.last is None else to_numpy(self.last)
-        return draw_on_host(self, last, sampling, budget, noise)
+        if self.last is None:
+            raise SessaError(NOTHING_FED)
+        B, V = self.last.shape
+        if budget < 1:
+            return
+        sampler = DeviceSampler(sampling, noise or GumbelNoise(sampling.seed, range(B), V))
+        self.next_token.refresh()
+        chosen = sampler.choose(self.last)
+        mx.async_eval(chosen)
+        for turn in range(budget - 1):
+            with undo_unless_kept(self.cache) as keep:
+                # The graph of the next step is built while the device still computes this one.
+                logits = self.next_token(chosen[:, None], self.cache)
+                following = sampler.choose(logits, ahead=1)
+                ids = sampler.take(chosen)
+                # Not earlier: MLX would copy every buffer that the last step still reads.
+                mx.async_eval(following, logits, held_arrays(self.cache))
+                yield ids
+                keep()
+            self.last, chosen = logits, following
+            if turn % CLEAR_EVERY == CLEAR_EVERY - 1:
+                mx.clear_cache()
+        yield sampler.take(chosen)
 
     def trim(self, count: int) -> None:
         """Drop the last `count` positions; SessaError where that is impossible."""
@@ -84,7 +111,7 @@ class Decoder:
         if not arrays:
             return {}
         B = len(next(iter(arrays.values())))
-        mask = self.cache.mask
+        mask = self.cache._full_mask(self.length)
         arrays[MASK] = np.ones((B, self.length), bool) if mask is None else to_numpy(mask)
         return arrays
 
@@ -102,13 +129,14 @@ class Decoder:
 
     def _run(self, tokens: np.ndarray, mask: np.ndarray | None, keep: int) -> mx.array:
         ids = mx.array(tokens.astype(np.int32))
+        if ids.shape[1] == 1 and mask is None and self.cache.length:
+            self.next_token.refresh()
+            logits = self.next_token(ids, self.cache)
+            mx.eval(logits, held_arrays(self.cache))
+            return logits[:, None]
         seen = None if mask is None else mx.array(mask != 0)
         logits = self.model(ids, cache=self.cache, attention_mask=seen, logits_to_keep=keep)
-        # The cache is evaluated too: a lazy one would keep a graph that grows with each token.
-        held = [
-            getattr(x, "buffer", x) for layer in self.cache.layers for x in vars(layer).values()
-        ]
-        mx.eval(logits, [array for array in held if array is not None])
+        mx.eval(logits, held_arrays(self.cache))
         return logits.astype(mx.float32)
 
 

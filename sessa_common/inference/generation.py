@@ -17,6 +17,7 @@ from sessa_common.inference.sampling import GumbelNoise, SamplingConfig, choose
 # Tokens to write when the caller gives no number and the context has room for them.
 MAX_TOKENS = 200
 PREFILL_CHUNK = 512
+NOTHING_FED = "nothing was fed to the decoder since its cache changed; feed a token"
 
 
 class Decoder(Protocol):
@@ -98,7 +99,7 @@ def draw_on_host(
     `logits` are those of the last token, None when nothing was fed.
     """
     if logits is None:
-        raise SessaError("nothing was fed to the decoder since its cache changed; feed a token")
+        raise SessaError(NOTHING_FED)
     noise = noise or GumbelNoise(sampling.seed, range(len(logits)), logits.shape[-1])
     for turn in range(budget):
         ids = choose(rules.apply(logits) if rules else logits, sampling, noise)

@@ -14,6 +14,7 @@ from sessa_common.errors import SessaError, expect
 # The largest factor on the logits: a smaller temperature than its inverse takes the likeliest
 # token, and the products stay finite.
 LARGEST_INVERSE_TEMPERATURE = 1e30
+NOT_FINITE = "the model's logits are not finite numbers; the weights are damaged"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +104,7 @@ def choose(
     scores = np.asarray(logits, np.float32)
     # The largest is NaN when any is, and -inf when no token can be chosen.
     if not np.isfinite(scores.max(axis=-1)).all():
-        raise SessaError("the model's logits are not finite numbers; the weights are damaged")
+        raise SessaError(NOT_FINITE)
     if config.temperature > 0:
         scores = filter_logits(scores, config) + noise.take()
     return scores.argmax(axis=-1)

@@ -1,0 +1,213 @@
+"""Decoding in MLX: launches of a step, memory of a step and of long texts, weights that change."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from itertools import islice
+from pathlib import Path
+from unittest import mock
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten, tree_unflatten
+from support.mlx_pool import VIEWS, Pool, primitives, replay
+
+from sessa_common.config import SessaConfig
+from sessa_common.inference.sampling import SamplingConfig
+from sessa_mlx._step import CompiledStep, held_arrays
+from sessa_mlx.attention import apply_rope, rope_of, rope_tables
+from sessa_mlx.cache import GrowingBuffer, SessaCache
+from sessa_mlx.checkpoint import new_model
+from sessa_mlx.decoding import Decoder
+from sessa_mlx.model import SessaForCausalLM
+
+MOST_LAUNCHES = 24
+
+
+def small_config(**options) -> SessaConfig:
+    given = {"vocab_size": 60, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return SessaConfig(**{**given, **options})
+
+
+def fed(model: SessaForCausalLM, length: int) -> SessaCache:
+    """A cache of `length` positions."""
+    cache = SessaCache(model.config)
+    ids = mx.array(np.random.default_rng(0).integers(0, model.config.vocab_size, (1, length)))
+    mx.eval(model(ids, cache=cache, logits_to_keep=1), held_arrays(cache))
+    return cache
+
+
+@contextmanager
+def fused_on_a_gpu() -> Iterator[None]:
+    """Let each fused operation be one primitive, as on a GPU; the CPU has them in parts."""
+
+    def one(x, *others, **options):
+        arrays = [x for x in (*others, *options.values()) if isinstance(x, mx.array)]
+        return mx.depends([mx.sort(x, -1)], arrays)[0]
+
+    with (
+        mock.patch.object(mx.fast, "layer_norm", one),
+        mock.patch.object(mx.fast, "rope", one),
+        mock.patch.object(mx.fast, "scaled_dot_product_attention", one),
+    ):
+        yield
+
+
+def launches(layers: int, dtype: str, folder: Path) -> int:
+    """Kernels of one compiled step."""
+    model = new_model(small_config(num_hidden_layers=layers), dtype=dtype)
+    cache, step = fed(model, 3), CompiledStep(model)
+    step.refresh()
+    with fused_on_a_gpu():
+        logits = step(mx.array([[1]]), cache)
+        mx.export_to_dot(str(folder / "step.dot"), logits, *held_arrays(cache))
+    names = re.findall(r'label ="([^"]+)"', (folder / "step.dot").read_text())
+    return sum(name not in VIEWS for name in names)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_layer_takes_few_launches(dtype, tmp_path):
+    found = [launches(layers, dtype, tmp_path) for layers in (2, 3, 4)]
+    assert found[2] - found[1] == found[1] - found[0] <= MOST_LAUNCHES
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_step_copies_no_buffer(dtype):
+    model = new_model(small_config(hidden_size=64, max_position_embeddings=4096), dtype=dtype)
+    decoder = Decoder(model)
+    decoder.feed(np.random.default_rng(0).integers(0, 60, (1, 1100)))
+    smallest = min(
+        held.buffer.nbytes
+        for layer in decoder.cache.layers
+        for held in vars(layer).values()
+        if held.buffer is not None
+    )
+    with closing(decoder.draw(SamplingConfig(temperature=0), 40)) as drawn:
+        list(islice(drawn, 10))
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        list(islice(drawn, 20))
+        assert mx.get_peak_memory() - before < smallest
+
+
+@pytest.mark.parametrize("tokens", [2_000, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_memory_is_flat_over_long_texts(tokens):
+    config = small_config(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=1, max_position_embeddings=10_100
+    )
+    decoder = Decoder(new_model(config))
+    decoder.feed(np.array([[1, 2, 3]]))
+    besides = []
+    for turn, _ in enumerate(decoder.draw(SamplingConfig(temperature=0), tokens + 1)):
+        if turn % 500 == 250:
+            held = sum(array.nbytes for array in held_arrays(decoder.cache))
+            besides.append(mx.get_active_memory() + mx.get_cache_memory() - held)
+    assert decoder.length == tokens + 3
+    # Two vectors as long as the text, of scores and masks, and the pool between two clearings.
+    assert max(besides) - besides[0] < 300 * 2**10, besides
+
+
+def rooms(tokens: int) -> list[int]:
+    """The rows for which a buffer has room while it grows by single rows to `tokens`."""
+    buffer, found = GrowingBuffer(1), []
+    for _ in range(tokens):
+        buffer.append(mx.zeros((1, 1, 1)))
+        found.append(buffer.buffer.shape[1])
+    mx.eval(buffer.buffer)
+    return found
+
+
+def step_graph(step: CompiledStep, rows: int) -> list[dict]:
+    """The primitives of a step that reads `rows` rows; nothing is computed."""
+    config = step.model.config
+    D, step.rows = config.hidden_size, rows
+    heads = (1, config.num_key_value_heads, rows, config.head_dim)
+    k, v = (mx.zeros(heads, dtype=mx.bfloat16) for _ in "kv")
+    k_fb, s, newest = (mx.zeros((1, n, D)) for n in (rows, rows, 1))
+    one = {"k": k, "v": v, "k_fb": k_fb, "s": s, "newest": newest}
+    flat = tree_flatten([one] * config.num_hidden_layers)
+
+    def run(ids, index, *arrays):
+        names = [name for name, _ in flat]
+        layers = tree_unflatten(list(zip(names, arrays, strict=True)))
+        logits, layers = step._step(ids, index, {}, layers)
+        return [logits, *(array for _, array in tree_flatten(layers))]
+
+    return primitives(run, mx.array([[1]]), mx.array([5]), *(array for _, array in flat))
+
+
+def largest_pool(tokens: int, *, clears: bool, grown: list[int]) -> float:
+    """The largest ratio of pooled to live bytes while tokens are decoded, by MLX's rule."""
+    config = small_config(hidden_size=512, num_attention_heads=8)
+    step, pool, worst = CompiledStep(new_model(config, dtype="bfloat16")), Pool(), 0.0
+    step.refresh()
+    pool.live = sum(array.nbytes for _, array in tree_flatten(step.model.parameters()))
+    held: list[int] = []
+    for turn, room in enumerate(grown[:tokens]):
+        if turn == 0 or room != grown[turn - 1]:
+            sizes = [width * room for width in (1024, 1024, 2048, 2048)] * 2  # bytes of a row
+            old, held = held, [pool.allocate(size) for size in sizes]
+            for size in old:
+                pool.free(size)
+            if clears:
+                pool.clear()
+        if turn % 256 == 0:
+            graph = step_graph(step, turn + 256)
+            if clears:
+                pool.clear()
+        if turn % 64 == 0:
+            replay(graph, pool)
+        worst = max(worst, pool.pooled / pool.live)
+    return worst
+
+
+def test_the_pool_stays_small_over_eight_thousand_tokens():
+    grown = rooms(8192)
+    assert largest_pool(8192, clears=True, grown=grown) <= 2
+    # The simulation sees buffers that grow by chunks and are never given back.
+    by_chunks = [-(-(turn + 1) // 256) * 256 for turn in range(8192)]
+    assert largest_pool(8192, clears=False, grown=by_chunks) > 4
+    assert len(set(grown)) < 12
+
+
+def test_projections_are_joined_without_a_second_copy():
+    model = new_model(small_config(hidden_size=256))
+    before = mx.get_active_memory()
+    CompiledStep(model).refresh()
+    assert mx.get_active_memory() - before < 1000
+
+
+def test_new_weights_are_used():
+    model = new_model(small_config())
+    decoder = Decoder(model)
+    decoder.step(np.array([[1, 2, 3]]))
+    old = decoder.step(np.array([[4]]))
+    model.update(new_model(small_config(), seed=1).parameters())
+    decoder.trim(1)
+    fresh = Decoder(model)
+    fresh.restore_cache(decoder.cache_arrays())
+    new = decoder.step(np.array([[4]]))
+    assert np.abs(new - old).max() > 1e-2
+    np.testing.assert_allclose(new, fresh.step(np.array([[4]])), atol=1e-6)
+
+
+@pytest.mark.parametrize("first", [0, 500, 8000])
+def test_rotary_positions_are_as_exact_as_their_tables(first):
+    config = small_config(hidden_size=256)
+    x = np.random.default_rng(0).standard_normal((2, 4, 3, 64)).astype(np.float32)
+    rows = mx.zeros((2, 3, 256))
+    positions = first + np.arange(3)
+    angles = positions[:, None] * config.rope_theta ** (-np.arange(0, 64, 2) / 64)
+    even, odd = x[..., ::2].astype(np.float64), x[..., 1::2].astype(np.float64)
+    cos, sin = np.cos(angles), np.sin(angles)
+    want = np.stack([even * cos - odd * sin, odd * cos + even * sin], -1).reshape(x.shape)
+    tables = rope_tables(mx.array(positions)[None], 64, config.rope_theta, mx.float32)
+    errors = [
+        np.abs(np.array(apply_rope(mx.array(x), rope)) - want).max()
+        for rope in (rope_of(config, rows, first), tables)
+    ]
+    # Half a unit in the last place of the largest angle, on both sides of a sum.
+    assert errors[0] <= max(1.5 * errors[1], 1e-6) and errors[1] <= 1e-6 + first * 1.2e-7
