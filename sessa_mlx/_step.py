@@ -20,12 +20,13 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from sessa_mlx._step_cache import Position, StepLayerCache, join_projections
+from sessa_mlx._step_cache import Position, StepLayerCache, join_projections, on_gpu
+from sessa_mlx.attention import _rope_from
 from sessa_mlx.cache import GrowingBuffer, Mamba2LayerCache, SessaCache, SessaLayerCache
 from sessa_mlx.model import SessaForCausalLM
 
-# The step reads a multiple of this number of rows.
-ROWS = 256
+# The step reads a multiple of this number of rows; fewer where no graph is kept.
+ROWS, ROWS_ON_CPU = 256, 32
 
 Arrays = dict[str, Any]
 Projection = Callable[[mx.array], mx.array]
@@ -34,11 +35,14 @@ Projection = Callable[[mx.array], mx.array]
 class CompiledStep:
     """Appends one token to the cache of a model, like a call of the model without a mask.
 
-    The graph holds the weights of the model as they are when `refresh` is called.
+    The graph holds the weights of the model as they are when `refresh` is called. On a CPU it is
+    built for every token unless `compiled` is given: MLX would call a C++ compiler for every kind
+    of fused operation, which takes about a second each.
     """
 
-    def __init__(self, model: SessaForCausalLM) -> None:
+    def __init__(self, model: SessaForCausalLM, compiled: bool | None = None) -> None:
         self.model = model
+        self.compiled = on_gpu() if compiled is None else compiled
         self.weights: list[mx.array] = []
         self.projections: list[Projection | None] = []
         self.rows = 0
@@ -67,9 +71,10 @@ class CompiledStep:
         Nothing is evaluated; `held_arrays` gives what the cache holds then.
         """
         _make_room(cache)
-        rows = -(-(cache.length + 1) // ROWS) * ROWS
+        step = ROWS if self.compiled else ROWS_ON_CPU
+        rows = -(-(cache.length + 1) // step) * step
         if rows != self.rows or self.run is None:
-            self.rows, self.run = rows, mx.compile(self._step)
+            self.rows, self.run = rows, mx.compile(self._step) if self.compiled else self._step
         index = mx.array([cache.length], dtype=mx.int32)
         held = [_take(layer) for layer in cache.layers]
         count = 0
@@ -86,15 +91,17 @@ class CompiledStep:
     def _step(
         self, ids: mx.array, index: mx.array, padding: Arrays, layers: list[Arrays]
     ) -> tuple[mx.array, list[Arrays]]:
-        body = self.model.model
-        position = Position.after(index, self.rows, padding)
+        body, config = self.model.model, self.model.config
         x = body.embed_tokens(ids)
+        first = index - padding["hidden"] if padding else index
+        rope = _rope_from(config, first, x) if config.rotates else None
+        position = Position.after(index, self.rows, padding.get("mask"), rope)
         held = []
         for layer, arrays, project in zip(body.layers, layers, self.projections, strict=True):
             cache = _inside(arrays, position, project)
             x = layer(x, cache=cache)
             held.append(_outside(cache))
-        tied = self.model.config.tie_word_embeddings
+        tied = config.tie_word_embeddings
         head = body.embed_tokens.as_linear if tied else self.model.lm_head
         return head(body.norm(x))[:, 0].astype(mx.float32), held
 

@@ -6,6 +6,7 @@ import copy
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 from mlx import nn
@@ -20,25 +21,22 @@ class Position:
     """The place of the new token: the rows that it sees and its rotary position."""
 
     index: mx.array  # (1,) int32, the number of cached positions
-    rotary: mx.array  # (1 or B,) int32
     seen: mx.array  # (1 or B, 1, 1, R) bool, the cached tokens that are no padding, and itself
     past: mx.array  # (1 or B, 1, R) float32, 0 for a cached token and HIDDEN for any other row
+    rope: Any  # the rotary position as `attention.apply_rope` takes it, None without
 
     @classmethod
-    def after(cls, index: mx.array, rows: int, padding: dict[str, mx.array]) -> Position:
-        """The position behind `index` cached ones.
-
-        `padding` has the mask (B, R) and the number of hidden positions (B,), or is empty.
-        """
+    def after(cls, index: mx.array, rows: int, mask: mx.array | None, rope: Any) -> Position:
+        """The position behind `index` cached ones; mask (B, R) is False for padding."""
         column = mx.arange(rows)[None]
         cached = column < index
-        if padding:
-            cached = cached & padding["mask"]
+        if mask is not None:
+            cached = cached & mask
         return cls(
             index=index,
-            rotary=index - padding["hidden"] if padding else index,
             seen=(cached | (column == index))[:, None, None],
             past=mx.where(cached, 0.0, HIDDEN)[:, None],
+            rope=rope,
         )
 
 
@@ -77,6 +75,11 @@ def hide_rows(rows: mx.array, mask: mx.array | None) -> mx.array:
         return rows
     mask = mask[:, -rows.shape[-2] :, None]
     return mx.where(mask[:, None] if rows.ndim == 4 else mask, rows, 0)
+
+
+def on_gpu() -> bool:
+    """Return True when MLX computes on a GPU."""
+    return mx.default_device().type == mx.DeviceType.gpu
 
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "proj_fb")

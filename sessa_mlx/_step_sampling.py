@@ -10,6 +10,7 @@ import numpy as np
 
 from sessa_common.errors import SessaError
 from sessa_common.inference.sampling import NOT_FINITE, GumbelNoise, SamplingConfig
+from sessa_mlx._step_cache import on_gpu
 
 
 class DeviceSampler:
@@ -20,7 +21,8 @@ class DeviceSampler:
 
     def __init__(self, config: SamplingConfig, noise: GumbelNoise) -> None:
         self.random, self.noise = config.temperature > 0, noise
-        self.run = mx.compile(partial(_choose, config))
+        choose = partial(_choose, config)
+        self.run = mx.compile(choose) if on_gpu() else choose
 
     def choose(self, logits: mx.array, ahead: int = 0) -> mx.array:
         """The ids (B,) int32 for logits (B, V), `ahead` draws after the next; not evaluated."""
@@ -67,7 +69,7 @@ def _nucleus(ranked: mx.array, counts: mx.array, top_p: float) -> mx.array:
     The sums are in float64 as on the host where MLX has it, which is on the CPU alone. Sums in
     float32 choose other tokens only if a sum is within rounding of top_p.
     """
-    work = mx.float64 if mx.default_device().type == mx.DeviceType.cpu else mx.float32
+    work = mx.float32 if on_gpu() else mx.float64
     p = mx.where(mx.arange(ranked.shape[-1]) < counts, mx.exp(ranked), 0).astype(work)
     before = mx.cumsum(p, axis=-1) - p
     reached = before < top_p * p.sum(-1, keepdims=True)

@@ -12,7 +12,7 @@ import numpy as np
 from mlx import nn
 
 from sessa_common.config import SessaConfig
-from sessa_mlx._step_cache import StepLayerCache, hide_rows
+from sessa_mlx._step_cache import StepLayerCache, hide_rows, on_gpu
 from sessa_mlx.cache import SessaLayerCache
 
 
@@ -20,7 +20,7 @@ from sessa_mlx.cache import SessaLayerCache
 class _Consecutive:
     """Rotary positions first, first + 1, ...; MLX has one kernel for these."""
 
-    first: mx.array | int  # one number, or (B,)
+    first: mx.array  # (1,) or (B,)
     periods: mx.array  # (d/2,) float32, theta^(2i/d)
 
 
@@ -53,26 +53,24 @@ def rope_of(
     """
     if not config.use_forward_rope:
         return None
-    if key_mask is None and x.dtype != mx.float64:
-        return _Consecutive(past, _periods(config))
     if key_mask is None:
-        positions = mx.arange(past, past + x.shape[1])[None]
-    else:
-        positions = mx.maximum(mx.cumsum(key_mask.astype(mx.int32), -1) - 1, 0)[:, past:]
+        return _rope_from(config, mx.array([past]), x)
+    positions = mx.maximum(mx.cumsum(key_mask.astype(mx.int32), -1) - 1, 0)[:, past:]
     return rope_tables(positions, config.head_dim, config.rope_theta, x.dtype)
 
 
-def _rope_at(config: SessaConfig, position: mx.array, dtype: mx.Dtype) -> Rope:
-    """The rotary positions of one token in each row; position (1,) or (B,)."""
-    if dtype == mx.float64:
-        return rope_tables(position[:, None], config.head_dim, config.rope_theta, dtype)
-    return _Consecutive(position, _periods(config))
+def _rope_from(config: SessaConfig, first: mx.array, x: mx.array) -> Rope:
+    """The positions first, first + 1, ... of rows x (B, T, D); first is (1,) or (B,).
 
-
-def _periods(config: SessaConfig) -> mx.array:
-    """theta^(2i/d), rounded once; MLX's own powers in float32 are less exact."""
+    MLX's kernel is faster than tables on a GPU alone.
+    """
+    if x.dtype == mx.float64 or not on_gpu():
+        positions = first[:, None] + mx.arange(x.shape[1])
+        return rope_tables(positions, config.head_dim, config.rope_theta, x.dtype)
     d = config.head_dim
-    return mx.array(config.rope_theta ** (np.arange(0, d, 2) / d), dtype=mx.float32)
+    # Rounded once; MLX's own powers in float32 are less exact.
+    periods = config.rope_theta ** (np.arange(0, d, 2) / d)
+    return _Consecutive(first, mx.array(periods, dtype=mx.float32))
 
 
 def apply_rope(x: mx.array, rope: Rope) -> mx.array:
@@ -173,8 +171,8 @@ class AttentionMixer(nn.Module):
         d, position = self.config.head_dim, cache.position
         heads = projected[..., : (H + 2 * G) * d].reshape(B, 1, -1, d).swapaxes(1, 2)
         rotated, v = mx.split(heads, [H + G], 1)
-        if self.config.use_forward_rope:
-            rotated = apply_rope(rotated, _rope_at(self.config, position.rotary, v.dtype))
+        if position.rope is not None:
+            rotated = apply_rope(rotated, position.rope)
         q, k = mx.split(rotated, [H], 1)
         k = cache.write("k", k, position.index, axis=2)
         v = cache.write("v", v, position.index, axis=2)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
 import ml_dtypes
 import mlx.core as mx
 import numpy as np
+from mlx import nn
 from mlx.utils import tree_flatten
 
-from sessa_common.checkpoint.folder import check_weights, load_weights
+from sessa_common.checkpoint.folder import check_weights, load_packed_weights, load_weights
 from sessa_common.checkpoint.initialization import initial_weights
+from sessa_common.checkpoint.stored_types import is_exact
 from sessa_common.config import DTYPES, SessaConfig
 from sessa_common.errors import SessaError, expect
 from sessa_mlx.model import SessaForCausalLM
@@ -34,12 +37,22 @@ def load_model(
 ) -> SessaForCausalLM:
     """Load the model of a checkpoint folder, in the dtype of its config unless another is given.
 
-    device is "cpu" or "gpu"; see `choose_device`. Raises SessaError for a folder that is no
-    checkpoint and a device that is not there.
+    A folder that MLX quantised stays packed in memory, except in float64, for which MLX has no
+    packed product. device is "cpu" or "gpu"; see `choose_device`. Raises SessaError for a folder
+    that is no checkpoint and a device that is not there.
     """
     _check_dtype(dtype)
-    config, weights = load_weights(folder)
-    return build_model(config, weights, dtype=dtype, device=device)
+    config, tensors, packed = load_packed_weights(folder)
+    if not packed or (dtype or config.dtype) == "float64":
+        config, tensors = load_weights(folder) if packed else (config, tensors)
+        return build_model(config, tensors, dtype=dtype, device=device)
+    model = _empty_model(config, dtype, device)
+    nn.quantize(
+        model,
+        class_predicate=lambda path, module: path in packed and dataclasses.asdict(packed[path]),
+    )
+    _copy_weights(model, tensors, getattr(mx, dtype or config.dtype))
+    return model
 
 
 def new_model(
@@ -65,26 +78,56 @@ def build_model(
     MLX has one default device for a process; the chosen device becomes the default.
     """
     _check_dtype(dtype)
+    model = _empty_model(config, dtype, device)
+    set_weights(model, weights)
+    return model
+
+
+def _empty_model(config: SessaConfig, dtype: str | None, device: str | None) -> SessaForCausalLM:
     mx.set_default_device(mx.Device(getattr(mx, choose_device(device))))
     model = SessaForCausalLM(config)
     model.set_dtype(getattr(mx, dtype or config.dtype))
-    set_weights(model, weights)
     return model
 
 
 def set_weights(model: SessaForCausalLM, weights: Mapping[str, np.ndarray]) -> None:
     """Copy arrays into the parameters of the same name, casting to the parameters' dtype."""
     check_weights(model.config, weights, "weights")
-    parameters = dict(tree_flatten(model.parameters()))
-    model.load_weights(
-        [(name, to_tensor(weights[name]).astype(old.dtype)) for name, old in parameters.items()]
-    )
+    _copy_weights(model, weights, model.model.norm.weight.dtype)
+
+
+def _copy_weights(
+    model: SessaForCausalLM, weights: Mapping[str, np.ndarray], dtype: mx.Dtype
+) -> None:
+    """Copy arrays into the parameters of the same name, in the dtypes of a model of `dtype`."""
+    arrays = {name: to_tensor(weights[name]) for name in dict(tree_flatten(model.parameters()))}
+    model.load_weights([(name, x.astype(_dtype_in(name, x, dtype))) for name, x in arrays.items()])
     mx.eval(model.parameters())
 
 
+def _dtype_in(name: str, weight: mx.array, dtype: mx.Dtype) -> mx.Dtype:
+    """The dtype of a weight in a model of `dtype`."""
+    if weight.dtype == mx.uint32:
+        return mx.uint32
+    wide = is_exact(name) and weight.dtype == mx.float32 and dtype.size < 4
+    return mx.float32 if wide else dtype
+
+
 def model_weights(model: SessaForCausalLM) -> dict[str, np.ndarray]:
-    """Return every parameter as a NumPy array (bfloat16 by ml_dtypes) by its checkpoint name."""
+    """Return every parameter as a NumPy array (bfloat16 by ml_dtypes) by its checkpoint name.
+
+    Packed weights are given as the numbers that they stand for.
+    """
     parameters = dict(tree_flatten(model.parameters()))
+    for path, module in model.named_modules():
+        if isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
+            parameters[f"{path}.weight"] = mx.dequantize(
+                module.weight,
+                scales=parameters.pop(f"{path}.scales"),
+                biases=parameters.pop(f"{path}.biases"),
+                group_size=module.group_size,
+                bits=module.bits,
+            )
     return {name: to_numpy(value) for name, value in parameters.items()}
 
 

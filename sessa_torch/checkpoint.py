@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sessa_common.checkpoint.folder import check_weights, load_weights
 from sessa_common.checkpoint.initialization import initial_weights
+from sessa_common.checkpoint.stored_types import is_exact
 from sessa_common.config import DTYPES, SessaConfig
 from sessa_common.errors import SessaError, expect
 from sessa_torch.model import SessaForCausalLM
@@ -73,6 +74,9 @@ def build_model(
     with torch.device("meta"):
         model = SessaForCausalLM(config)
     model.to_empty(device=device).to(getattr(torch, dtype or config.dtype))
+    for name, parameter in model.named_parameters():
+        if is_exact(name) and parameter.itemsize < weights[name].itemsize:
+            parameter.data = parameter.data.float()
     set_weights(model, weights)
     return model
 

@@ -87,6 +87,9 @@ def generate(
     device: Annotated[
         str | None, typer.Option(help="Device of the framework, such as cpu, cuda, mps, gpu.")
     ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Type to compute in. Default: the type of the checkpoint.")
+    ] = None,
     native: Annotated[
         bool,
         typer.Option(
@@ -102,7 +105,7 @@ def generate(
     sampling = build(SamplingConfig, given_fields(context.params, SamplingConfig))
     rules = read_rules(context.params)
     prompts = _prompts(prompt, prompt_file)
-    decoder = _load(checkpoint, backend, device, native)
+    decoder = _load(checkpoint, backend, device, dtype, native)
     tokenizer = ModelTokenizer.open(checkpoint, decoder.config, parse_special_tokens)
     live = not json_output and len(prompts) == 1
     # The prompt is written before its first continuation, so after the check of the request.
@@ -169,7 +172,9 @@ def _prompts(prompt: list[str] | None, prompt_file: Path | None) -> list[str]:
     return [read_standard_input() if text == "-" else text for text in given]
 
 
-def _load(checkpoint: Path, backend: str | None, device: str | None, native: bool) -> Decoder:
+def _load(
+    checkpoint: Path, backend: str | None, device: str | None, dtype: str | None, native: bool
+) -> Decoder:
     from sessa_export.runtime import is_exported, load_decoder
 
     if not checkpoint.is_dir():
@@ -177,13 +182,15 @@ def _load(checkpoint: Path, backend: str | None, device: str | None, native: boo
     if backend == "onnx" or (backend in (None, "auto") and is_exported(checkpoint)):
         if device not in (None, "cpu"):
             raise SessaError(f"device is {device!r}; ONNX Runtime runs on the cpu here")
+        if dtype is not None:
+            raise SessaError("`dtype` is for a checkpoint; an exported model has its own")
         decoder: Decoder = load_decoder(checkpoint, native=native)
         _say_runtime(f"{checkpoint}: an exported model, run by ONNX Runtime")
         return decoder
     if native:
         raise SessaError("`native` is for a folder that `sessa export` wrote")
     name = choose_backend(backend)
-    decoder = framework(name, "decoding").load_decoder(checkpoint, device=device)
+    decoder = framework(name, "decoding").load_decoder(checkpoint, dtype=dtype, device=device)
     _say_runtime(f"{checkpoint}: a checkpoint, run by {name}")
     return decoder
 

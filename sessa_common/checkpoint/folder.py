@@ -24,7 +24,12 @@ from sessa_common.checkpoint.manifest import (
     read_settled,
     write_manifest,
 )
-from sessa_common.checkpoint.quantization import dequantize_weights, is_quantized
+from sessa_common.checkpoint.quantization import (
+    Packing,
+    dequantize_weights,
+    is_quantized,
+    packings,
+)
 from sessa_common.config import SessaConfig, parameter_shapes
 from sessa_common.errors import SessaError
 from sessa_common.input_files import require_regular
@@ -176,6 +181,38 @@ def load_weights(folder: Path | str) -> tuple[SessaConfig, dict[str, np.ndarray]
     check_weights(config, weights, str(folder))
     require_finite_weights(weights, str(folder))
     return config, weights
+
+
+def load_packed_weights(
+    folder: Path | str,
+) -> tuple[SessaConfig, dict[str, np.ndarray], dict[str, Packing]]:
+    """Read a checkpoint folder as `load_weights` does, but leave quantised matrices packed.
+
+    The third result says how each of these is packed, by its name without ".weight"; it is empty
+    for a folder that is not quantised.
+    """
+    folder = Path(folder)
+    config = load_config(folder)
+    tensors = channels_first(read_tensors(folder))
+    settings = read_json(folder / "config.json").get("quantization")
+    packed = packings(tensors, settings, config.hidden_size, str(folder))
+    check_weights(config, _unpacked_shapes(tensors, packed), str(folder))
+    floats = {name: value for name, value in tensors.items() if value.dtype != np.uint32}
+    require_finite_weights(floats, str(folder))
+    return config, tensors, packed
+
+
+def _unpacked_shapes(
+    tensors: Mapping[str, np.ndarray], packed: Mapping[str, Packing]
+) -> dict[str, np.ndarray]:
+    """Stand-ins with the shapes and dtypes that the weights have without packing."""
+    found = dict(tensors)
+    for path, packing in packed.items():
+        scales = found.pop(f"{path}.scales")
+        del found[f"{path}.biases"]
+        shape = len(scales), scales.shape[1] * packing.group_size
+        found[f"{path}.weight"] = np.broadcast_to(np.zeros((), scales.dtype), shape)
+    return found
 
 
 def read_tensors(folder: Path) -> dict[str, np.ndarray]:

@@ -9,6 +9,7 @@ with `X.scales` and `X.biases` (out, in/g) in the weight's floating type; a Line
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,14 @@ BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
 # Numbers that share a scale unless another size is asked for, as in mlx-lm.
 GROUP_SIZE = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packing:
+    """How a quantised matrix is packed: bits of a number, and numbers that share a scale."""
+
+    bits: int
+    group_size: int
 
 
 def quantize(
@@ -112,21 +121,36 @@ def dequantize_weights(
     settings is config.json's "quantization", with per-path overrides; without it the groups are
     found from `width`, the number of columns. Raises SessaError when the parts do not fit together.
     """
-    paths = {name.removesuffix(".scales") for name in tensors if name.endswith(".scales")}
-    spent = {f"{path}.{part}" for path in paths for part in ("scales", "biases")}
+    found = packings(tensors, settings, width, where)
+    spent = {f"{path}.{part}" for path in found for part in ("scales", "biases")}
     out = {name: value for name, value in tensors.items() if name not in spent}
-    for path in paths:
-        out[f"{path}.weight"] = _dequantize_path(tensors, path, settings or {}, width, where)
+    for path, packing in found.items():
+        weight, scales, biases = (tensors[f"{path}.{p}"] for p in ("weight", "scales", "biases"))
+        out[f"{path}.weight"] = dequantize(weight, scales, biases, packing.bits)
     return out
 
 
-def _dequantize_path(
+def packings(
+    tensors: Mapping[str, np.ndarray],
+    settings: Mapping[str, Any] | None,
+    width: int,
+    where: str,
+) -> dict[str, Packing]:
+    """How every quantised matrix is packed, by its name without ".weight".
+
+    Arguments and errors as in `dequantize_weights`.
+    """
+    paths = (name.removesuffix(".scales") for name in tensors if name.endswith(".scales"))
+    return {path: _packing(tensors, path, settings or {}, width, where) for path in paths}
+
+
+def _packing(
     tensors: Mapping[str, np.ndarray],
     path: str,
     settings: Mapping[str, Any],
     width: int,
     where: str,
-) -> np.ndarray:
+) -> Packing:
     own = settings.get(path)
     own = {**settings, **own} if isinstance(own, dict) else settings
     if own.get("mode", "affine") != "affine" or f"{path}.biases" not in tensors:
@@ -148,7 +172,7 @@ def _dequantize_path(
             f"{where}: {path} has packed shape {weight.shape}, scales {scales.shape} and biases "
             f"{biases.shape}: not affine groups of {columns // scales.shape[1]} ({stated})"
         )
-    return dequantize(weight, scales, biases, int(bits))
+    return Packing(bits=int(bits), group_size=columns // scales.shape[1])
 
 
 def _either(values: tuple[int, ...]) -> str:

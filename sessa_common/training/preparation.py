@@ -265,7 +265,7 @@ def _resumed_run(
         config=config,
         settings=settings,
         source=_read_source(tokenizer, end, config, settings, tell),
-        weights=load_weights(folder)[1],
+        weights=_float32_weights(folder),
         tokenizer=tokenizer,
         end_id=end,
         resumed=True,
@@ -290,7 +290,11 @@ def _first_weights(
 ) -> dict[str, np.ndarray]:
     if init is None:
         return initial_weights(config, settings.seed)
-    return {name: value.astype(np.float32) for name, value in load_weights(init)[1].items()}
+    return _float32_weights(init)
+
+
+def _float32_weights(folder: Path) -> dict[str, np.ndarray]:
+    return {name: value.astype(np.float32) for name, value in load_weights(folder)[1].items()}
 
 
 def _bpe_sample(settings: TrainConfig, tell: Tell) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -15,6 +16,7 @@ from tokenizers import Tokenizer
 from sessa_common.checkpoint.finite import require_finite_weights
 from sessa_common.checkpoint.folder import (
     SHARD_SIZE,
+    load_config,
     open_safetensors,
     read_safetensors,
     write_safetensors,
@@ -23,6 +25,7 @@ from sessa_common.checkpoint.folder import (
 from sessa_common.checkpoint.manifest import is_undamaged, verify, write_manifest
 from sessa_common.checkpoint.run_files import RESULT, STATE, TRAINING
 from sessa_common.checkpoint.saves import add_save, finish_save, list_saves
+from sessa_common.checkpoint.stored_types import as_stored
 from sessa_common.config import (
     SessaConfig,
     TrainConfig,
@@ -61,15 +64,20 @@ def create_run_folder(
 ) -> None:
     """Make the folder of a new run, whole, with the backend's first weights as step 0.
 
+    A model that is trained in bfloat16 is stored in bfloat16; its float32 weights are in the
+    training state.
+
     It appears under its name when everything in it is written, so a failure leaves what was there
     before; it stays locked until `lock_until` is closed. Raises SessaError when the folder is not
     empty, unless `force`.
     """
+    dtype = "bfloat16" if backend.precision == "bfloat16" else run.config.dtype
+    config = dataclasses.replace(run.config, dtype=dtype)
     with new_folder(run.folder, force=force, lock_until=lock_until) as scratch:
         write_tokenizer(scratch, run.tokenizer, run.end_id, run.config.max_position_embeddings)
-        write_json(scratch / "config.json", run.config.to_dict())
+        write_json(scratch / "config.json", config.to_dict())
         write_json(scratch / TRAINING, run.settings.to_dict())
-        write_manifest(scratch, _write_save(scratch, run, backend, 0), step=0)
+        write_manifest(scratch, _write_save(scratch, run, backend, 0, dtype), step=0)
 
 
 @contextmanager
@@ -99,20 +107,23 @@ def save_run(
     Raises SessaError, and leaves the last save as it is, when a number is not finite.
     """
     write_json(run.folder / TRAINING, run.settings.to_dict())
+    dtype = load_config(run.folder).dtype
     add_save(
         run.folder,
-        lambda scratch: _write_save(scratch, run, backend, step),
+        lambda scratch: _write_save(scratch, run, backend, step, dtype),
         step=step,
         validation_loss=validation_loss,
         keep=run.settings.keep_checkpoints,
     )
 
 
-def _write_save(folder: Path, run: Run, backend: TrainBackend, step: int) -> list[str]:
+def _write_save(folder: Path, run: Run, backend: TrainBackend, step: int, dtype: str) -> list[str]:
+    """Write the weights in the type of config.json, and the training state in float32."""
     state = backend.state()
     require_finite_weights(state, f"step {step}")
     about = json.dumps({"step": step, "fingerprint": run.source.fingerprint})
-    names = write_weights(folder, backend.weights(), shard_size=SHARD_SIZE, framework="pt")
+    weights = as_stored(backend.weights(), dtype)
+    names = write_weights(folder, weights, shard_size=SHARD_SIZE, framework="pt")
     write_safetensors(folder / STATE, state, {"training": about})
     return [*names, STATE]
 
