@@ -65,7 +65,9 @@ class GrowingBuffer:
 
     def _drop(self, length: int) -> None:
         """Drop all but the first `length` rows."""
-        if self.buffer is not None and length < self.length:
+        if length == 0:  # The next batch may have another number of rows.
+            self.buffer, self.length = None, 0
+        elif self.buffer is not None and length < self.length:
             self.buffer[self._span(length, self.length)] = 0
             self.length = length
 
@@ -243,7 +245,7 @@ class SessaCache:
         require_trimmable(self.config, count, self.length)
         self.length -= count
         if self.mask is not None:
-            self.mask = self.mask[:, : self.length]
+            self.mask = self.mask[:, : self.length] if self.length else None
         if count:
             for layer in self.layers:
                 layer.trim(self.length)

@@ -66,6 +66,8 @@ class SessaLayerCache:
         """Keep the first `length` positions."""
         for rows in vars(self).values():
             rows.length = min(rows.length, length)
+            if length == 0:  # The next batch may have another number of rows.
+                rows.buffer = None
 
     def tensors(self) -> dict[str, Tensor]:
         """The rows that are not empty, by name."""
@@ -143,7 +145,7 @@ class SessaCache:
         require_trimmable(self.config, count, self.length)
         self.length -= count
         if self.mask is not None:
-            self.mask = self.mask[:, : self.length]
+            self.mask = self.mask[:, : self.length] if self.length else None
         if count:
             for layer in self.layers:
                 layer.trim(self.length)

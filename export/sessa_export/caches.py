@@ -53,7 +53,8 @@ class GrownCaches:
         """Replace every cache, (B, heads, P, width) float32."""
         from onnxruntime import OrtValue
 
-        self.values = [OrtValue.ortvalue_from_numpy(np.ascontiguousarray(a)) for a in arrays]
+        # A copy, because a slice may lie in the memory of a value that is dropped here.
+        self.values = [OrtValue.ortvalue_from_numpy(a.copy()) for a in arrays]
 
     def trim(self, length: int) -> None:
         """Keep the first `length` positions."""

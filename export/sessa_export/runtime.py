@@ -108,7 +108,7 @@ class Decoder:
 
     def cache_arrays(self) -> dict[str, np.ndarray]:
         """Copy the cache into arrays, named as in `cache_contents.cache_shapes`."""
-        if self.mask is None:
+        if self.mask is None or not self.length:
             return {}
         arrays = named_rows(self.config, self.layout, self.caches.arrays())
         return {**arrays, MASK: self.mask != 0}
@@ -137,6 +137,13 @@ def find_model(folder: Path | str) -> Path | None:
     folder = Path(folder)
     found = [folder / MODEL_FILE, *sorted(folder.glob("onnx/model*.onnx"))]
     return next((path for path in found if path.is_file()), None)
+
+
+def model_files(folder: Path | str) -> list[Path]:
+    """Return the files of an exported model, the weights beside it included; none without one."""
+    path = find_model(folder)
+    found = [] if path is None else [path, path.with_name(f"{path.name}_data")]
+    return [file for file in found if file.is_file()]
 
 
 def is_exported(folder: Path) -> bool:
