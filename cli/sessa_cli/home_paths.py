@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 
 # Options whose value is a text, never a path.
-TEXT_OPTIONS = ("--prompt",)
+TEXT_OPTIONS = ("--prompt", "--system")
 
 
 def expand_home(arguments: Sequence[str]) -> list[str]:

@@ -10,6 +10,7 @@ import typer
 from typer.main import get_command
 
 from sessa_cli.build_op import build_op
+from sessa_cli.chat import chat
 from sessa_cli.check import check
 from sessa_cli.common import BAD_INPUT, DIVERGED, INTERRUPTED
 from sessa_cli.compare import compare
@@ -42,6 +43,7 @@ app.command()(data)
 app.command()(compare)
 app.command()(influence)
 app.command()(generate)
+app.command()(chat)
 app.command("eval")(evaluate)
 app.command()(convert)
 app.command()(export)

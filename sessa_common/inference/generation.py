@@ -183,16 +183,17 @@ def generate(
     cached: int = 0,
     streams: Sequence[int] | None = None,
     rules: RowRules | None = None,
+    ended: Collection[int] = (),
 ) -> Generator[list[int | None], None, None]:
     """Continue prompts of any lengths; each turn yields one id a row, None for a row that ended.
 
-    A row ends at an id of `stop`, which is not yielded. Row r draws from the random stream
-    (seed, r), or (seed, streams[r]), whatever else is in the batch. `cached` is the number of ids
-    at the start of the only prompt that the cache holds already. `rules`, begun with these prompts,
-    change the logits, and tokens are then chosen on the host. When the iterator ends or is closed,
-    the cache holds the prompts and every drawn id except the last. Raises SessaError, before the
-    model runs, for an empty prompt, an id out of range, or more tokens than
-    max_position_embeddings.
+    A row ends at an id of `stop`, which is not yielded, or when the caller adds it to `ended`.
+    Row r draws from the random stream (seed, r), or (seed, streams[r]), whatever else is in the
+    batch. `cached` is the number of ids at the start of the only prompt that the cache holds
+    already. `rules`, begun with these prompts, change the logits, and tokens are then chosen on the
+    host. When the iterator ends or is closed, the cache holds the prompts and every drawn id except
+    the last. Raises SessaError, before the model runs, for an empty prompt, an id out of range, or
+    more tokens than max_position_embeddings.
     """
     if not prompts or not all(map(len, prompts)):
         raise SessaError("a prompt is empty; give at least one token")
@@ -210,7 +211,7 @@ def generate(
         decoder.config.vocab_size,
     )
     batch = _Batch(decoder, sampling, noise, rules)
-    return _generate(batch, prompts, budget, stop, prefill_chunk, cached)
+    return _generate(batch, prompts, budget, stop, prefill_chunk, cached, ended)
 
 
 @dataclass
@@ -254,6 +255,7 @@ def _generate(
     stop: Collection[int],
     chunk: int,
     cached: int,
+    ended: Collection[int],
 ) -> Generator[list[int | None], None, None]:
     batch.start(prompts, chunk, cached)
     rows = list(range(len(prompts)))  # which prompt each row of the batch continues
@@ -265,6 +267,7 @@ def _generate(
                 found = _running_ids(rows, ids, running, stop, len(prompts))
                 if running:
                     yield found
+                    running.difference_update(ended)
                 # Leaving costs a copy of the cache, so rows leave when half of them have ended.
                 if 2 * len(running) <= len(rows):
                     break

@@ -43,3 +43,40 @@ class TextStream:
 
     def _decode(self, start: int) -> str:
         return self.tokenizer.decode(self.ids[start:], skip_special_tokens=True)
+
+
+class StopTexts:
+    """Cuts a stream of text at the first of some texts, of which no part is passed on."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self.texts = tuple(texts)
+        self.held = ""
+        self.found = False
+
+    def push(self, piece: str) -> str:
+        """Add a piece and return the text that is certain to come before a stop."""
+        self.held += piece
+        starts = [start for text in self.texts if (start := self.held.find(text)) >= 0]
+        if starts:
+            self.found = True
+            certain, self.held = self.held[: min(starts)], ""
+            return certain
+        cut = len(self.held) - self._waiting()
+        certain, self.held = self.held[:cut], self.held[cut:]
+        return certain
+
+    def finish(self) -> str:
+        """Return the text that was held back; to be called once, at the end."""
+        return "" if self.found else self.held
+
+    def _waiting(self) -> int:
+        """The number of characters at the end that may be the beginning of a stop."""
+        longest = max(map(len, self.texts), default=1) - 1
+        return next(
+            (
+                n
+                for n in range(min(longest, len(self.held)), 0, -1)
+                if any(text.startswith(self.held[-n:]) for text in self.texts)
+            ),
+            0,
+        )

@@ -10,7 +10,7 @@ from sessa_common.inference.generation import Decoder, generate, token_budget
 from sessa_common.inference.logit_rules import LogitRules, PreparedRules
 from sessa_common.inference.model_tokenizer import ModelTokenizer
 from sessa_common.inference.sampling import SamplingConfig
-from sessa_common.inference.text_stream import TextStream
+from sessa_common.inference.text_stream import StopTexts, TextStream
 
 BATCH_SIZE = 16
 
@@ -67,10 +67,12 @@ class TextWriter:
         rules: LogitRules | None = None,
         max_tokens: int | None = None,
         batch_size: int = BATCH_SIZE,
+        stop_texts: Sequence[str] = (),
     ) -> None:
         expect(batch_size >= 1, "batch_size", batch_size, "at least 1")
         self.decoder, self.tokenizer, self.sampling = decoder, tokenizer, sampling
         self.max_tokens, self.batch_size = max_tokens, batch_size
+        self.stop_texts = stop_texts
         active = rules is not None and rules.active
         self.rules = PreparedRules(rules, tokenizer) if rules is not None and active else None
 
@@ -92,7 +94,7 @@ class TextWriter:
         by_length = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
         for start in range(0, len(prompts), self.batch_size):
             rows = sorted(by_length[start : start + self.batch_size])
-            texts = _Texts(self.tokenizer, rows, [prompts[row] for row in rows], on_text)
+            texts = _Texts(self, rows, [prompts[row] for row in rows], on_text)
             steps = generate(
                 self.decoder,
                 texts.prompts,
@@ -101,6 +103,7 @@ class TextWriter:
                 stop=self.tokenizer.stop_ids,
                 streams=[first + row for row in rows],
                 rules=None if self.rules is None else self.rules.start(texts.prompts),
+                ended=texts.ended,
             )
             for step in steps:
                 yield from texts.push(step)
@@ -112,16 +115,18 @@ class _Texts:
 
     def __init__(
         self,
-        tokenizer: ModelTokenizer,
+        writer: TextWriter,
         rows: list[int],
         prompts: list[Sequence[int]],
         on_text: OnText | None,
     ) -> None:
         self.rows, self.prompts, self.on_text = rows, prompts, on_text
-        self.streams = [TextStream(tokenizer.tokenizer, prompt) for prompt in prompts]
+        tokenizer = writer.tokenizer.tokenizer
+        self.streams = [TextStream(tokenizer, prompt) for prompt in prompts]
+        self.stops = [StopTexts(writer.stop_texts) for _ in prompts]
         self.pieces: list[list[str]] = [[] for _ in rows]
         self.counts = [0] * len(rows)
-        self.open = set(range(len(rows)))
+        self.open, self.ended = set(range(len(rows))), set[int]()
 
     def push(self, step: Sequence[int | None]) -> Iterator[tuple[int, Continuation]]:
         """Add one id a row; yield the rows that end here."""
@@ -131,7 +136,10 @@ class _Texts:
                 yield self._end(i, "stop")
             else:
                 self.counts[i] += 1
-                self._add(i, self.streams[i].push(token))
+                self._add(i, self.stops[i].push(self.streams[i].push(token)))
+                if self.stops[i].found:
+                    self.ended.add(i)
+                    yield self._end(i, "stop")
 
     def finish(self, budget: int | None) -> Iterator[tuple[int, Continuation]]:
         """Yield the rows that are left when no more ids come."""
@@ -140,7 +148,9 @@ class _Texts:
 
     def _end(self, i: int, finish: str) -> tuple[int, Continuation]:
         self.open.remove(i)
-        self._add(i, self.streams[i].finish())
+        if not self.stops[i].found:
+            rest = self.stops[i].push(self.streams[i].finish())
+            self._add(i, rest + self.stops[i].finish())
         return self.rows[i], Continuation("".join(self.pieces[i]), self.counts[i], finish)
 
     def _add(self, i: int, piece: str) -> None:

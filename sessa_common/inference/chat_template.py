@@ -1,0 +1,169 @@
+"""Chat templates: a conversation as the text that the model was trained to continue."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sessa_common.errors import SessaError
+from sessa_common.inference.model_tokenizer import ModelTokenizer, encode_prompt
+from sessa_common.input_files import read_limited
+from sessa_common.json_files import read_json
+
+INSTALL = "pip install 'sessa-toolchain[chat]'"
+LARGEST_TEMPLATE = 2**20
+
+ROLES = ("system", "user", "assistant")
+
+Message = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A template in Jinja, as tokenizers of transformers bring it; None is the plain template.
+
+    `tokens` are the names of special tokens that the template may use, such as eos_token.
+    """
+
+    source: str | None = None
+    tokens: Mapping[str, str] = field(default_factory=dict)
+    where: str = "the chat template"
+
+    @classmethod
+    def open(cls, folder: Path | None) -> ChatTemplate:
+        """Read chat_template.jinja of a folder, else the template in its tokenizer_config.json.
+
+        A folder without either has the plain template. Raises SessaError for files that cannot be
+        read.
+        """
+        if folder is None:
+            return cls()
+        path, settings = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+        given = read_json(settings) if settings.is_file() else {}
+        if path.is_file():
+            source = read_limited(path, LARGEST_TEMPLATE).decode("utf-8", errors="replace")
+            return cls(source, _token_names(given), str(path))
+        return cls(_template_of(given, settings), _token_names(given), str(settings))
+
+    @property
+    def stop_texts(self) -> tuple[str, ...]:
+        """Texts that end an answer; with a Jinja template its end token does."""
+        return () if self.source is not None else ("\nUser:",)
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """Return the conversation and the beginning of the next answer.
+
+        A message has a `role` ("system", "user" or "assistant") and its `content`. Raises
+        SessaError when the template fails or refuses the conversation.
+        """
+        if self.source is None:
+            return _plain(messages)
+        try:
+            template = _environment().from_string(self.source)
+            return template.render(
+                **self.tokens, messages=[dict(m) for m in messages], add_generation_prompt=True
+            )
+        except SessaError:
+            raise
+        except Exception as error:  # a template is a program, and fails in any way that one can
+            raise SessaError(f"{self.where}: the chat template failed ({error})") from None
+
+    def encode(self, tokenizer: ModelTokenizer, messages: Sequence[Message]) -> list[int]:
+        """Token ids of `render`; a Jinja template's names of special tokens become the tokens."""
+        text = self.render(messages)
+        plain = tokenizer.tokenizer.encode_special_tokens
+        tokenizer.tokenizer.encode_special_tokens = self.source is None and plain
+        try:
+            return encode_prompt(tokenizer.tokenizer, text, tokenizer.config)
+        finally:
+            tokenizer.tokenizer.encode_special_tokens = plain
+
+
+def with_system(messages: Sequence[Message], system: str | None) -> list[Message]:
+    """Return messages behind a system message, if one is given."""
+    before: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+    return [*before, *messages]
+
+
+def check_messages(given: Any, where: str) -> list[Message]:
+    """Return the messages of a conversation; SessaError unless each has a role and a content."""
+    ok = isinstance(given, list) and len(given) > 0
+    for message in given if ok else ():
+        known = isinstance(message, dict) and message.get("role") in ROLES
+        ok = ok and known and isinstance(message.get("content"), str)
+    if not ok:
+        raise SessaError(
+            f'{where}: expected "messages", a list of objects with "role" ({", ".join(ROLES)}) '
+            'and "content", a text'
+        )
+    return list(given)
+
+
+def _plain(messages: Sequence[Message]) -> str:
+    names = {"user": "User: ", "assistant": "Assistant: "}
+    said = [names.get(m["role"], "") + m["content"].strip() for m in messages]
+    return "\n".join([*said, "Assistant:"])
+
+
+def _template_of(settings: Mapping[str, Any], path: Path) -> str | None:
+    """The template in a tokenizer_config.json: a text, or the one named "default" of a list."""
+    given = settings.get("chat_template")
+    if isinstance(given, list):
+        named = {item.get("name"): item.get("template") for item in given if isinstance(item, dict)}
+        given = named.get("default")
+    if not isinstance(given, str | None):
+        raise SessaError(f"{path}: chat_template is a {type(given).__name__}, expected a text")
+    return given
+
+
+def _token_names(settings: Mapping[str, Any]) -> dict[str, str]:
+    found = {}
+    for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
+        given = settings.get(name)
+        given = given.get("content") if isinstance(given, dict) else given
+        if isinstance(given, str):
+            found[name] = given
+    return found
+
+
+def _environment() -> Any:
+    """Jinja's sandbox, with the settings and functions that templates of transformers expect."""
+    try:
+        from jinja2.ext import Extension, loopcontrols
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    except ImportError:
+        raise SessaError(
+            f"the model's chat template needs the package jinja2, which is not installed; {INSTALL}"
+        ) from None
+
+    class Generation(Extension):
+        """The tag {% generation %}, which marks answers for training and changes no text."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals.update(raise_exception=_refuse, strftime_now=_now)
+    return environment
+
+
+def _to_json(value: Any, indent: int | None = None) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+def _refuse(message: str) -> None:
+    raise SessaError(f"the chat template refuses this conversation: {message}")
+
+
+def _now(form: str) -> str:
+    return datetime.datetime.now().strftime(form)

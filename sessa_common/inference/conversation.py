@@ -1,0 +1,145 @@
+"""A conversation with a model: the cache stays between turns, the oldest turns leave first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+
+from sessa_common.errors import SessaError
+from sessa_common.inference.chat_template import ChatTemplate, Message, with_system
+from sessa_common.inference.generation import Decoder, generate, reuse_prefix
+from sessa_common.inference.logit_rules import LogitRules, PreparedRules
+from sessa_common.inference.model_tokenizer import ModelTokenizer
+from sessa_common.inference.sampling import SamplingConfig
+from sessa_common.inference.text_stream import StopTexts, TextStream
+
+# Tokens of the context that an answer can count on, unless a smaller answer is asked for.
+ANSWER_ROOM = 256
+
+
+class Conversation:
+    """The messages so far, and a decoder whose cache holds as many of their tokens as it can.
+
+    `max_tokens` limits an answer; by default it may fill the context. `dropped` is the number of
+    the oldest messages that no longer fit in the context; a system message stays.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        tokenizer: ModelTokenizer,
+        template: ChatTemplate,
+        sampling: SamplingConfig,
+        *,
+        rules: LogitRules | None = None,
+        max_tokens: int | None = None,
+        system: str | None = None,
+    ) -> None:
+        self.decoder, self.tokenizer, self.template = decoder, tokenizer, template
+        self.sampling, self.max_tokens = sampling, max_tokens
+        active = rules is not None and rules.active
+        self.rules = PreparedRules(rules, tokenizer) if rules is not None and active else None
+        self.system = with_system([], system)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all but the system message."""
+        self.turns: list[Message] = []
+        self.dropped = 0
+        self._forget()
+
+    def restore(self, messages: Sequence[Message]) -> None:
+        """Go on with earlier messages, whose system message, if any, replaces this one's.
+
+        Raises SessaError when the template refuses them, or when the last is not an answer.
+        """
+        system = [m for m in messages[:1] if m["role"] == "system"]
+        turns = list(messages[len(system) :])
+        roles = [m["role"] for m in turns]
+        if roles != ["user", "assistant"] * (len(turns) // 2):
+            raise SessaError("the messages must be those of a user and an assistant, in turn")
+        self.reset()
+        self.system, self.turns = system or self.system, turns
+        self.template.render([*self.messages, {"role": "user", "content": "Hello"}])
+
+    @property
+    def messages(self) -> list[Message]:
+        """Every message, also those that no longer fit in the context."""
+        return [*self.system, *self.turns]
+
+    def reply(self, text: str, is_stopped: Callable[[], bool] = lambda: False) -> Iterator[str]:
+        """Say something and yield the answer in pieces; `is_stopped` is asked after each token.
+
+        What was written until then is the answer. Raises SessaError, with the conversation as it
+        was, when the message does not fit in the context.
+        """
+        self.turns.append({"role": "user", "content": text})
+        pieces: list[str] = []
+        ended = False
+        try:
+            ids = self._fit()
+            for piece in self._answer(ids, is_stopped):
+                pieces.append(piece)
+                yield piece
+            ended = True
+        finally:
+            if not ended:
+                # A step may have been left half-way, with some layers ahead of the others.
+                self._forget()
+            if ended or pieces:
+                self.turns.append({"role": "assistant", "content": "".join(pieces).strip()})
+            else:
+                self.turns.pop()
+
+    def _forget(self) -> None:
+        self.decoder.reset()
+        self.cached: list[int] = []
+
+    def _fit(self) -> list[int]:
+        """Token ids of the conversation, without the oldest turns that leave no room to answer."""
+        limit = self.decoder.config.max_position_embeddings
+        room = min(self.max_tokens or ANSWER_ROOM, ANSWER_ROOM, limit // 4)
+        dropped = self.dropped
+        while True:
+            ids = self.template.encode(self.tokenizer, [*self.system, *self.turns[dropped:]])
+            if len(ids) + room <= limit:
+                self.dropped = dropped
+                return ids
+            dropped += 2
+            if dropped > len(self.turns):
+                raise SessaError(
+                    f"the message has {len(ids)} tokens with what belongs to it, but the model "
+                    f"reads at most {limit} and needs {room} to answer; shorten it"
+                )
+
+    def _answer(self, ids: list[int], is_stopped: Callable[[], bool]) -> Iterator[str]:
+        held = reuse_prefix(self.decoder, self.cached, ids)
+        limit = self.decoder.config.max_position_embeddings - len(ids)
+        steps = generate(
+            self.decoder,
+            [ids],
+            self.sampling,
+            max_tokens=min(self.max_tokens or limit, limit),
+            stop=self.tokenizer.stop_ids,
+            cached=held,
+            # Each turn draws from a random stream of its own.
+            streams=[len(self.turns) // 2],
+            rules=None if self.rules is None else self.rules.start([ids]),
+        )
+        stream, stops = (
+            TextStream(self.tokenizer.tokenizer, ids),
+            StopTexts(self.template.stop_texts),
+        )
+        self.cached = list(ids)
+        with closing(steps):
+            for (token,) in steps:
+                assert token is not None, "a single row ends the iteration"
+                self.cached.append(token)
+                if piece := stops.push(stream.push(token)):
+                    yield piece
+                if stops.found or is_stopped():
+                    break
+        # The last drawn id is not in the cache.
+        self.cached = self.cached[: self.decoder.length]
+        if not stops.found and (piece := stops.push(stream.finish()) + stops.finish()):
+            yield piece
