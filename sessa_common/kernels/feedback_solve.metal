@@ -1,15 +1,19 @@
 // The feedback solve on Apple GPUs: what framework matrix products cannot do well.
 //
-// s_t = f_t + gamma_t sum_{j<t} alpha_tj s_j, by block rows of n <= BLOCK_ROWS rows, with
-// L = P + earlier rows + n. docs/metal.md explains why the T^2 products stay with the framework.
-//   feedback_weights      scores (n, L) -> log-sum-exp, alpha, and gamma alpha of the own block
-//   feedback_block        (I - N) x = rhs within the block row, or (I - N^T) x = rhs reversed
+// s_t = f_t + gamma_t sum_{j<t} alpha_tj s_j, by block rows of n rows with L columns: P past keys,
+// all rows up to the block row's last, and maybe some that no row sees. Within a block row up to
+// BLOCK_ROWS rows at a time are solved. docs/metal.md says why the T^2 products stay with the
+// framework.
+//   feedback_weights      scores (n, L) -> log-sum-exp, alpha, and gamma alpha within blocks
+//   feedback_block        (I - N) x = rhs within a block, or (I - N^T) x = rhs reversed
 //   feedback_score_grads  alpha, u s^T -> gradients of the scores and of gamma
 //   feedback_step, feedback_merge   one new token: the feedback read in one pass over the past
 //
 // Storage T is float, half or bfloat; everything is accumulated in float. MLX compiles the
 // functions under bodies of its own (SESSA_FUNCTIONS_ONLY), PyTorch the kernels at the end.
 // Input pointers are template parameters: MLX binds inputs of fewer than 8 elements as `constant`.
+// No guard compares with infinity or NaN, because PyTorch can compile with fast math, which may take
+// such a comparison for false (PYTORCH_MPS_FAST_MATH=1).
 
 #include <metal_stdlib>
 #include <metal_simdgroup>
@@ -18,7 +22,7 @@ using namespace metal;
 
 constant constexpr int THREADS = 128;     // of every threadgroup: four simdgroups
 constant constexpr int SIMDGROUPS = 4;
-constant constexpr int BLOCK_ROWS = 256;  // rows solved by one launch, at most
+constant constexpr int BLOCK_ROWS = 256;  // rows that feedback_block solves, at most
 constant constexpr int COLUMNS = 16;      // columns of D that one threadgroup solves
 constant constexpr int X_LD = 20;         // padded rows keep 8x8 tile loads off one memory bank
 constant constexpr int TILE = 32;
@@ -40,29 +44,36 @@ METAL_FUNC float group_max(float value, threadgroup float* partial, uint lane, u
   return max(max(partial[0], partial[1]), max(partial[2], partial[3]));
 }
 
-// False for NaN and infinity.
-METAL_FUNC bool finite(float value) { return abs(value) < INFINITY; }
+constant constexpr float LOWEST = -3.402823466e38f;  // of an empty maximum
+constant constexpr uint INFINITE = 0x7f800000u;      // bits of infinity; NaN has more of them
+constant constexpr uint NOT_A_NUMBER = 0x7fc00000u;
 
-// exp(a - b), and 0 where a is -inf, the logarithm of an empty sum.
-METAL_FUNC float ratio(float a, float b) { return a == -INFINITY ? 0.0f : exp(a - b); }
+// False for NaN and infinity.
+METAL_FUNC bool finite(float value) { return (as_type<uint>(value) & INFINITE) != INFINITE; }
+
+// exp(a - b), and 0 where a is an empty maximum.
+METAL_FUNC float ratio(float a, float b) { return a == LOWEST ? 0.0f : exp(a - b); }
 
 // One threadgroup owns one row: weights[j] = exp(scores[j] - lse) where column j is visible, else
-// 0. Row r of the block row sees the columns j < L - n + r that the mask does not hide; a row that
-// sees nothing has lse = +inf. A row of coupling that is not finite is NaN in every column. The
-// backward pass runs this again, because the rounding of a stored lse would cost digits.
-template <bool MASKED, typename T, typename Scores, typename Mask, typename Gamma>
-METAL_FUNC void feedback_weights(Scores scores, Mask key_mask, Gamma gamma, device T* weights,
-                                 device float* coupling, device float* lse, int n, int L,
+// 0. Row r of the block row sees the columns j < own + r that the mask does not hide; a row that
+// sees nothing has lse = +inf. The block row has blocks of `width` rows; coupling holds gamma alpha of
+// the columns of the row's own block, NaN in all of them if one is not finite. The backward pass
+// runs this again, because the rounding of a stored lse would cost digits.
+// sizes: n, L, own, width; rows and first row of gamma; columns of key_mask.
+template <bool MASKED, typename T, typename Scores, typename Mask, typename Gamma, typename Sizes>
+METAL_FUNC void feedback_weights(Scores scores, Mask key_mask, Gamma gamma, Sizes sizes,
+                                 device T* weights, device float* coupling, device float* lse,
                                  threadgroup float* partial, uint3 tgid, uint tid, uint lane,
                                  uint sg) {
-  const int own = L - n;  // first column of the own block
-  const int visible = own + int(tgid.x);
-  const size_t row = size_t(tgid.y) * n + tgid.x;
+  const int n = sizes[0], L = sizes[1], own = sizes[2], width = sizes[3];
+  const int r = tgid.x;
+  const int visible = own + r, block = own + r / width * width;
+  const size_t row = size_t(tgid.y) * n + r;
   scores += row * L;
   weights += row * L;
-  coupling += row * n;
-  if (MASKED) key_mask += size_t(tgid.y) * L;
-  float top = -INFINITY, sum = 0.0f;
+  coupling += row * width;
+  if (MASKED) key_mask += size_t(tgid.y) * sizes[6];
+  float top = LOWEST, sum = 0.0f;
   for (int j = tid; j < visible; j += THREADS) {
     if (MASKED && !key_mask[j]) continue;
     const float score = float(scores[j]);
@@ -75,24 +86,27 @@ METAL_FUNC void feedback_weights(Scores scores, Mask key_mask, Gamma gamma, devi
   }
   const float row_top = group_max(top, partial, lane, sg);
   const float row_sum = group_sum(sum * ratio(top, row_top), partial + SIMDGROUPS, lane, sg);
-  const float gain = float(gamma[row]);
-  const float unseen = finite(gain) && finite(row_sum) ? 0.0f : NAN;
+  const float gain = float(gamma[size_t(tgid.y) * sizes[4] + sizes[5] + r]);
+  const float unseen = finite(gain) && finite(row_sum) ? 0.0f : as_type<float>(NOT_A_NUMBER);
   for (int j = tid; j < L; j += THREADS) {
     const bool seen = j < visible && (!MASKED || bool(key_mask[j]));
     const float weight = seen ? exp(float(scores[j]) - row_top) / row_sum : 0.0f;
     weights[j] = T(weight);
-    if (j >= own) coupling[j - own] = seen ? gain * weight + unseen : unseen;
+    if (j >= block && j < block + width) {
+      coupling[j - block] = seen ? gain * weight + unseen : unseen;
+    }
   }
-  if (tid == 0) lse[row] = row_sum == 0.0f ? INFINITY : row_top + log(row_sum);
+  if (tid == 0) lse[row] = row_sum == 0.0f ? as_type<float>(INFINITE) : row_top + log(row_sum);
 }
 
-// tile <- the TILE x TILE block (i, j) of coupling (n, n), zero outside and where it is not finite.
+// tile <- the TILE x TILE block (i, j) of coupling (n, width), zero where it has no row or column
+// and where it is not finite.
 template <typename Coupling>
-METAL_FUNC void load_tile(threadgroup float* tile, Coupling coupling, int n, int i, int j,
-                          uint tid) {
+METAL_FUNC void load_tile(threadgroup float* tile, Coupling coupling, int n, int width, int i,
+                          int j, uint tid) {
   for (int e = tid; e < TILE * TILE; e += THREADS) {
     const int r = i * TILE + e / TILE, c = j * TILE + e % TILE;
-    const float value = r < n && c < n ? float(coupling[size_t(r) * n + c]) : 0.0f;
+    const float value = r < n && c < n ? float(coupling[size_t(r) * width + c]) : 0.0f;
     tile[e / TILE * TILE_LD + e % TILE] = finite(value) ? value : 0.0f;
   }
 }
@@ -139,49 +153,62 @@ METAL_FUNC void solve_tile(const threadgroup float* tile, threadgroup float* x,
   }
 }
 
-// rhs + gamma carried at `at` of row `row`; NaN where the row's coupling is not finite.
-template <bool CARRIED, typename Rhs, typename Gamma, typename Carried, typename Coupling>
-METAL_FUNC float right_side(Rhs rhs, Gamma gamma, Carried carried, Coupling coupling, size_t at,
-                            size_t row, int n) {
+// rhs + gain (carried + added) at `at`; NaN where the row's coupling is not finite.
+template <int CARRIED, typename Rhs, typename Carried, typename Added>
+METAL_FUNC float right_side(Rhs rhs, float gain, Carried carried, Added added, float coupling,
+                            size_t at) {
   float value = float(rhs[at]);
-  if (CARRIED) value += float(gamma[row]) * float(carried[at]);
-  return finite(float(coupling[row * n])) ? value : NAN;
+  if (CARRIED == 1) value += gain * float(carried[at]);
+  if (CARRIED == 2) value += gain * (float(carried[at]) + float(added[at]));
+  return finite(coupling) ? value : as_type<float>(NOT_A_NUMBER);
 }
 
-// x = (I - N)^-1 (rhs + gamma carried), N = coupling strictly lower triangular (n, n); with
-// REVERSED x = (I - N^T)^-1 rhs. One threadgroup solves COLUMNS of the D columns of one batch
-// element and keeps them in threadgroup memory; simdgroup sg multiplies the 16 rows of a tile from
-// 16 (sg / 2) and the 8 columns from 8 (sg % 2).
+// x = (I - N)^-1 (rhs + gamma (carried + added)), N = coupling strictly lower triangular; CARRIED
+// says how many of the two there are. With REVERSED x = (I - N^T)^-1 rhs, and scaled = gamma x.
+// One threadgroup solves COLUMNS of the D columns of one batch element and keeps them in threadgroup
+// memory; simdgroup sg multiplies the 16 rows of a tile from 16 (sg / 2) and the 8 columns from
+// 8 (sg % 2).
+// sizes: n rows, D, width of coupling; rows and first row of rhs, gamma, coupling, carried and
+// key_mask. added has n rows.
 //
 // In the products a value that is not finite would reach the rows before it. It is solved as 0;
 // afterwards it gets its own value back, and the rows behind it become NaN unless its key is
 // hidden. A thread loads and stores one column, of which `broken` is the first such row.
-template <bool REVERSED, bool CARRIED, bool MASKED, typename Rhs, typename Gamma,
-          typename Carried, typename Coupling, typename Mask, typename Out>
-METAL_FUNC void feedback_block(Rhs rhs, Gamma gamma, Carried carried, Coupling coupling,
-                               Mask key_mask, device Out* x, int n, int D,
-                               threadgroup float* xs, threadgroup float* sums,
-                               threadgroup float* tile, threadgroup int* broken, uint3 tgid,
-                               uint tid, uint sg) {
+template <bool REVERSED, int CARRIED, bool MASKED, typename Rhs, typename Gamma, typename Carried,
+          typename Added, typename Coupling, typename Mask, typename Sizes, typename Out,
+          typename Scaled>
+METAL_FUNC void feedback_block(Rhs rhs, Gamma gamma, Carried carried, Added added,
+                               Coupling coupling, Mask key_mask, Sizes sizes, device Out* x,
+                               device Scaled* scaled, threadgroup float* xs,
+                               threadgroup float* sums, threadgroup float* tile,
+                               threadgroup int* broken, uint3 tgid, uint tid, uint sg) {
+  const int n = sizes[0], D = sizes[1], width = sizes[2];
   const int first = tgid.x * COLUMNS;
-  const size_t row0 = size_t(tgid.y) * n;
   const int tiles = (n + TILE - 1) / TILE;
+  rhs += (size_t(tgid.y) * sizes[3] + sizes[4]) * D;
+  gamma += size_t(tgid.y) * sizes[5] + sizes[6];
+  coupling += (size_t(tgid.y) * sizes[7] + sizes[8]) * width;
+  if (CARRIED > 0) carried += (size_t(tgid.y) * sizes[9] + sizes[10]) * D;
+  if (CARRIED > 1) added += size_t(tgid.y) * n * D;
+  if (MASKED) key_mask += size_t(tgid.y) * sizes[11] + sizes[12];
+  x += size_t(tgid.y) * n * D;
+  if (REVERSED) scaled += size_t(tgid.y) * n * D;
   int own_broken = n;
   for (int e = tid; e < tiles * TILE * COLUMNS; e += THREADS) {
     const int r = e / COLUMNS, c = first + e % COLUMNS;
     float value = 0.0f;
     if (r < n && c < D) {
-      const size_t row = row0 + r;
-      value = right_side<CARRIED>(rhs, gamma, carried, coupling, row * D + c, row, n);
+      const size_t at = size_t(r) * D + c;
+      value = right_side<CARRIED>(rhs, float(gamma[r]), carried, added,
+                                  float(coupling[size_t(r) * width]), at);
       if (!finite(value)) {
         value = 0.0f;
-        if (!MASKED || key_mask[row]) own_broken = min(own_broken, REVERSED ? n - 1 - r : r);
+        if (!MASKED || key_mask[r]) own_broken = min(own_broken, REVERSED ? n - 1 - r : r);
       }
     }
     xs[r * X_LD + e % COLUMNS] = value;
   }
   broken[tid] = own_broken;
-  const size_t row_start = row0 * n;
   const int row = sg / 2 * 16, column = sg % 2 * 8;
   threadgroup float* own = sums + row * X_LD + column;
   for (int step = 0; step < tiles; step++) {
@@ -191,7 +218,7 @@ METAL_FUNC void feedback_block(Rhs rhs, Gamma gamma, Carried carried, Coupling c
     threadgroup_barrier(mem_flags::mem_threadgroup);
     for (int k = 0; k < step; k++) {
       const int j = REVERSED ? tiles - 1 - k : k;
-      load_tile(tile, coupling + row_start, n, REVERSED ? j : i, REVERSED ? i : j, tid);
+      load_tile(tile, coupling, n, width, REVERSED ? j : i, REVERSED ? i : j, tid);
       threadgroup_barrier(mem_flags::mem_threadgroup);
       for (int m = 0; m < 4; m++) {
         simdgroup_float8x8 left, right;
@@ -205,7 +232,7 @@ METAL_FUNC void feedback_block(Rhs rhs, Gamma gamma, Carried carried, Coupling c
     }
     simdgroup_store(sum[0], own, X_LD);
     simdgroup_store(sum[1], own + 8 * X_LD, X_LD);
-    load_tile(tile, coupling + row_start, n, i, i, tid);
+    load_tile(tile, coupling, n, width, i, i, tid);
     threadgroup_barrier(mem_flags::mem_threadgroup);
     if (sg < COLUMNS / 8) solve_tile<REVERSED>(tile, xs + i * TILE * X_LD + 8 * sg, sums + 8 * sg);
   }
@@ -214,32 +241,37 @@ METAL_FUNC void feedback_block(Rhs rhs, Gamma gamma, Carried carried, Coupling c
   for (int e = tid; e < n * COLUMNS; e += THREADS) {
     const int r = e / COLUMNS, c = first + e % COLUMNS;
     if (c >= D) continue;
-    const size_t row = row0 + r;
+    const size_t at = size_t(r) * D + c;
     float value = xs[r * X_LD + e % COLUMNS];
-    if ((REVERSED ? n - 1 - r : r) > own_broken) value = NAN;
-    const float given = right_side<CARRIED>(rhs, gamma, carried, coupling, row * D + c, row, n);
-    x[row * D + c] = Out(finite(given) ? value : given);
+    if ((REVERSED ? n - 1 - r : r) > own_broken) value = as_type<float>(NOT_A_NUMBER);
+    const float given = right_side<CARRIED>(rhs, float(gamma[r]), carried, added,
+                                            float(coupling[size_t(r) * width]), at);
+    value = finite(given) ? value : given;
+    x[at] = Out(value);
+    if (REVERSED) scaled[at] = Scaled(float(gamma[r]) * value);
   }
 }
 
 // One threadgroup owns one row. products = u s^T; the gradient of gamma is r = sum_j alpha_j
-// products_j, that of the scores gamma alpha (products - r).
-template <typename T, typename Weights, typename Products, typename Gamma>
-METAL_FUNC void feedback_score_grads(Weights weights, Products products, Gamma gamma,
-                                     device T* dscores, device float* dgamma, int n, int L,
+// products_j, that of the products q k^T is scale gamma alpha (products - r), scale = K^-1/2.
+// sizes: n, L, own, K; rows and first row of gamma.
+template <typename T, typename Weights, typename Products, typename Gamma, typename Sizes>
+METAL_FUNC void feedback_score_grads(Weights weights, Products products, Gamma gamma, Sizes sizes,
+                                     device T* dscores, device float* dgamma,
                                      threadgroup float* partial, uint3 tgid, uint tid, uint lane,
                                      uint sg) {
+  const int n = sizes[0], L = sizes[1], visible = sizes[2] + int(tgid.x);
   const size_t row = size_t(tgid.y) * n + tgid.x;
-  const int visible = L - n + int(tgid.x);
   weights += row * L;
   products += row * L;
   dscores += row * L;
   float dot = 0.0f;
   for (int j = tid; j < visible; j += THREADS) dot += float(weights[j]) * float(products[j]);
   const float total = group_sum(dot, partial, lane, sg);
-  const float gain = float(gamma[row]);
+  const float gain = float(gamma[size_t(tgid.y) * sizes[4] + sizes[5] + tgid.x]);
+  const float scaled = gain * rsqrt(float(sizes[3]));
   for (int j = tid; j < L; j += THREADS) {
-    const float slope = gain * float(weights[j]) * (float(products[j]) - total);
+    const float slope = scaled * float(weights[j]) * (float(products[j]) - total);
     dscores[j] = T(j < visible ? slope : 0.0f);
   }
   if (tid == 0) dgamma[row] = total;
@@ -270,10 +302,10 @@ METAL_FUNC void feedback_step(Query q, Keys keys, States past_s, Mask key_mask, 
       dot += float(q[c * q_at[2]]) * float(keys[j * key_at[1] + c * key_at[2]]);
     }
     const float score = simd_sum(dot) * scale;
-    if (lane == 0) shared[j] = MASKED && !key_mask[j * mask_at[1]] ? -INFINITY : score;
+    if (lane == 0) shared[j] = MASKED && !key_mask[j * mask_at[1]] ? LOWEST : score;
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  const float score = int(lane) < count ? shared[lane] : -INFINITY;
+  const float score = int(lane) < count ? shared[lane] : LOWEST;
   const float top = simd_max(score);
   const float weight = ratio(score, top);
   const float sum = simd_sum(weight);
@@ -303,7 +335,7 @@ METAL_FUNC void feedback_merge(F f, Gamma gamma, Partial partial, Stats stats, d
   const int d = tgid.x * 32 + lane;
   partial += size_t(tgid.y) * chunks * D;
   stats += size_t(tgid.y) * chunks * 2;
-  float chunk_top = -INFINITY, chunk_sum = 0.0f;
+  float chunk_top = LOWEST, chunk_sum = 0.0f;
   for (int c = tid; c < chunks; c += THREADS) chunk_top = max(chunk_top, float(stats[2 * c]));
   const float top = group_max(chunk_top, shared, lane, sg);
   for (int c = tid; c < chunks; c += THREADS) {
@@ -324,7 +356,7 @@ METAL_FUNC void feedback_merge(F f, Gamma gamma, Partial partial, Stats stats, d
     const float share = sum == 0.0f ? 0.0f : float(gamma[tgid.y]) / sum;
     s[size_t(tgid.y) * D + d] = T(float(f[size_t(tgid.y) * D + d]) + share * mixed);
   }
-  if (tgid.x == 0 && tid == 0) lse[tgid.y] = sum == 0.0f ? INFINITY : top + log(sum);
+  if (tgid.x == 0 && tid == 0) lse[tgid.y] = sum == 0.0f ? as_type<float>(INFINITE) : top + log(sum);
 }
 
 #ifndef SESSA_FUNCTIONS_ONLY
@@ -346,38 +378,45 @@ template <typename T, bool MASKED>
                                device float* lse [[buffer(5)]],
                                constant long* sizes [[buffer(6)]], POSITION) {
   threadgroup float partial[2 * SIMDGROUPS];
-  feedback_weights<MASKED>(scores, key_mask, gamma, weights, coupling, lse, int(sizes[0]),
-                           int(sizes[1]), partial, tgid, tid, lane, sg);
+  feedback_weights<MASKED>(scores, key_mask, gamma, sizes, weights, coupling, lse, partial, tgid,
+                           tid, lane, sg);
 }
 #define WEIGHTS(T, MASKED) \
   INSTANTIATE("feedback_weights_" #T "_" #MASKED, weights_kernel, T, MASKED)
 FOR_STORAGE(WEIGHTS, 0)
 FOR_STORAGE(WEIGHTS, 1)
 
-template <typename T, bool REVERSED, bool CARRIED, bool MASKED>
+// T is the type of rhs and x, S that of carried, added and scaled.
+template <typename T, typename S, bool REVERSED, int CARRIED, bool MASKED>
 [[kernel]] void block_kernel(const device T* rhs [[buffer(0)]],
                              const device float* gamma [[buffer(1)]],
-                             const device T* carried [[buffer(2)]],
-                             const device float* coupling [[buffer(3)]],
-                             const device bool* key_mask [[buffer(4)]],
-                             device T* x [[buffer(5)]], constant long* sizes [[buffer(6)]],
-                             POSITION) {
+                             const device S* carried [[buffer(2)]],
+                             const device S* added [[buffer(3)]],
+                             const device float* coupling [[buffer(4)]],
+                             const device bool* key_mask [[buffer(5)]],
+                             device T* x [[buffer(6)]], device S* scaled [[buffer(7)]],
+                             constant long* sizes [[buffer(8)]], POSITION) {
   threadgroup float xs[BLOCK_ROWS * X_LD];
   threadgroup float sums[TILE * X_LD];
   threadgroup float tile[TILE * TILE_LD];
   threadgroup int broken[THREADS];
-  feedback_block<REVERSED, CARRIED, MASKED>(rhs, gamma, carried, coupling, key_mask, x,
-                                            int(sizes[0]), int(sizes[1]), xs, sums, tile, broken,
-                                            tgid, tid, sg);
+  feedback_block<REVERSED, CARRIED, MASKED>(rhs, gamma, carried, added, coupling, key_mask, sizes,
+                                            x, scaled, xs, sums, tile, broken, tgid, tid, sg);
 }
-#define BLOCK(T, REVERSED, CARRIED, MASKED)                                          \
-  INSTANTIATE("feedback_block_" #T "_" #REVERSED #CARRIED #MASKED, block_kernel, T, \
+#define BLOCK(T, S, REVERSED, CARRIED, MASKED)                                                 \
+  INSTANTIATE("feedback_block_" #T "_" #S "_" #REVERSED #CARRIED #MASKED, block_kernel, T, S, \
               REVERSED, CARRIED, MASKED)
-FOR_STORAGE(BLOCK, 0, 0, 0)
-FOR_STORAGE(BLOCK, 0, 0, 1)
-FOR_STORAGE(BLOCK, 0, 1, 0)
-FOR_STORAGE(BLOCK, 0, 1, 1)
-BLOCK(float, 1, 0, 0)
+#define FORWARD_BLOCKS(T, S) \
+  BLOCK(T, S, 0, 0, 0) BLOCK(T, S, 0, 0, 1) BLOCK(T, S, 0, 1, 0) \
+  BLOCK(T, S, 0, 1, 1) BLOCK(T, S, 0, 2, 0) BLOCK(T, S, 0, 2, 1)
+FORWARD_BLOCKS(float, float)
+FORWARD_BLOCKS(half, half)
+FORWARD_BLOCKS(bfloat, bfloat)
+FORWARD_BLOCKS(float, half)
+FORWARD_BLOCKS(float, bfloat)
+BLOCK(float, float, 1, 0, 0)
+BLOCK(float, half, 1, 0, 0)
+BLOCK(float, bfloat, 1, 0, 0)
 
 template <typename T>
 [[kernel]] void score_grads_kernel(const device T* weights [[buffer(0)]],
@@ -387,8 +426,8 @@ template <typename T>
                                    device float* dgamma [[buffer(4)]],
                                    constant long* sizes [[buffer(5)]], POSITION) {
   threadgroup float partial[SIMDGROUPS];
-  feedback_score_grads(weights, products, gamma, dscores, dgamma, int(sizes[0]), int(sizes[1]),
-                       partial, tgid, tid, lane, sg);
+  feedback_score_grads(weights, products, gamma, sizes, dscores, dgamma, partial, tgid, tid, lane,
+                       sg);
 }
 INSTANTIATE("feedback_score_grads_float", score_grads_kernel, float)
 INSTANTIATE("feedback_score_grads_half", score_grads_kernel, half)

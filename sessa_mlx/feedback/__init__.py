@@ -39,8 +39,7 @@ def feedback_solve(
     Returns s (B, T, D) in the dtype of f; a row that sees nothing gives s = f. Sums and softmax run
     in float32 (float64 for float64). precision is the type of the weights and states that a GPU
     multiplies: "float32", or "bfloat16", to which float32 is rounded while sums and s stay float32
-    (16-bit arrays are taken as they are); "auto" follows q and k. A CPU multiplies in float32, and
-    the Metal kernels multiply 16 bits where f, q and k have 16 bits.
+    (16-bit arrays are taken as they are); "auto" follows q and k. A CPU multiplies in float32.
     docs/precision.md has the errors. States that are stored in 16 bits lose more: bfloat16 tells
     apart the first 15 positions of the positional code, float16 the first 71 (Lemma 4.10 at gain
     0.76). sessa_common/operator.py states the range of gamma and what happens to numbers that are
@@ -56,7 +55,7 @@ def feedback_solve(
     if backend == "naive":
         return feedback_solve_naive(f, q, k, gamma, past_s, key_mask)
     module = _implementation(backend, f, q)
-    options = (("precision", precision),) if module is gpu else ()
+    options = () if module is blocked else (("precision", precision),)
     solve = _operator(module, options, past_s is not None, key_mask is not None)
     return solve(f, q, k, gamma, *(x for x in (past_s, key_mask) if x is not None))[0]
 

@@ -11,22 +11,19 @@ that grow with the row have a few sizes, so that MLX uses their memory again.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache, partial
-from typing import Any
-
 import mlx.core as mx
 
 from sessa_mlx.feedback.masking import visible_rows
 from sessa_mlx.feedback.products import (
+    add_product,
     diagonal_blocks,
+    fused,
     lower_halves,
     product,
     storage_type,
 )
 
 LEAF = 128  # rows of a diagonal block that products of whole matrices invert
-SIZES = 8  # sizes of a block row of scores
 
 
 def solve_forward(
@@ -48,7 +45,7 @@ def solve_forward(
     rows = _BlockRows(q, k, key_mask, storage)
     own_scores = rows.own_scores()
     shift, total = _row_sums(rows, own_scores)
-    gain = _fused(_gain)(rows.padded(gamma)[..., None], total)
+    gain = fused(_gain)(rows.padded(gamma)[..., None], total)
     inverse = rows.inverse(own_scores, shift, gain)
     # The states as later rows read them: zero where the key is hidden or the row is not solved.
     states = mx.zeros((B, rows.count * rows.block, f.shape[2]), storage)
@@ -59,14 +56,14 @@ def solve_forward(
         span, old = rows.span(i), rows.past + i * rows.block
         mixed = []
         if old:
-            scores, visible = rows.scores(i, old, states)
-            weights = _fused(_weights, rows.scale, storage)(scores, shift[:, span], *visible)
+            scores, visible = rows.scores(i, states, earlier=True)
+            weights = fused(_weights, rows.scale, storage)(scores, shift[:, span], *visible)
             mixed = [product(weights, states[:, : weights.shape[-1]], storage)]
         shown = rows.shown(i)
-        rhs, finite_rhs, broken = _fused(_right_side)(f[:, span], gain[:, span], *shown, *mixed)
+        rhs, finite_rhs, broken = fused(_right_side)(f[:, span], gain[:, span], *shown, *mixed)
         change = product(inverse[:, i], finite_rhs, storage)
         first = broken.min(1, keepdims=True)
-        solved, read = _fused(_solved, f.dtype, storage)(rhs, change, first, *shown)
+        solved, read = fused(_solved, f.dtype, storage)(rhs, change, first, *shown)
         s.append(solved)
         if i + 1 < rows.count:
             states[:, old : old + rows.block] = read
@@ -92,39 +89,39 @@ def solve_backward(
     T, storage = s.shape[1], storage_type(s, q, precision)
     rows = _BlockRows(q, visible_rows(k, key_mask), key_mask, storage)
     shift, total = (rows.padded(x) for x in (sums[..., :1], sums[..., 1:]))
-    gain = _fused(_gain)(rows.padded(gamma)[..., None], total)
+    gain = fused(_gain)(rows.padded(gamma)[..., None], total)
     inverse = rows.inverse(rows.own_scores(), shift, gain)
     states, u = (rows.padded(x).astype(mx.float32) for x in (s, ds))
     if past_s is not None:
         states = mx.concatenate([past_s.astype(mx.float32), states], 1)
         u = mx.concatenate([mx.zeros(past_s.shape), u], 1)
     states = visible_rows(states, rows.key_mask)
-    dk = mx.zeros((1,))
+    dk: list[mx.array] = []  # the sum for the rows that are not done, from the first one on
     found: dict[str, list[mx.array]] = {"f": [], "q": [], "k": [], "gamma": []}
     for i in reversed(range(rows.count)):
         span, old, new = rows.span(i), rows.past + i * rows.block, rows.past + (i + 1) * rows.block
-        scores, visible = rows.scores(i, new, [u, dk, *found["q"][-1:]])
-        weights = _fused(_weights, rows.scale, storage)(scores, shift[:, span], *visible)
+        scores, visible = rows.scores(i, [u, *dk, *found["q"][-1:]])
+        weights = fused(_weights, rows.scale, storage)(scores, shift[:, span], *visible)
         L = weights.shape[-1]
         change = product(inverse[:, i].swapaxes(1, 2), u[:, old:new], storage)
-        ui, pushed = _fused(_reversed_rows, storage)(u[:, old:new], change, gain[:, span])
+        ui, pushed = fused(_reversed_rows, storage)(u[:, old:new], change, gain[:, span])
         if old:
-            u = _fused(_sum)(u[:, :L], product(weights.swapaxes(1, 2), pushed, storage))
+            u = add_product(u[:, :L], weights.swapaxes(1, 2), pushed, storage)
         products = product(ui, states[:, :L].swapaxes(1, 2), storage)
-        r = _fused(_times)(weights, products).sum(-1, keepdims=True)
-        slopes, dgamma = _fused(_score_grads, rows.scale, storage)(
+        r = fused(_times)(weights, products).sum(-1, keepdims=True)
+        slopes, dgamma = fused(_score_grads, rows.scale, storage)(
             weights, products, r, total[:, span], gain[:, span]
         )
-        pushed = product(slopes.swapaxes(1, 2), rows.q[:, span].astype(storage), storage)
-        dk = _fused(_sum)(dk[:, :L], pushed) if dk.ndim > 1 else pushed
+        operands = slopes.swapaxes(1, 2), rows.q[:, span].astype(storage), storage
+        dk = [add_product(x[:, :L], *operands) for x in dk] or [product(*operands)]
         found["f"].append(ui.astype(s.dtype))
         found["q"].append(product(slopes, rows.k[:, :L].astype(storage), storage).astype(q.dtype))
-        found["k"].append(dk[:, old if i else 0 : new].astype(k.dtype))
+        found["k"].append(dk[0][:, old if i else 0 : new].astype(k.dtype))
         found["gamma"].append(dgamma)
-    df, dq, dk, dgamma = (mx.concatenate(x[::-1], 1) for x in found.values())
+    df, dq, dk_all, dgamma = (mx.concatenate(x[::-1], 1) for x in found.values())
     dpast_s = None if past_s is None else u[:, : rows.past].astype(past_s.dtype)
     dgamma = dgamma[:, :T, 0].astype(gamma.dtype)
-    return df[:, :T], dq[:, :T], dk[:, : rows.past + T], dgamma, dpast_s
+    return df[:, :T], dq[:, :T], dk_all[:, : rows.past + T], dgamma, dpast_s
 
 
 class _BlockRows:
@@ -147,7 +144,6 @@ class _BlockRows:
         self.queries, self.keys = self.q.astype(mx.float32), self.k.astype(mx.float32)
         self.key_mask = None if key_mask is None else self.padded(key_mask)
         self.columns = mx.arange(self.past + self.count * self.block)
-        self.step = -(-self.columns.size // (SIZES * self.block)) * self.block
 
     def padded(self, x: mx.array) -> mx.array:
         """x (B, T, ...) with zeros behind its rows, up to whole block rows."""
@@ -159,18 +155,21 @@ class _BlockRows:
         return slice(i * self.block, (i + 1) * self.block)
 
     def scores(
-        self, i: int, needed: int, after: mx.array | list[mx.array]
+        self, i: int, after: mx.array | list[mx.array], *, earlier: bool = False
     ) -> tuple[mx.array, list[mx.array]]:
-        """Products (B, n, L) of block row i and L >= `needed` keys, and what `_visible` takes.
+        """Products (B, n, L) of block row i and its keys, or earlier ones; what `_visible` takes.
 
         Without `after` MLX would compute the scores of every block row first.
         """
-        L = min(-(-needed // self.step) * self.step, self.columns.size)
+        blocks = i if earlier else i + 1
+        # One of the sizes 1, 2, 3, 4, 6, 8, 12, ...
+        step = 2 ** max((blocks - 1).bit_length() - 2, 0) if blocks else 1
+        L = min(self.past + -(-blocks // step) * step * self.block, self.columns.size)
         queries = mx.depends(self.queries[:, self.span(i)], after)
         scores = product(queries, self.keys[:, :L].swapaxes(1, 2), self.storage)
         own = self.past + i * self.block
         # A row sees the keys before it, or those before the block row.
-        limit = self.columns[own : own + (self.block if needed > own else 1), None]
+        limit = self.columns[own : own + (1 if earlier else self.block), None]
         hidden = [] if self.key_mask is None else [self.key_mask[:, None, :L]]
         return scores, [self.columns[:L], limit, *hidden]
 
@@ -181,11 +180,11 @@ class _BlockRows:
         if self.key_mask is not None:
             hidden = [self._blocks(self.key_mask[:, self.past :])[:, :, None]]
         scores = product(q, k.swapaxes(2, 3), self.storage)
-        return _fused(_seen_scores, self.scale)(scores, index, index[:, None], *hidden)
+        return fused(_seen_scores, self.scale)(scores, index, index[:, None], *hidden)
 
     def inverse(self, own_scores: mx.array, shift: mx.array, gain: mx.array) -> mx.array:
         """(I - N)^-1 - I (B, count, n, n) of the diagonal blocks; see `_coupling`."""
-        N = _fused(_coupling)(own_scores, self._blocks(shift), self._blocks(gain))
+        N = fused(_coupling)(own_scores, self._blocks(shift), self._blocks(gain))
         return _inverse(N.reshape(-1, self.block, self.block), self.storage).reshape(N.shape)
 
     def shown(self, i: int) -> list[mx.array]:
@@ -215,11 +214,11 @@ def _row_sums(rows: _BlockRows, own_scores: mx.array) -> tuple[mx.array, mx.arra
         old = rows.past + i * n
         part = [mx.full((B, n, 1), x) for x in (-mx.inf, 0.0)[: len(own)]]
         if old:
-            scores, visible = rows.scores(i, old, [x[-1] for x in earlier if x])
-            part = _sums(_fused(_seen_scores, rows.scale)(scores, *visible), rows.storage)
+            scores, visible = rows.scores(i, [x[-1] for x in earlier if x], earlier=True)
+            part = _sums(fused(_seen_scores, rows.scale)(scores, *visible), rows.storage)
         for found, x in zip(earlier, part, strict=True):
             found.append(x)
-    return _fused(_joined_sums)(*own, *(mx.concatenate(x, 1) for x in earlier))
+    return fused(_joined_sums)(*own, *(mx.concatenate(x, 1) for x in earlier))
 
 
 def _sums(scores: mx.array, storage: mx.Dtype) -> list[mx.array]:
@@ -230,7 +229,7 @@ def _sums(scores: mx.array, storage: mx.Dtype) -> list[mx.array]:
     if storage != mx.float32:
         return [mx.logsumexp(scores, -1, keepdims=True)]
     top = scores.max(-1, keepdims=True)
-    return [top, _fused(_shifted)(scores, top).sum(-1, keepdims=True)]
+    return [top, fused(_shifted)(scores, top).sum(-1, keepdims=True)]
 
 
 def _step(
@@ -250,10 +249,10 @@ def _step(
     if key_mask is not None:
         scores = mx.where(key_mask[:, None, :P], scores, -mx.inf)
     top = mx.maximum(scores.max(-1, keepdims=True), mx.finfo(mx.float32).min)
-    weights = _fused(_shifted)(scores, top)
+    weights = fused(_shifted)(scores, top)
     total = weights.sum(-1, keepdims=True)
     mixed = weights @ visible_rows(past_s.astype(mx.float32), key_mask)
-    s = _fused(_stepped, f.dtype)(f, mixed, total, gamma[..., None])
+    s = fused(_stepped, f.dtype)(f, mixed, total, gamma[..., None])
     return s, mx.concatenate([top, total], -1)
 
 
@@ -279,12 +278,6 @@ def _inverse(N: mx.array, storage: mx.Dtype) -> mx.array:
         top = mx.concatenate([first, mx.zeros_like(first)], -1)
         X = mx.concatenate([top, mx.concatenate([corner, second], -1)], -2)
     return X[:, 0, :n, :n] - mx.eye(n)
-
-
-@cache
-def _fused(function: Callable[..., Any], *constants: Any) -> Callable[..., Any]:
-    """`function` of arrays behind its constants, as one launch for arrays of any shape."""
-    return mx.compile(partial(function, *constants), shapeless=True)
 
 
 def _visible(columns: mx.array, limit: mx.array, *hidden: mx.array) -> mx.array:
@@ -367,10 +360,6 @@ def _reversed_rows(
     """u of a block row, and gain * u as the rows before it receive it."""
     solved = u + change
     return solved, (solved * gain).astype(storage)
-
-
-def _sum(total: mx.array, part: mx.array) -> mx.array:
-    return total.astype(mx.float32) + part
 
 
 def _times(weights: mx.array, products: mx.array) -> mx.array:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -18,12 +20,10 @@ def storage_type(f: mx.array, q: mx.array, precision: str = "auto") -> mx.Dtype:
     A model of 16 bits has f or q in 16 bits: a cache keeps f and the states in float32, and q tells
     the type. `precision` is that of `feedback_solve`.
     """
-    if precision == "float32":
-        return mx.float32
-    given = next((x.dtype for x in (f, q) if x.dtype in HALVES), mx.float32)
-    if precision == "bfloat16" and given == mx.float32:
-        return mx.bfloat16
-    return given if q.dtype in HALVES or precision == "bfloat16" else mx.float32
+    halves = [x.dtype for x in (f, q) if x.dtype in HALVES]
+    if precision == "bfloat16":
+        return (halves or [mx.bfloat16])[0]
+    return halves[0] if precision == "auto" and q.dtype in halves else mx.float32
 
 
 def product(a: mx.array, b: mx.array, storage: mx.Dtype) -> mx.array:
@@ -36,6 +36,23 @@ def product(a: mx.array, b: mx.array, storage: mx.Dtype) -> mx.array:
         return a @ b
     high_a, high_b = high_bits(a), high_bits(b)
     return high_a @ high_b + (high_a @ (b - high_b) + (a - high_a) @ high_b)
+
+
+def add_product(total: mx.array, a: mx.array, b: mx.array, storage: mx.Dtype) -> mx.array:
+    """total + a @ b in float32: one launch for float32 storage, two for 16 bits."""
+    if storage == mx.float32 and not operands_lose_bits():
+        return mx.addmm(total.astype(mx.float32), a, b)
+    return fused(_sum)(total, product(a, b, storage))
+
+
+def _sum(total: mx.array, part: mx.array) -> mx.array:
+    return total.astype(mx.float32) + part
+
+
+@cache
+def fused(function: Callable[..., Any], *constants: Any) -> Callable[..., Any]:
+    """`function` of arrays behind its constants, as one launch for arrays of any shape."""
+    return mx.compile(partial(function, *constants), shapeless=True)
 
 
 def high_bits(x: mx.array) -> mx.array:

@@ -39,7 +39,7 @@ def feedback_solve(
     Args: f (B, T, D); q (B, T, K); k (B, P+T, K); gamma (B, T); past_s (B, P, D), states already
     solved; key_mask (B, P+T) bool, True = visible; backend "auto", "naive", "blocked" or "kernel".
     Returns s (B, T, D) in the dtype of f; a row that sees nothing gives s = f. Sums and softmax run
-    in float32 (float64 for float64). precision is the type of what the CUDA kernels multiply:
+    in float32 (float64 for float64). precision is the type of what the kernels multiply:
     "float32", or "bfloat16", to which float32 operands are rounded while sums and s stay float32
     (16-bit operands are taken as they are); "auto" follows q and k. The other backends do not heed
     it. docs/precision.md has the errors. States that are stored in 16 bits lose more: bfloat16
@@ -120,14 +120,12 @@ def _solve(
 ) -> tuple[Tensor, Tensor]:
     solver = _implementation(backend, f, q)
     with _no_autocast(f.device):
-        return solver.solve_forward(
-            f, q, k, gamma, past_s, key_mask, **_options(solver, f, precision)
-        )
+        return solver.solve_forward(f, q, k, gamma, past_s, key_mask, **_options(solver, precision))
 
 
-def _options(solver: Any, f: Tensor, precision: str) -> dict[str, str]:
-    """Options of the CUDA kernels alone; the other backends have one way to multiply."""
-    return {"precision": precision} if f.is_cuda and solver is not blocked else {}
+def _options(solver: Any, precision: str) -> dict[str, str]:
+    """Options of the kernels alone; the other backends have one way to multiply."""
+    return {} if solver is blocked else {"precision": precision}
 
 
 def _no_autocast(device: torch.device) -> AbstractContextManager[None]:
@@ -152,7 +150,7 @@ def _gradients(
     solver = _implementation(backend, s, q)
     with _no_autocast(s.device):
         *grads, dpast_s = solver.solve_backward(
-            ds, q, k, gamma, s, lse, past_s, key_mask, **_options(solver, s, precision)
+            ds, q, k, gamma, s, lse, past_s, key_mask, **_options(solver, precision)
         )
     # A custom op returns tensors only; an empty one stands for "no past".
     return *grads, s.new_empty(0) if dpast_s is None else dpast_s

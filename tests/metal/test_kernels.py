@@ -91,6 +91,14 @@ def test_whole_block_rows(twin: str) -> None:
 
 
 @twins
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", [Case(140, B=2, P=5, masked=True), Case(135)], ids=str)
+def test_two_blocks_a_row(twin: str, dtype: str, case: Case) -> None:
+    """Sequences of 16 blocks and more take two blocks to a block row; the last row is cut."""
+    check_against_plain(twin, case, dtype, block=8)
+
+
+@twins
 @pytest.mark.parametrize("P", [1, 31, 32, 33, 100])
 @pytest.mark.parametrize("masked", [False, True])
 def test_one_new_token(twin: str, P: int, masked: bool) -> None:
@@ -199,13 +207,30 @@ def test_a_strided_cache_is_read_in_place_by_pytorch() -> None:
     assert relative_error([s.double().numpy()], [exact]) < 1e-6
 
 
+WIDE = ("f", "gamma", "ds", "past_s")
+
+
 @twins
-def test_two_types(twin: str) -> None:
+def test_two_types_in_float32(twin: str) -> None:
     """f and s in float32 with q and k in bfloat16, as in decoding: everything else in float32."""
     for case in (Case(70, B=2, P=5, masked=True), Case(1, B=2, P=40)):
         exact = expected(case, "bfloat16")
-        computed, _ = emulated(twin, case, "bfloat16", wide=("f", "gamma", "ds", "past_s"))
+        computed, _ = emulated(twin, case, "bfloat16", wide=WIDE, precision="float32")
         for name in exact:
             # q, k and with them their gradients are rounded to bfloat16 at the end.
             limit = 3e-3 if name in ("dq", "dk") else 1e-6
             assert relative_error([computed[name]], [exact[name]]) < limit, name
+
+
+@twins
+def test_two_types_in_sixteen_bits(twin: str) -> None:
+    """By default states and weights are multiplied in the type of q and k; s keeps float32."""
+    case = Case(70, B=2, P=5)
+    exact = expected(case, "bfloat16")
+    computed, _ = emulated(twin, case, "bfloat16", wide=WIDE)
+    for name in exact:
+        assert relative_error([computed[name]], [exact[name]]) < 4e-3, name
+    assert relative_error([computed["s"]], [exact["s"]]) > 1e-5
+    without_gain, _ = emulated(twin, replace(case, gamma=0.0), "bfloat16", wide=WIDE)
+    f = inputs(replace(case, gamma=0.0), "bfloat16")["f"]
+    np.testing.assert_array_equal(without_gain["s"], f.astype(np.float64))

@@ -179,26 +179,36 @@ def test_pytorchs_custom_op_with_autograd(case: Case) -> None:
         assert relative_error([got], [want]) < 1e-6, name
 
 
-def lazy_weights(scores, gamma, key_mask, storage):
+def lazy_weights(scores, gamma, key_mask, P, start, storage):
     """`metal._weights` in MLX operations, which MLX may evaluate in any order that is allowed."""
     n, L = scores.shape[1:]
-    hidden = mx.arange(L - n, L)[:, None] <= mx.arange(L)
+    own = P + start
+    hidden = mx.arange(own, own + n)[:, None] <= mx.arange(L)
     scores = mx.where(hidden, -1e30, scores)
     top = scores.max(-1, keepdims=True)
     total = mx.exp(scores - top).sum(-1, keepdims=True)
     alpha = mx.exp(scores - top) / total
-    return alpha, gamma[..., None] * alpha[:, :, L - n :], (top + mx.log(total))[..., 0]
+    coupling = gamma[:, start : start + n, None] * alpha[:, :, own : own + n]
+    return alpha, coupling, (top + mx.log(total))[..., 0]
 
 
-def lazy_block(rhs, gamma, carried, coupling, visible, *, reverse=False):
-    X = blocked.unit_lower_inverse(coupling)
-    carried = 0 if carried is None else gamma[..., None] * carried
-    return (X.swapaxes(1, 2) if reverse else X) @ (rhs + carried)
+def lazy_block(rhs, gamma, coupling, carried, key_mask, rows, *, scaled=None):
+    def own(operand):
+        return operand[0][:, operand[1] : operand[1] + rows]
+
+    X = blocked.unit_lower_inverse(own(coupling)[:, :, :rows])
+    gains = own(gamma)[..., None]
+    total = own(rhs) + gains * sum(own(x) for x in carried)
+    if scaled is None:
+        return [X @ total]
+    x = X.swapaxes(1, 2) @ total
+    return [x, (gains * x).astype(scaled)]
 
 
-def lazy_score_grads(weights, products, gamma):
+def lazy_score_grads(weights, products, gamma, P, start, K):
+    gains = gamma[:, start : start + weights.shape[1], None]
     r = (weights * products).sum(-1, keepdims=True)
-    return gamma[..., None] * weights * (products - r), r[..., 0]
+    return gains * weights * (products - r), r[..., 0]
 
 
 def peak_bytes(T: int, *, backward: bool) -> int:

@@ -113,19 +113,27 @@ def emulated(
     seed: int = 0,
     block: int = 64,
     wide: tuple[str, ...] = (),
+    **options: str,
 ) -> tuple[Arrays, list[Launch]]:
     """Run a twin's Metal path on the emulator; return its results in float64 and its launches.
 
-    The inputs named in `wide` are passed in float32, with the same values.
+    The inputs named in `wide` are passed in float32, with the same values. `options` go to both
+    passes.
     """
     given = dict(inputs(case, dtype))
     given |= {name: given[name].astype(np.float32) for name in wide if name in given}
     ds = given.pop("ds")
-    return solve_emulated(twin, given, ds, seed=seed, block=block)
+    return solve_emulated(twin, given, ds, seed=seed, block=block, **options)
 
 
 def solve_emulated(
-    twin: str, given: Arrays, ds: np.ndarray, *, seed: int = 0, block: int = 64
+    twin: str,
+    given: Arrays,
+    ds: np.ndarray,
+    *,
+    seed: int = 0,
+    block: int = 64,
+    **options: str,
 ) -> tuple[Arrays, list[Launch]]:
     """Output and gradients of a twin's Metal path on the emulator, and its launches."""
     module, convert = TWINS[twin], to_mlx if twin == "mlx" else to_torch
@@ -135,8 +143,8 @@ def solve_emulated(
     kernels = emulated_metal_kernels if twin == "mlx" else emulated_shaders
     with kernels(seed) as launches, mock.patch.object(module, "BLOCK", block):
         forget_kernels(module)
-        s, lse = module.solve_forward(*required, **optional)
-        grads = module.solve_backward(convert(ds), *required[1:], s, lse, **optional)
+        s, lse = module.solve_forward(*required, **optional, **options)
+        grads = module.solve_backward(convert(ds), *required[1:], s, lse, **optional, **options)
         forget_kernels(module)
     back = from_mlx if twin == "mlx" else from_torch
     results = {n: back(a) for n, a in zip(NAMES, (s, *grads), strict=True) if a is not None}

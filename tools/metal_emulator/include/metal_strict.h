@@ -39,6 +39,9 @@ VECTORS(long)
 VECTORS(ulong)
 #undef VECTORS
 
+template <class To, class From>
+To as_type(From value);
+
 namespace metal {
 
 template <class T, class U>

@@ -15,6 +15,9 @@ using uint = unsigned int;
 using ulong = unsigned long;
 using half = _Float16;  // -fexcess-precision=16 makes every operation round to half
 
+template <class To, class From>
+To as_type(From value) { return std::bit_cast<To>(value); }
+
 template <class T>
 concept Arithmetic = std::is_arithmetic_v<T> || std::is_same_v<T, half>;
 
