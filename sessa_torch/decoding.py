@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from sessa_common.inference.generation import draw_on_host
 from sessa_common.inference.logit_rules import LogitRules
 from sessa_common.inference.model_tokenizer import ModelTokenizer
 from sessa_common.inference.sampling import GumbelNoise, SamplingConfig
+from sessa_common.inference.shortcuts import ModelHome, Shortcuts, start
 from sessa_common.inference.texts import BATCH_SIZE, generate_texts
 from sessa_torch.cache import SessaCache
 from sessa_torch.checkpoint import load_model, to_numpy, to_tensor
@@ -136,23 +138,37 @@ def generate(
     the context has room for; at most `batch_size` prompts run at once; `on_text(row, piece)`
     receives the text while it is written.
     `parse_special_tokens` reads the name of a special token in a prompt as the token. Further
-    keyword arguments are fields of SamplingConfig and LogitRules, as in
-    generate("runs/a", "The", temperature=0, repetition_penalty=1.1). Raises SessaError.
+    keyword arguments are fields of SamplingConfig, LogitRules and Shortcuts, as in
+    generate("runs/a", "The", temperature=0, repetition_penalty=1.1, prompt_lookup=8). Raises
+    SessaError.
     """
-    sampling, rules = split_fields(fields, SamplingConfig, LogitRules)
+    draws, changes, ways = split_fields(fields, SamplingConfig, LogitRules, Shortcuts)
+    sampling, rules = build(SamplingConfig, draws), build(LogitRules, changes)
+    shortcuts = build(Shortcuts, ways)
+    folder = Path(model) if isinstance(model, (Path, str)) else None
     if isinstance(model, (Path, str)):
         tokenizer = model if tokenizer is None else tokenizer
         model = load_model(model, dtype=dtype, device=device)
     elif dtype is not None or device is not None:
         raise SessaError("`dtype` and `device` are for a folder; the model in memory has its own")
-    found = generate_texts(
+    reader = ModelTokenizer.open(tokenizer, model.config, parse_special_tokens)
+    begun = start(
+        shortcuts,
         Decoder(model),
-        ModelTokenizer.open(tokenizer, model.config, parse_special_tokens),
+        reader,
         [prompts] if isinstance(prompts, str) else prompts,
-        build(SamplingConfig, sampling),
-        rules=build(LogitRules, rules),
+        ModelHome(folder=folder, open=partial(load_decoder, dtype=dtype, device=device)),
+        max_tokens,
+    )
+    found = generate_texts(
+        begun.decoder,
+        reader,
+        begun.prompts,
+        sampling,
+        rules=rules,
         max_tokens=max_tokens,
-        batch_size=batch_size,
+        batch_size=begun.batch_size or batch_size,
+        cached=begun.cached,
         on_text=on_text,
     )
     return [continuation.text for continuation in found]

@@ -10,15 +10,18 @@ from typing import Annotated, Any
 import typer
 
 from sessa_cli import generation_options as options
-from sessa_cli.common import Stopwatch, print_json
+from sessa_cli.common import Stopwatch, given_fields, print_json
 from sessa_cli.generate_file import open_lines, write_lines
 from sessa_cli.generation_options import read_rules, read_sampling
-from sessa_cli.runtimes import open_decoder
+from sessa_cli.runtimes import find_home, say_aside
 from sessa_cli.terminal import for_output, read_standard_input
 from sessa_common.data.formats import decode
 from sessa_common.errors import SessaError
+from sessa_common.fields import build
 from sessa_common.inference.chat_template import ChatTemplate, with_system
 from sessa_common.inference.model_tokenizer import ModelTokenizer
+from sessa_common.inference.shortcuts import Shortcuts, Start, start
+from sessa_common.inference.speculation import Acceptance
 from sessa_common.inference.texts import BATCH_SIZE, Continuation, TextWriter
 from sessa_common.input_files import read_limited
 
@@ -78,6 +81,24 @@ def generate(
     device: options.Device = None,
     dtype: options.Dtype = None,
     native: options.Native = False,
+    prompt_cache: Annotated[
+        Path | None,
+        typer.Option(help="File that --save-prompt-cache wrote: what it holds is not read again."),
+    ] = None,
+    save_prompt_cache: Annotated[
+        Path | None, typer.Option(help="File for the cache of the prompt, once it is read.")
+    ] = None,
+    draft_model: Annotated[
+        Path | None,
+        typer.Option(help="Folder of a smaller model of the same vocabulary that guesses tokens."),
+    ] = None,
+    draft_tokens: Annotated[
+        int | None, typer.Option(help="Tokens that the draft model guesses at once. Default: 4.")
+    ] = None,
+    prompt_lookup: Annotated[
+        int | None,
+        typer.Option(help="Guess so many tokens at once from earlier places in the text."),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the file of --output.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -86,40 +107,46 @@ def generate(
     Example: sessa generate runs/first --prompt "The list of" --max-tokens 100
     """
     sampling, rules = read_sampling(context.params), read_rules(context.params)
+    shortcuts = build(Shortcuts, given_fields(context.params, Shortcuts))
     if file is not None and (prompt or prompt_file):
         raise SessaError("give `file`, or `prompt` and `prompt_file`, not both")
     lines = open_lines(file, output, force)
     prompts = [] if lines is not None else _prompts(prompt, prompt_file)
-    decoder = open_decoder(checkpoint, backend, device, dtype, native)
+    home = find_home(checkpoint, backend, device, dtype, native)
+    decoder = home.open(checkpoint)
     tokenizer = ModelTokenizer.open(checkpoint, decoder.config, parse_special_tokens)
     template = ChatTemplate.open(checkpoint)
     chat = chat or system is not None
+    if chat:
+        said = [with_system([{"role": "user", "content": text}], system) for text in prompts]
+        asked = [template.encode(tokenizer, messages) for messages in said]
+    begun = start(shortcuts, decoder, tokenizer, asked if chat else prompts, home, max_tokens)
+    for note in begun.notes:
+        say_aside(note)
     writer = TextWriter(
-        decoder,
+        begun.decoder,
         tokenizer,
         sampling,
         rules=rules,
         max_tokens=max_tokens,
-        batch_size=batch_size,
+        batch_size=begun.batch_size or batch_size,
         stop_texts=template.stop_texts if chat else (),
     )
     if lines is not None:
-        asked = {"template": template, "chat": chat, "system": system}
-        write_lines(writer, lines, json_output, model=str(checkpoint.resolve()), **asked)
-    elif chat:
-        said = [with_system([{"role": "user", "content": text}], system) for text in prompts]
-        ids = [template.encode(tokenizer, messages) for messages in said]
-        _write_texts(writer, [""] * len(prompts), prompts, ids, json_output)
+        fields = {"template": template, "chat": chat, "system": system}
+        write_lines(writer, lines, json_output, model=str(checkpoint.resolve()), **fields)
     else:
-        ids = [tokenizer.encode(text) for text in prompts]
-        _write_texts(writer, prompts, prompts, ids, json_output)
+        before = [""] * len(prompts) if chat else prompts
+        _write_texts(writer, before, prompts, begun, json_output)
+    if begun.acceptance is not None:
+        say_aside(str(begun.acceptance))
 
 
 def _write_texts(
     writer: TextWriter,
     before: list[str],  # what is shown before each text
     prompts: list[str],
-    ids: list[list[int]],
+    begun: Start,
     json_output: bool,
 ) -> None:
     live = not json_output and len(prompts) == 1
@@ -131,10 +158,11 @@ def _write_texts(
         unwritten.clear()
 
     watch = Stopwatch()
-    ended = dict(writer.write(ids, on_text=write if live else None))
+    on_text = write if live else None
+    ended = dict(writer.write(begun.prompts, cached=begun.cached, on_text=on_text))
     found = [ended[row] for row in range(len(prompts))]
     if json_output:
-        print_json(_as_json(prompts, found, watch.seconds))
+        print_json(_as_json(prompts, found, watch.seconds, begun.acceptance))
     elif live:
         _write("".join([*unwritten, "\n"]))
     else:
@@ -142,13 +170,19 @@ def _write_texts(
             _write(f"[{number}] {given}{made.text}\n")
 
 
-def _as_json(prompts: list[str], found: list[Continuation], seconds: float) -> dict[str, Any]:
+def _as_json(
+    prompts: list[str], found: list[Continuation], seconds: float, acceptance: Acceptance | None
+) -> dict[str, Any]:
     rows = [
         {"prompt": prompt, **dataclasses.asdict(made)}
         for prompt, made in zip(prompts, found, strict=True)
     ]
     speed = sum(made.tokens for made in found) / seconds
-    return {"texts": rows, "seconds": seconds, "tokens_per_second": speed}
+    answer = {"texts": rows, "seconds": seconds, "tokens_per_second": speed}
+    if acceptance is not None:
+        counts = dataclasses.asdict(acceptance)
+        answer["speculation"] = {**counts, "acceptance_rate": acceptance.rate}
+    return answer
 
 
 def _prompts(prompt: list[str] | None, prompt_file: Path | None) -> list[str]:

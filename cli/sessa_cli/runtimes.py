@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from sessa_cli.common import make_console, say
 from sessa_common.errors import SessaError
 from sessa_common.frameworks import choose_backend, framework
 from sessa_common.inference.generation import Decoder
+from sessa_common.inference.shortcuts import ModelHome
 
 
-def open_decoder(
+def find_home(
     folder: Path, backend: str | None, device: str | None, dtype: str | None, native: bool
-) -> Decoder:
-    """Load the model of a folder, and say on stderr which runtime runs it."""
-    from sessa_export.runtime import is_exported, load_decoder
+) -> ModelHome:
+    """The runtime that opens the model of a folder, which is also said on stderr."""
+    from sessa_export.runtime import is_exported, load_decoder, model_files
 
     if not folder.is_dir():
         raise SessaError(f"{folder}: no such checkpoint folder")
@@ -23,17 +25,25 @@ def open_decoder(
             raise SessaError(f"device is {device!r}; ONNX Runtime runs on the cpu here")
         if dtype is not None:
             raise SessaError("`dtype` is for a checkpoint; an exported model has its own")
-        decoder: Decoder = load_decoder(folder, native=native)
-        _say(f"{folder}: an exported model, run by ONNX Runtime")
-        return decoder
+        say_aside(f"{folder}: an exported model, run by ONNX Runtime")
+        return ModelHome(
+            folder=folder, open=partial(load_decoder, native=native), files=model_files
+        )
     if native:
         raise SessaError("`native` is for a folder that `sessa export` wrote")
     name = choose_backend(backend)
-    decoder = framework(name, "decoding").load_decoder(folder, dtype=dtype, device=device)
-    _say(f"{folder}: a checkpoint, run by {name}")
-    return decoder
+    opened = framework(name, "decoding").load_decoder
+    say_aside(f"{folder}: a checkpoint, run by {name}")
+    return ModelHome(folder=folder, open=partial(opened, dtype=dtype, device=device))
 
 
-def _say(text: str) -> None:
-    # stdout holds the generated text alone.
+def open_decoder(
+    folder: Path, backend: str | None, device: str | None, dtype: str | None, native: bool
+) -> Decoder:
+    """Load the model of a folder, and say on stderr which runtime runs it."""
+    return find_home(folder, backend, device, dtype, native).open(folder)
+
+
+def say_aside(text: str) -> None:
+    """Print a line on stderr, so that stdout holds the generated text alone."""
     say(make_console(json_output=True), text)

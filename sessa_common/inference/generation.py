@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -86,6 +86,22 @@ class Decoder(Protocol):
         """
 
 
+@runtime_checkable
+class RuleDecoder(Protocol):
+    """A decoder whose `draw` applies rules on logits itself."""
+
+    takes_rules: bool
+
+    def draw(
+        self,
+        sampling: SamplingConfig,
+        budget: int,
+        noise: GumbelNoise | None = None,
+        rules: RowRules | None = None,
+    ) -> Generator[np.ndarray, None, None]:
+        """Continue as `Decoder.draw` does, with logits that the rules have changed."""
+
+
 def draw_on_host(
     decoder: Decoder,
     logits: np.ndarray | None,  # (B, V)
@@ -156,16 +172,20 @@ def prefill(
     return decoder.step(tokens[:, last:], mask)
 
 
+def shared_prefix(first: Sequence[int] | np.ndarray, second: Sequence[int] | np.ndarray) -> int:
+    """The number of ids at the start of two texts that are the same."""
+    length = min(len(first), len(second))
+    differs = np.asarray(first[:length]) != np.asarray(second[:length])
+    return int(differs.argmax()) if differs.any() else length
+
+
 def reuse_prefix(decoder: Decoder, cached: Sequence[int], prompt: Sequence[int]) -> int:
     """Trim a cache of the ids `cached` to what it shares with a prompt; return how many ids stay.
 
-    At least one id of the prompt is left to feed. A cache that cannot be trimmed is emptied unless
-    the prompt goes on where it ends.
+    `cached` may go on behind what the cache holds. At least one id of the prompt is left to feed. A
+    cache that cannot be trimmed is emptied unless the prompt goes on where it ends.
     """
-    pairs = zip(cached, prompt[:-1], strict=False)
-    shared = next(
-        (i for i, (a, b) in enumerate(pairs) if a != b), min(len(cached), len(prompt) - 1)
-    )
+    shared = min(decoder.length, shared_prefix(cached, prompt[:-1]))
     if shared < decoder.length and not decoder.trimmable:
         shared = 0
     decoder.trim(decoder.length - shared)
@@ -235,6 +255,8 @@ class _Batch:
         """Draw ids (B,), at most `budget` times."""
         if self.rules is None:
             return self.decoder.draw(self.sampling, budget, self.noise)
+        if isinstance(self.decoder, RuleDecoder):
+            return self.decoder.draw(self.sampling, budget, self.noise, self.rules)
         return draw_on_host(self.decoder, self.last, self.sampling, budget, self.noise, self.rules)
 
     def keep(self, rows: list[int], ids: np.ndarray) -> None:

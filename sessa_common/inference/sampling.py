@@ -97,7 +97,16 @@ def choose(
     config: SamplingConfig,
     noise: GumbelNoise,
 ) -> np.ndarray:
-    """Choose the next ids (B,) int64: the largest score plus noise, the lowest id of equal ones.
+    """Pick the next ids (B,) int64 with the noise of the next draw, which is taken; see `pick`."""
+    return pick(logits, config, noise.take() if config.temperature > 0 else None)
+
+
+def pick(
+    logits: np.ndarray,  # (B, V)
+    config: SamplingConfig,
+    noise: np.ndarray | None,  # (B, V), None at temperature 0
+) -> np.ndarray:
+    """Pick the ids (B,) int64 of the largest score plus noise, the lowest id of equal ones.
 
     Raises SessaError when logits are not finite; -inf stands for a token that cannot be chosen.
     """
@@ -105,8 +114,8 @@ def choose(
     # The largest is NaN when any is, and -inf when no token can be chosen.
     if not np.isfinite(scores.max(axis=-1)).all():
         raise SessaError(NOT_FINITE)
-    if config.temperature > 0:
-        scores = filter_logits(scores, config) + noise.take()
+    if noise is not None:
+        scores = filter_logits(scores, config) + noise
     return scores.argmax(axis=-1)
 
 

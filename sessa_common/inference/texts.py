@@ -32,26 +32,28 @@ class Continuation:
 def generate_texts(
     decoder: Decoder,
     tokenizer: ModelTokenizer,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Sequence[int]],
     sampling: SamplingConfig,
     *,
     rules: LogitRules | None = None,
     max_tokens: int | None = None,
     batch_size: int = BATCH_SIZE,
+    cached: int = 0,
     on_text: OnText | None = None,
 ) -> list[Continuation]:
     """Continue prompts until an end token or `max_tokens` (200, or what the context has room for).
 
-    At most `batch_size` prompts run at once, those of like length together. `on_text(row, piece)`
-    is called with each piece of text as soon as it is certain. Raises SessaError, before the model
-    runs, as `generate` does, and for rules that do not fit the tokenizer.
+    At most `batch_size` prompts, texts or ids, run at once, those of like length together.
+    `cached` ids of the only prompt are in the decoder's cache. `on_text(row, piece)` is called with
+    each piece of text as soon as it is certain. Raises SessaError, before the model runs, as
+    `generate` does, and for rules that do not fit the tokenizer.
     """
     require(len(prompts) > 0, "prompts is empty; give at least one")
     writer = TextWriter(
         decoder, tokenizer, sampling, rules=rules, max_tokens=max_tokens, batch_size=batch_size
     )
-    ids = [tokenizer.encode(prompt) for prompt in prompts]
-    found = dict(writer.write(ids, on_text=on_text))
+    ids = [tokenizer.encode(given) if isinstance(given, str) else given for given in prompts]
+    found = dict(writer.write(ids, cached=cached, on_text=on_text))
     return [found[row] for row in range(len(prompts))]
 
 
@@ -82,12 +84,14 @@ class TextWriter:
         *,
         first: int = 0,
         budget: int | None = None,
+        cached: int = 0,
         on_text: OnText | None = None,
     ) -> Iterator[tuple[int, Continuation]]:
         """Yield the row and the continuation of each prompt, in the order in which they end.
 
         Row r draws from the random stream (seed, first + r) in any batch. Every text may have
-        `budget` tokens; by default what the longest prompt leaves room for.
+        `budget` tokens; by default what the longest prompt leaves room for. `cached` as in
+        `generate`.
         """
         if prompts and budget is None:
             budget = token_budget(self.decoder.config, max(map(len, prompts)), self.max_tokens)
@@ -101,6 +105,7 @@ class TextWriter:
                 self.sampling,
                 max_tokens=budget,
                 stop=self.tokenizer.stop_ids,
+                cached=cached,
                 streams=[first + row for row in rows],
                 rules=None if self.rules is None else self.rules.start(texts.prompts),
                 ended=texts.ended,

@@ -1,0 +1,188 @@
+"""Ways to write the same text with less work: prompt caches and speculative decoding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from sessa_common.checkpoint.folder import weight_files
+from sessa_common.errors import SessaError, expect, require
+from sessa_common.inference.generation import Decoder, prefill, reuse_prefix, token_budget
+from sessa_common.inference.model_tokenizer import ModelTokenizer
+from sessa_common.inference.prompt_cache import cache_owner, load_prompt_cache, save_prompt_cache
+from sessa_common.inference.speculation import (
+    DRAFT_TOKENS,
+    Acceptance,
+    require_same_tokens,
+    require_trimmable_model,
+    speculate,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shortcuts:
+    """What may save work: a prompt cache to begin from, one to write, and a way of guessing tokens.
+
+    prompt_cache and save_prompt_cache are files, draft_model is the folder of a smaller model of
+    the same vocabulary, which guesses draft_tokens tokens a round. prompt_lookup guesses so many
+    tokens a round from earlier places in the text; 0 is off. Raises SessaError for a number out of
+    its range and for two ways of guessing.
+    """
+
+    prompt_cache: str | Path | None = None
+    save_prompt_cache: str | Path | None = None
+    draft_model: str | Path | None = None
+    draft_tokens: int = DRAFT_TOKENS
+    prompt_lookup: int = 0
+
+    def __post_init__(self) -> None:
+        expect(self.draft_tokens >= 1, "draft_tokens", self.draft_tokens, "1 or more")
+        expect(self.prompt_lookup >= 0, "prompt_lookup", self.prompt_lookup, "0 (off) or more")
+        if self.draft_model is not None and self.prompt_lookup:
+            raise SessaError(
+                "`draft_model` and `prompt_lookup` both guess tokens; give one of them"
+            )
+
+    @property
+    def guesses(self) -> bool:
+        """Return True for speculative decoding."""
+        return self.draft_model is not None or self.prompt_lookup > 0
+
+    @property
+    def caches(self) -> bool:
+        """Return True when a prompt cache is read or written."""
+        return self.prompt_cache is not None or self.save_prompt_cache is not None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelHome:
+    """The folder of a model, None for one in memory, and how its runtime opens such folders."""
+
+    folder: Path | None
+    open: Callable[[Path], Decoder]
+    files: Callable[[Path], Iterable[Path]] = weight_files
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """What to generate with: a decoder that may speculate, and prompts as ids.
+
+    `cached` ids of the only prompt are in the decoder's cache. `acceptance` counts guesses while
+    they are made. `notes` are sentences for the user.
+    """
+
+    decoder: Decoder
+    prompts: list[list[int]]
+    cached: int = 0
+    acceptance: Acceptance | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def batch_size(self) -> int | None:
+        """1 for speculative decoding, which continues one prompt after the other, else None."""
+        return None if self.acceptance is None else 1
+
+
+def start(
+    shortcuts: Shortcuts,
+    decoder: Decoder,
+    tokenizer: ModelTokenizer,
+    prompts: Sequence[str | Sequence[int]],
+    home: ModelHome,
+    max_tokens: int | None = None,
+) -> Start:
+    """Load what a request for `max_tokens` tokens after texts or ids needs, and check it.
+
+    An empty prompt behind a prompt cache stands for the text of the cache. Raises SessaError before
+    the model runs.
+    """
+    draft = None
+    if shortcuts.guesses:
+        require_trimmable_model(decoder.config, "the model")
+    if shortcuts.draft_model is not None:
+        draft = _open_draft(Path(shortcuts.draft_model), tokenizer, home)
+    cached, notes = 0, list[str]()
+    if shortcuts.caches:
+        ids, cached, notes = _open_prompt(shortcuts, decoder, tokenizer, prompts, home, max_tokens)
+        texts = [ids]
+    else:
+        texts = [_ids(tokenizer, prompt) for prompt in prompts]
+    if not shortcuts.guesses:
+        return Start(decoder=decoder, prompts=texts, cached=cached, notes=notes)
+    speculative = speculate(
+        decoder,
+        draft=draft,
+        draft_tokens=shortcuts.draft_tokens,
+        prompt_lookup=shortcuts.prompt_lookup,
+        tokens=texts[0][:cached] if cached else (),
+    )
+    return Start(
+        decoder=speculative,
+        prompts=texts,
+        cached=cached,
+        acceptance=speculative.acceptance,
+        notes=notes,
+    )
+
+
+def _open_draft(folder: Path, tokenizer: ModelTokenizer, home: ModelHome) -> Decoder:
+    require(folder.is_dir(), f"{folder}: no such folder for `draft_model`")
+    draft = home.open(folder)
+    require_trimmable_model(draft.config, f"the draft model {folder}")
+    require_same_tokens(
+        tokenizer.tokenizer, ModelTokenizer.open(folder, draft.config).tokenizer, str(folder)
+    )
+    return draft
+
+
+def _open_prompt(
+    shortcuts: Shortcuts,
+    decoder: Decoder,
+    tokenizer: ModelTokenizer,
+    prompts: Sequence[str | Sequence[int]],
+    home: ModelHome,
+    max_tokens: int | None,
+) -> tuple[list[int], int, list[str]]:
+    """Read the prompt, as far as a cache does not hold it, and write its cache.
+
+    Returns the ids of the prompt, how many of them the decoder has read, and notes.
+    """
+    if home.folder is None:
+        raise SessaError(
+            "a prompt cache is checked against the files of a model; give its folder, not a model "
+            "in memory"
+        )
+    if len(prompts) != 1:
+        raise SessaError(f"a prompt cache holds one prompt; {len(prompts)} were given")
+    target = None if shortcuts.save_prompt_cache is None else Path(shortcuts.save_prompt_cache)
+    if target is not None:
+        require(target.parent.is_dir(), f"{target}: there is no folder {target.parent}")
+        require(not target.is_dir(), f"{target}: is a folder, expected the name of a file")
+    owner = cache_owner(home.folder, decoder.config, tokenizer.tokenizer, home.files(home.folder))
+    known: list[int] = []
+    if shortcuts.prompt_cache is not None:
+        known = load_prompt_cache(Path(shortcuts.prompt_cache), decoder, owner)
+    ids = known if known and prompts[0] == "" else _ids(tokenizer, prompts[0])
+    token_budget(decoder.config, len(ids), max_tokens)
+    cached, notes = 0, []
+    if known:
+        cached = reuse_prefix(decoder, known, ids)
+        notes.append(f"the prompt cache holds {cached} of {len(ids)} tokens of the prompt")
+        if cached == 0 and not decoder.trimmable:
+            notes.append(
+                "the prompt is read from its beginning, because it is no continuation of the "
+                "cached text and the state of a Mamba-2 layer cannot be rolled back"
+            )
+    if target is not None:
+        if cached < len(ids) - 1:
+            prefill(decoder, np.array([ids[cached:-1]], np.int64), None)
+        cached = len(ids) - 1
+        save_prompt_cache(target, decoder, ids, owner)
+    return ids, cached, notes
+
+
+def _ids(tokenizer: ModelTokenizer, prompt: str | Sequence[int]) -> list[int]:
+    return tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
