@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 
-from sessa_common.errors import SessaError
+from sessa_common.errors import SessaError, expect
 from sessa_common.inference.chat_template import ChatTemplate, Message, with_system
 from sessa_common.inference.generation import Decoder, generate, reuse_prefix
-from sessa_common.inference.logit_rules import LogitRules, PreparedRules
+from sessa_common.inference.logit_rules import LogitRules, prepare_rules
 from sessa_common.inference.model_tokenizer import ModelTokenizer
 from sessa_common.inference.sampling import SamplingConfig
 from sessa_common.inference.text_stream import StopTexts, TextStream
@@ -35,10 +35,11 @@ class Conversation:
         max_tokens: int | None = None,
         system: str | None = None,
     ) -> None:
+        ok = max_tokens is None or max_tokens >= 1
+        expect(ok, "max_tokens", max_tokens, "at least 1")
         self.decoder, self.tokenizer, self.template = decoder, tokenizer, template
         self.sampling, self.max_tokens = sampling, max_tokens
-        active = rules is not None and rules.active
-        self.rules = PreparedRules(rules, tokenizer) if rules is not None and active else None
+        self.rules = prepare_rules(rules, tokenizer)
         self.system = with_system([], system)
         self.reset()
 
@@ -126,10 +127,8 @@ class Conversation:
             streams=[len(self.turns) // 2],
             rules=None if self.rules is None else self.rules.start([ids]),
         )
-        stream, stops = (
-            TextStream(self.tokenizer.tokenizer, ids),
-            StopTexts(self.template.stop_texts),
-        )
+        stream = TextStream(self.tokenizer.tokenizer, ids)
+        stops = StopTexts(self.template.stop_texts)
         self.cached = list(ids)
         with closing(steps):
             for (token,) in steps:

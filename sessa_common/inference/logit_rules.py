@@ -69,6 +69,11 @@ class PreparedRules:
         return RowRules(self, prompts)
 
 
+def prepare_rules(rules: LogitRules | None, tokenizer: ModelTokenizer) -> PreparedRules | None:
+    """Return rules for a tokenizer, None where no rule changes a logit."""
+    return PreparedRules(rules, tokenizer) if rules is not None and rules.active else None
+
+
 class RowRules:
     """Rules in the course of a batch: they know what each row holds so far."""
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import os
 from collections import deque
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +17,8 @@ from sessa_common.errors import SessaError, expect
 # The largest factor on the logits: a smaller temperature than its inverse takes the likeliest
 # token, and the products stay finite.
 LARGEST_INVERSE_TEMPERATURE = 1e30
+# Rows of a smaller vocabulary are drawn faster than handed to a thread.
+THREADED_VOCABULARY, MOST_THREADS = 16_384, 16
 NOT_FINITE = "the model's logits are not finite numbers; the weights are damaged"
 
 
@@ -62,8 +67,14 @@ class GumbelNoise:
     def peek(self, turn: int = 0) -> np.ndarray:
         """Return the noise (B, V) float32 of the draw `turn` draws after the next."""
         while len(self.ahead) <= turn:
-            self.ahead.append(np.stack([_gumbel(rng, self.vocab_size) for rng in self.streams]))
+            self.ahead.append(np.stack(self._draw()))
         return self.ahead[turn]
+
+    def _draw(self) -> list[np.ndarray]:
+        sizes = [self.vocab_size] * len(self.streams)
+        if len(sizes) > 1 and self.vocab_size >= THREADED_VOCABULARY:
+            return list(_threads().map(_gumbel, self.streams, sizes))
+        return list(map(_gumbel, self.streams, sizes))
 
     def take(self) -> np.ndarray:
         """Return the noise (B, V) float32 of the next draw and go on to the one after it."""
@@ -75,6 +86,11 @@ class GumbelNoise:
         """Keep only these rows of the batch; each goes on in its own stream."""
         self.streams = [self.streams[row] for row in rows]
         self.ahead = deque(noise[list(rows)] for noise in self.ahead)
+
+
+@functools.cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1), "sessa-noise")
 
 
 def _gumbel(rng: np.random.Generator, size: int) -> np.ndarray:

@@ -55,6 +55,8 @@ class StopTexts:
 
     def push(self, piece: str) -> str:
         """Add a piece and return the text that is certain to come before a stop."""
+        if self.found:
+            return ""
         self.held += piece
         starts = [start for text in self.texts if (start := self.held.find(text)) >= 0]
         if starts:
@@ -67,7 +69,7 @@ class StopTexts:
 
     def finish(self) -> str:
         """Return the text that was held back; to be called once, at the end."""
-        return "" if self.found else self.held
+        return self.held
 
     def _waiting(self) -> int:
         """The number of characters at the end that may be the beginning of a stop."""

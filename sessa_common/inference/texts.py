@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from sessa_common.errors import expect, require
 from sessa_common.inference.generation import Decoder, generate, token_budget
-from sessa_common.inference.logit_rules import LogitRules, PreparedRules
+from sessa_common.inference.logit_rules import LogitRules, prepare_rules
 from sessa_common.inference.model_tokenizer import ModelTokenizer
 from sessa_common.inference.sampling import SamplingConfig
 from sessa_common.inference.text_stream import StopTexts, TextStream
@@ -75,8 +75,7 @@ class TextWriter:
         self.decoder, self.tokenizer, self.sampling = decoder, tokenizer, sampling
         self.max_tokens, self.batch_size = max_tokens, batch_size
         self.stop_texts = stop_texts
-        active = rules is not None and rules.active
-        self.rules = PreparedRules(rules, tokenizer) if rules is not None and active else None
+        self.rules = prepare_rules(rules, tokenizer)
 
     def write(
         self,

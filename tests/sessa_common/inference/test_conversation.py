@@ -160,6 +160,11 @@ def test_an_error_in_a_step_empties_the_cache(decoders) -> None:
     assert say(talk, "Me") == expected[1]
 
 
+def test_an_answer_has_room(decoders) -> None:
+    with pytest.raises(SessaError, match="max_tokens is 0"):
+        begin(decoders["torch"], max_tokens=0)
+
+
 def test_reset_and_restore(decoders) -> None:
     talk = begin(decoders["torch"], system="Short.")
     answers = [say(talk, "Hello"), say(talk, "Me")]

@@ -77,6 +77,7 @@ def test_seed_and_row_choose_the_random_stream() -> None:
 
 
 def test_noise_is_that_of_numpys_generator() -> None:
+    # Rows of so many ids are drawn in threads.
     noise = GumbelNoise(5, [0, 3], 100_000)
     for row, stream in enumerate((0, 3)):
         expected = np.random.default_rng([5, stream]).gumbel(size=100_000)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sessa_common.data.tokenizer import byte_tokenizer, train_bpe, word_tokenizer
-from sessa_common.inference.text_stream import TextStream
+from sessa_common.inference.text_stream import StopTexts, TextStream
 
 
 def stream(tokenizer, ids: list[int]) -> list[str]:
@@ -55,3 +57,21 @@ def test_stream_of_merged_tokens_leaves_the_end_token_out() -> None:
     ids = tokenizer.encode(text).ids
     assert len(ids) < len(text)
     assert "".join(stream(tokenizer, [*ids, tokenizer.token_to_id("<|endoftext|>")])) == text
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text("ab\n", max_size=12), cuts=st.lists(st.integers(0, 12), max_size=6))
+def test_stop_texts_cut_alike_however_the_text_arrives(text: str, cuts: list[int]) -> None:
+    found = [text.find(stop) for stop in ("\na", "bba") if stop in text]
+    expected = text[: min(found)] if found else text
+    stops, bounds = StopTexts(["\na", "bba"]), sorted({0, *cuts, len(text)})
+    pieces = [stops.push(text[a:b]) for a, b in pairwise(bounds)]
+    assert "".join([*pieces, stops.finish()]) == expected
+    assert stops.found == bool(found)
+
+
+def test_text_that_cannot_become_a_stop_is_passed_on_at_once() -> None:
+    stops = StopTexts(["\nUser:"])
+    assert [stops.push(piece) for piece in ("Yes", "\nUs", "e", "d\n")] == ["Yes", "", "", "\nUsed"]
+    assert stops.finish() == "\n"
+    assert StopTexts([]).push("any") == "any"

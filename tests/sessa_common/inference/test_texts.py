@@ -90,3 +90,14 @@ def test_no_prompts_and_a_bad_batch_size() -> None:
         generate_texts(ScriptedDecoder([1]), BYTES, [], GREEDY)
     with pytest.raises(SessaError, match="batch_size is 0"):
         generate_texts(ScriptedDecoder([1]), BYTES, ["a"], GREEDY, batch_size=0)
+
+
+def test_a_stop_text_ends_its_row_alone() -> None:
+    decoder = ScriptedDecoder([*b"Yes. No"], [*b"abcdefg"], [*b"No.Yes"])
+    writer = TextWriter(decoder, BYTES, GREEDY, max_tokens=6, stop_texts=[". ", ".Y"])
+    found = dict(writer.write([[1]] * 3))
+    assert found[0] == Continuation("Yes", 5, "stop")
+    assert found[1] == Continuation("abcdef", 6, "length")
+    assert found[2] == Continuation("No", 4, "stop")
+    # Both rows that ended have left the batch.
+    assert [len(tokens) for tokens in decoder.fed] == [3, 3, 3, 3, 3, 1]
