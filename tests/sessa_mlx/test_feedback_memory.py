@@ -2,71 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import ModuleType
-from typing import Any
 
 import mlx.core as mx
 import pytest
-from support.mlx_pool import VIEWS, Pool, primitives, replay
+from support.mlx_launches import launches, solve_graphs
+from support.mlx_pool import VIEWS, Pool, replay
 
-from sessa_mlx.feedback import gpu, metal, products
+from sessa_mlx.feedback import gpu, metal
 
-Graph = list[dict[str, Any]]
 modules = pytest.mark.parametrize("module", [metal, gpu], ids=["metal", "gpu"])
-
-
-def fused_kernel(function: Callable[..., Any], *constants: Any) -> Callable[..., list[mx.array]]:
-    """Stand-in for `products.fused`: one primitive, where export spells out a compiled function."""
-
-    def call(*arrays: mx.array) -> Any:
-        results = function(*constants, *arrays)
-        outputs = results if isinstance(results, (tuple, list)) else [results]
-        kernel: Any = mx.fast.metal_kernel(
-            name=f"fused{function.__name__}",
-            input_names=[f"input_{i}" for i in range(len(arrays))],
-            output_names=[f"output_{i}" for i in range(len(outputs))],
-            source="uint place = thread_position_in_grid.x;",
-        )
-        made = kernel(
-            inputs=list(arrays),
-            grid=(1, 1, 1),
-            threadgroup=(1, 1, 1),
-            output_shapes=[x.shape for x in outputs],
-            output_dtypes=[x.dtype for x in outputs],
-        )
-        return made if len(made) > 1 else made[0]
-
-    return call
-
-
-@pytest.fixture(autouse=True)
-def fused_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (products, gpu, metal):
-        monkeypatch.setattr(module, "fused", fused_kernel)
-
-
-def graphs(
-    module: ModuleType, T: int, D: int, dtype: mx.Dtype, B: int = 1
-) -> tuple[list[mx.array], Graph, Graph]:
-    """Inputs, and the graphs of the forward pass and of both passes."""
-    arrays = [mx.zeros((B, T, D), dtype) for _ in range(3)] + [mx.zeros((B, T))]
-
-    def forward(*given: mx.array) -> list[mx.array]:
-        return [module.solve_forward(*given)[0]]
-
-    def both(*given: mx.array) -> list[mx.array]:
-        s, sums = module.solve_forward(*given)
-        return list(module.solve_backward(given[0], *given[1:], s, sums)[:4])
-
-    return arrays, primitives(forward, *arrays), primitives(both, *arrays)
-
-
-def launches(graph: Graph) -> int:
-    """Launches of a graph: one a primitive that computes, and one a part that is concatenated."""
-    computing = [record for record in graph if record["name"] not in VIEWS]
-    return sum(len(r["inputs"]) if r["name"] == "Concatenate" else 1 for r in computing)
-
 
 # Launches a block row: 256 rows up to T 2048, 512 then. Sums over earlier rows lie in pieces, of
 # which long sequences have more.
@@ -83,7 +28,7 @@ BUDGETS = {
 @pytest.mark.parametrize(("dtype", "T"), BUDGETS)
 def test_launches_of_a_block_row_in_metal(dtype: str, T: int) -> None:
     forward_most, backward_most = BUDGETS[dtype, T]
-    _, forward, both = graphs(metal, T, 64, getattr(mx, dtype))
+    _, forward, both = solve_graphs(metal, T, 64, getattr(mx, dtype))
     rows = len(metal._block_rows(T))
     assert launches(forward) <= forward_most * rows
     assert launches(both) - launches(forward) <= backward_most * rows
@@ -92,7 +37,7 @@ def test_launches_of_a_block_row_in_metal(dtype: str, T: int) -> None:
 @pytest.mark.parametrize("B", [1, 3])
 def test_metal_kernels_read_no_slices(B: int) -> None:
     """MLX would copy a slice of several sequences before a kernel: one more launch."""
-    _, _, both = graphs(metal, 4096, 32, mx.bfloat16, B)
+    _, _, both = solve_graphs(metal, 4096, 32, mx.bfloat16, B)
     views = {name for r in both if r["name"] in VIEWS for name, *_ in r["outputs"]}
     kernels = [record for record in both if record["name"] == "CustomKernel"]
     ours = [r for r in kernels if "custom_kernel_sessa" in r["arguments"][0]]
@@ -103,8 +48,8 @@ def test_metal_kernels_read_no_slices(B: int) -> None:
 
 @pytest.mark.parametrize(("T", "most"), [(2048, 280), (8192, 420), (16384, 680)])
 def test_launches_of_both_passes_on_cuda(T: int, most: int) -> None:
-    """`blocked` takes more than 3,000 at T 8192."""
-    _, _, both = graphs(gpu, T, 64, mx.bfloat16)
+    """`blocked` takes 7,376 at T 8192."""
+    _, _, both = solve_graphs(gpu, T, 64, mx.bfloat16)
     assert launches(both) <= most
 
 
@@ -127,7 +72,7 @@ def test_the_pool_holds_at_most_twice_what_is_in_use(
     module: ModuleType, T: int, dtype: mx.Dtype
 ) -> None:
     """Over two training steps of one layer, D 1024, with its inputs."""
-    arrays, _, both = graphs(module, T, 1024, dtype)
+    arrays, _, both = solve_graphs(module, T, 1024, dtype)
     pool, given = PeakPool(), sum(x.nbytes for x in arrays)
     for _ in range(2):
         replay(both, pool)
