@@ -13,6 +13,7 @@ from sessa_common.layer_kinds import KINDS, LayerKind, with_layer_kinds
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 PRECISIONS = ("auto", "float32", "bfloat16")
+CHECKPOINTS = ("none", "layers")
 # Far beyond the deepest models; a number above it is a mistake, and lists of its layers would fill
 # the memory.
 MOST_LAYERS = 4096
@@ -283,7 +284,9 @@ class TrainConfig:
     means "only at the end"; the last keep_checkpoints saves are kept, and the best by validation
     loss. `task` is "symbolsoup", "diffuse-mqar" or a folder of `sessa data`, to
     train on instead of text; `task_options` are "name=value" texts for its fields. `compile` lets
-    the framework compile the training step: the same numbers but for rounding.
+    the framework compile the training step, with the same numbers but for rounding; None compiles
+    with MLX on a GPU and nowhere else. `checkpoint_activations` is "none" or
+    "layers": the backward pass computes each layer again, which takes time and saves memory.
     """
 
     task: str | None = None
@@ -310,7 +313,8 @@ class TrainConfig:
     adam_eps: float = 1e-8
     max_grad_norm: float = 1.0
     precision: str = "auto"
-    compile: bool = False
+    compile: bool | None = None
+    checkpoint_activations: str = "none"
     seed: int = 0
     evaluate_every: int = 100
     evaluate_batches: int = 8
@@ -348,9 +352,16 @@ class TrainConfig:
         )
         require(len(self.data) > 0, "data is empty, expected at least one file, folder or name")
         expect(self.precision in PRECISIONS, "precision", self.precision, ", ".join(PRECISIONS))
+        expect(
+            self.checkpoint_activations in CHECKPOINTS,
+            "checkpoint_activations",
+            self.checkpoint_activations,
+            " or ".join(CHECKPOINTS),
+        )
         for name in ("compile", "parse_special_tokens"):
             value = getattr(self, name)
-            expect(isinstance(value, bool), name, value, "true or false")
+            chosen = isinstance(value, bool) or (name == "compile" and value is None)
+            expect(chosen, name, value, "true or false")
         self._check_texts()
 
     def _as_float(self, name: str) -> float:

@@ -13,6 +13,7 @@ from mlx import nn
 
 from sessa_common.config import SessaConfig
 from sessa_mlx._step_cache import StepLayerCache, hide_rows, on_gpu
+from sessa_mlx.attention_blocks import attend
 from sessa_mlx.cache import SessaLayerCache
 
 
@@ -91,25 +92,20 @@ def apply_rope(x: mx.array, rope: Rope) -> mx.array:
 
 
 def causal_attention(
-    q: mx.array,  # (B, H, T, d)
-    k: mx.array,  # (B, G, P+T, d)
+    q: mx.array,  # (B, H, T, K)
+    k: mx.array,  # (B, G, P+T, K)
     v: mx.array,  # (B, G, P+T, d)
     key_mask: mx.array | None = None,  # (B, P+T)
 ) -> mx.array:
-    """Softmax attention over keys j <= P + t, scale d^-1/2, by the fused kernel; (B, H, T, d).
+    """Softmax attention over keys j <= P + t, scale K^-1/2, in O(T) memory; (B, H, T, d).
 
-    A mask is built only for padding. Every query sees itself, so a padded row is never NaN;
-    its result has no meaning. Hidden keys and values
-    are read as zeros, because a weight of 0 would not hide NaN or infinity.
+    Queries and keys may have another width than values. Every query sees itself, so a padded row is
+    never NaN; its result has no meaning. Hidden keys and values are read as zeros, because a weight
+    of 0 would not hide NaN or infinity.
     """
-    T, S, scale = q.shape[2], k.shape[2], q.shape[-1] ** -0.5
-    if key_mask is None:
-        mask = "causal" if T > 1 else None
-        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
-    row, column = mx.arange(S - T, S)[:, None], mx.arange(S)
-    visible = (column <= row) & (key_mask[:, None, None, :] | (column == row))
-    k, v = (mx.where(key_mask[:, None, :, None], x, 0) for x in (k, v))
-    return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=visible)
+    if key_mask is not None:
+        k, v = (mx.where(key_mask[:, None, :, None], x, 0) for x in (k, v))
+    return attend(q, k, v, key_mask)
 
 
 class AttentionMixer(nn.Module):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 from mlx import nn
 
@@ -110,8 +112,30 @@ def new_layer(config: SessaConfig, kind: LayerKind) -> nn.Module:
     return (SessaLayer if kind.block == "gated" else TransformerLayer)(config, kind)
 
 
+def _run(layer: nn.Module, x: mx.array, **rest: Any) -> mx.array:
+    return layer(x, **rest)
+
+
+def _checkpointed(layer: nn.Module, x: mx.array, **rest: Any) -> mx.array:
+    """`_run`, which the backward pass repeats instead of keeping what the layer computes."""
+
+    def run(parameters: dict[str, Any], x: mx.array) -> mx.array:
+        # MLX differentiates arguments only, so the layer gets its parameters as an argument.
+        own = layer.parameters()
+        layer.update(parameters)
+        y = layer(x, **rest)
+        layer.update(own)
+        return y
+
+    return mx.checkpoint(run)(layer.parameters(), x)
+
+
 class SessaModel(nn.Module):
-    """Token embedding, the blocks and the final norm."""
+    """Token embedding, the blocks and the final norm.
+
+    With `checkpoint_layers` the backward pass computes each layer again from its input, and the
+    forward pass keeps nothing else of it.
+    """
 
     def __init__(self, config: SessaConfig) -> None:
         super().__init__()
@@ -120,6 +144,7 @@ class SessaModel(nn.Module):
         self.layers = [new_layer(config, kind) for kind in config.kinds]
         norm = nn.RMSNorm if config.final_norm == "rms" else nn.LayerNorm
         self.norm = norm(config.hidden_size, eps=config.layer_norm_eps)
+        self.checkpoint_layers = False
 
     def __call__(
         self,
@@ -136,9 +161,10 @@ class SessaModel(nn.Module):
         else:
             mask = None if attention_mask is None else attention_mask.astype(mx.bool_)
         rope = rope_of(self.config, x, past, mask) if self.config.rotates else None
+        run = _checkpointed if self.checkpoint_layers and cache is None else _run
         for i, layer in enumerate(self.layers):
             layer_cache = cache.layers[i] if cache is not None else None
-            x = layer(x, rope=rope, cache=layer_cache, key_mask=mask)
+            x = run(layer, x, rope=rope, cache=layer_cache, key_mask=mask)
         return self.norm(x)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx import nn, optimizers
+from mlx import optimizers
 from mlx.utils import tree_flatten, tree_unflatten
 
 from sessa_common.config import SessaConfig, TrainConfig
@@ -18,8 +19,11 @@ from sessa_common.training.preparation import TrainRequest
 from sessa_common.training.session import TrainResult, run_session
 from sessa_common.training.trainer import Reporter
 from sessa_mlx.checkpoint import build_model, choose_device, to_numpy, to_tensor
+from sessa_mlx.loss import likeliest, loss_and_likeliest, weighted_loss
 
 Arrays = dict[str, mx.array]
+# The loss and the gradients of some of the batches of a step.
+Sums = tuple[mx.array, Arrays]
 # Parameters of gains and decays: low precision does not round them.
 EXACT = ("gamma_bias", "dt_bias", "A_log", "mixer.D")
 
@@ -72,8 +76,8 @@ class TrainBackend:
     Master weights, gradients and AdamW are float32. With bfloat16 the forward pass runs on a
     bfloat16 copy of the weights (not of the scalars that decide gains and decays), with softmax,
     the feedback solve's sums and the loss in float32; the gradients reach the float32 weights
-    through the cast. With settings.compile mx.compile fuses the operations of loss and gradient.
-    Raises SessaError for a device that is not there.
+    through the cast. A compiled step is one function: loss, gradients, clipping and AdamW. Raises
+    SessaError for a device that is not there.
     """
 
     def __init__(
@@ -87,42 +91,49 @@ class TrainBackend:
         self.device = choose_device(device)
         self.precision = choose_precision(settings.precision, self.device)
         self.model = build_model(config, weights, dtype="float32", device=self.device)
+        self.model.model.checkpoint_layers = settings.checkpoint_activations == "layers"
         self.parameters: Arrays = dict(tree_flatten(self.model.parameters()))
+        self.head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
         self.moments: dict[str, Arrays] = {
             kind: {name: mx.zeros_like(p) for name, p in self.parameters.items()}
             for kind in MOMENTS
         }
         self.steps = 0
-        self.loss_and_gradients = mx.value_and_grad(self._loss_sum)
-        if settings.compile:
-            self.loss_and_gradients = mx.compile(self.loss_and_gradients)
+        self._release_model()
+        # On the CPU MLX calls a C++ compiler for every kernel, which takes about a second each.
+        compiled = self.device == "gpu" if settings.compile is None else settings.compile
+        self._accumulate = mx.compile(self._sums) if compiled else self._sums
+        self._finish = mx.compile(self._update) if compiled else self._update
 
     def step(self, batches: Sequence[Batch], learning_rate: float) -> tuple[float, float]:
         """Take one AdamW step on the weighted mean loss of all rows; (nats, gradient norm)."""
-        # An array, because compiled code takes a Python number for a constant.
+        # Arrays, because compiled code takes a Python number for a constant.
         total = mx.array(sum(float(batch.weights.sum()) for batch in batches))
-        loss = mx.array(0.0)
-        grads: Arrays = {}
-        for batch in batches:
-            part, new = self.loss_and_gradients(self.parameters, *_arrays(batch), total)
-            loss = loss + part
-            grads = {name: grads[name] + g for name, g in new.items()} if grads else new
-            mx.eval(loss, grads)
-        grads, norm = optimizers.clip_grad_norm(grads, self.settings.max_grad_norm)
-        # A gradient that is not finite would spoil the weights for good, so the step is skipped.
-        if bool(mx.isfinite(loss + norm)):
-            self._adamw(grads, learning_rate)
-        return float(loss), float(norm)
+        rates = self._rates(learning_rate)
+        sums: Sums | None = None
+        for batch in batches[:-1]:
+            sums = self._accumulate(self.parameters, sums, _arrays(batch), total)
+            mx.eval(sums)
+        # Nothing else refers to the old arrays, so MLX writes the new ones over them.
+        self.parameters, self.moments, result = self._finish(
+            self.parameters, self.moments, sums, _arrays(batches[-1]), total, rates
+        )
+        mx.eval(self.parameters, self.moments, result)
+        loss, norm = map(float, to_numpy(result))
+        self.steps += math.isfinite(loss + norm)
+        return loss, norm
 
     def evaluate(self, batch: Batch) -> tuple[float, np.ndarray]:
         """Return the weighted sum of the losses of a batch, in nats, and its `predict`."""
         inputs, targets, weights = _arrays(batch)
-        logits = self._logits(self.parameters, inputs)
-        return float(_cross_entropy(logits, targets, weights)), _likeliest(logits)
+        hidden = self._hidden(self.parameters, inputs)
+        loss, ids = loss_and_likeliest(hidden, self.parameters[self.head], targets, weights)
+        return float(loss), to_numpy(ids.astype(mx.int32))
 
     def predict(self, inputs: np.ndarray) -> np.ndarray:
         """Return the likeliest next ids int32 (B, T) after inputs (B, T)."""
-        return _likeliest(self._logits(self.parameters, mx.array(inputs)))
+        hidden = self._hidden(self.parameters, mx.array(inputs))
+        return to_numpy(likeliest(hidden, self.parameters[self.head]).astype(mx.int32))
 
     def weights(self) -> dict[str, np.ndarray]:
         """Return the float32 master weights."""
@@ -144,52 +155,85 @@ class TrainBackend:
                 arrays[name] = to_tensor(state[f"{kind}.{name}"])
         self.steps = steps
 
-    def _loss_sum(
+    def _rates(self, learning_rate: float) -> list[mx.array]:
+        """Factor of a decaying weight, size of the step and scale of the second moment."""
+        settings, step = self.settings, self.steps + 1
+        keep = 1 - learning_rate * settings.weight_decay
+        size = learning_rate / (1 - settings.beta1**step)
+        return [mx.array(x) for x in (keep, size, (1 - settings.beta2**step) ** -0.5)]
+
+    def _sums(
+        self, parameters: Arrays, sums: Sums | None, batch: list[mx.array], total: mx.array
+    ) -> Sums:
+        """Add the loss / total of a batch and its gradients to sums."""
+        loss, grads = mx.value_and_grad(self._loss_sum)(parameters, *batch)
+        loss, grads = loss / total, {name: g / total for name, g in grads.items()}
+        if sums is None:
+            return loss, grads
+        return sums[0] + loss, {name: sums[1][name] + g for name, g in grads.items()}
+
+    def _update(
         self,
         parameters: Arrays,
-        inputs: mx.array,
-        targets: mx.array,
-        weights: mx.array,
+        moments: dict[str, Arrays],
+        sums: Sums | None,
+        batch: list[mx.array],
         total: mx.array,
-    ) -> mx.array:
-        return _cross_entropy(self._logits(parameters, inputs), targets, weights) / total
+        rates: list[mx.array],
+    ) -> tuple[Arrays, dict[str, Arrays], mx.array]:
+        """Return weights and moments after a step whose last batch is given, and (loss, norm)."""
+        loss, grads = self._sums(parameters, sums, batch, total)
+        grads, norm = optimizers.clip_grad_norm(grads, self.settings.max_grad_norm)
+        finite = mx.isfinite(loss + norm)
+        weights, (m, v) = dict[str, mx.array](), (dict[str, mx.array](), dict[str, mx.array]())
+        for name, g in grads.items():
+            old = parameters[name], moments["m"][name], moments["v"][name]
+            weights[name], m[name], v[name] = self._adamw(*old, g, finite, rates)
+        return weights, {"m": m, "v": v}, mx.stack([loss, norm])
 
-    def _logits(self, parameters: Arrays, inputs: mx.array) -> mx.array:
+    def _adamw(
+        self,
+        p: mx.array,
+        m: mx.array,
+        v: mx.array,
+        g: mx.array,
+        finite: mx.array,
+        rates: list[mx.array],
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        """Return a parameter and its moments after a step, or as they are if it is not finite.
+
+        The rule is that of torch.optim.AdamW; mlx.optimizers.AdamW decays every parameter and
+        rounds its bias corrections to float32. MLX makes one kernel of it, because the new
+        parameter is computed from the moments that are returned.
+        """
+        settings, (keep, size, scale) = self.settings, rates
+        m = mx.where(finite, settings.beta1 * m + (1 - settings.beta1) * g, m)
+        v = mx.where(finite, settings.beta2 * v + (1 - settings.beta2) * (g * g), v)
+        step = size * m / (mx.sqrt(v) * scale + settings.adam_eps)
+        return mx.where(finite, (p * keep if decays(p.shape) else p) - step, p), m, v
+
+    def _loss_sum(
+        self, parameters: Arrays, inputs: mx.array, targets: mx.array, weights: mx.array
+    ) -> mx.array:
+        hidden = self._hidden(parameters, inputs)
+        return weighted_loss(hidden, parameters[self.head], targets, weights)
+
+    def _hidden(self, parameters: Arrays, inputs: mx.array) -> mx.array:
         if self.precision == "bfloat16":
             parameters = {
                 name: p if name.endswith(EXACT) else p.astype(mx.bfloat16)
                 for name, p in parameters.items()
             }
         self.model.update(tree_unflatten(list(parameters.items())))
-        return self.model(inputs)
+        hidden = self.model.model(inputs)
+        self._release_model()
+        return hidden
 
-    def _adamw(self, grads: Arrays, learning_rate: float) -> None:
-        # The rule of torch.optim.AdamW. mlx.optimizers.AdamW decays every parameter and rounds its
-        # bias corrections to float32.
-        settings, m, v = self.settings, *(self.moments[kind] for kind in MOMENTS)
-        self.steps += 1
-        size = learning_rate / (1 - settings.beta1**self.steps)
-        scale = (1 - settings.beta2**self.steps) ** -0.5
-        for name, g in grads.items():
-            m[name] = settings.beta1 * m[name] + (1 - settings.beta1) * g
-            v[name] = settings.beta2 * v[name] + (1 - settings.beta2) * g * g
-            p = self.parameters[name]
-            if decays(p.shape):
-                p = p * (1 - learning_rate * settings.weight_decay)
-            self.parameters[name] = p - size * m[name] / (
-                mx.sqrt(v[name]) * scale + settings.adam_eps
-            )
-        mx.eval(self.parameters, self.moments)
+    def _release_model(self) -> None:
+        """Take the weights out of the model, which would keep the old ones alive after a step."""
+        nothing = mx.zeros(())
+        self.model.update(tree_unflatten([(name, nothing) for name in self.parameters]))
 
 
-def _cross_entropy(logits: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
-    """Return the weighted sum of the losses over all positions of logits (B, T, V), in float32."""
-    return (nn.losses.cross_entropy(logits.astype(mx.float32), targets) * weights).sum()
-
-
-def _likeliest(logits: mx.array) -> np.ndarray:
-    return to_numpy(logits.argmax(-1).astype(mx.int32))
-
-
-def _arrays(batch: Batch) -> tuple[mx.array, mx.array, mx.array]:
-    return mx.array(batch.inputs), mx.array(batch.targets), mx.array(batch.weights)
+def _arrays(batch: Batch) -> list[mx.array]:
+    return [mx.array(batch.inputs), mx.array(batch.targets), mx.array(batch.weights)]

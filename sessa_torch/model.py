@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from sessa_common.config import SessaConfig
 from sessa_common.layer_kinds import KINDS, LayerKind
@@ -110,8 +113,23 @@ def new_layer(config: SessaConfig, kind: LayerKind) -> nn.Module:
     return (SessaLayer if kind.block == "gated" else TransformerLayer)(config, kind)
 
 
+def _run(layer: nn.Module, x: Tensor, **rest: Any) -> Tensor:
+    y: Tensor = layer(x, **rest)
+    return y
+
+
+def _checkpointed(layer: nn.Module, x: Tensor, **rest: Any) -> Tensor:
+    """`_run`, which the backward pass repeats instead of keeping what the layer computes."""
+    y: Tensor = checkpoint(layer, x, use_reentrant=False, preserve_rng_state=False, **rest)
+    return y
+
+
 class SessaModel(nn.Module):
-    """Token embedding, the blocks and the final norm."""
+    """Token embedding, the blocks and the final norm.
+
+    With `checkpoint_layers` the backward pass computes each layer again from its input, and the
+    forward pass keeps nothing else of it.
+    """
 
     def __init__(self, config: SessaConfig) -> None:
         super().__init__()
@@ -120,6 +138,7 @@ class SessaModel(nn.Module):
         self.layers = nn.ModuleList(new_layer(config, kind) for kind in config.kinds)
         norm = nn.RMSNorm if config.final_norm == "rms" else nn.LayerNorm
         self.norm = norm(config.hidden_size, eps=config.layer_norm_eps)
+        self.checkpoint_layers = False
 
     def forward(
         self,
@@ -136,9 +155,10 @@ class SessaModel(nn.Module):
         else:
             mask = None if attention_mask is None else attention_mask.bool()
         rope = rope_of(self.config, x, past, mask) if self.config.rotates else None
+        run = _checkpointed if self.checkpoint_layers and cache is None else _run
         for i, layer in enumerate(self.layers):
             layer_cache = cache.layers[i] if cache is not None else None
-            x = layer(x, rope=rope, cache=layer_cache, key_mask=mask)
+            x = run(layer, x, rope=rope, cache=layer_cache, key_mask=mask)
         return self.norm(x)
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sessa_common.config import SessaConfig, TrainConfig
@@ -26,6 +25,7 @@ from sessa_torch.checkpoint import (
     to_numpy,
     to_tensor,
 )
+from sessa_torch.loss import likeliest, loss_and_likeliest, weighted_loss
 
 MOMENT_KEYS = dict(zip(MOMENTS, ("exp_avg", "exp_avg_sq"), strict=True))
 # Types of a batch's inputs, targets and weights.
@@ -97,7 +97,10 @@ class TrainBackend:
         self.device = choose_device(device)
         self.precision = choose_precision(settings.precision, self.device)
         self.model = build_model(config, weights, dtype="float32", device=self.device)
+        self.model.model.checkpoint_layers = settings.checkpoint_activations == "layers"
         self.parameters = dict(self.model.named_parameters())
+        tied = config.tie_word_embeddings
+        self.head = self.parameters["model.embed_tokens.weight" if tied else "lm_head.weight"]
         groups: list[dict[str, Any]] = [
             {
                 "params": [p for p in self.parameters.values() if decays(p.shape) == matrices],
@@ -141,14 +144,14 @@ class TrainBackend:
     def evaluate(self, batch: Batch) -> tuple[float, np.ndarray]:
         """Return the weighted sum of the losses of a batch, in nats, and its `predict`."""
         inputs, targets, weights = self._on_device(batch)
-        logits = self._logits(inputs)
-        return _cross_entropy(logits, targets, weights).item(), _likeliest(logits)
+        loss, ids = loss_and_likeliest(self._hidden(inputs), self.head, targets, weights)
+        return loss.item(), to_numpy(ids.int())
 
     @torch.inference_mode()
     def predict(self, inputs: np.ndarray) -> np.ndarray:
         """Return the likeliest next ids int32 (B, T) after inputs (B, T)."""
         ids = torch.from_numpy(np.ascontiguousarray(inputs)).to(self.device)
-        return _likeliest(self._logits(ids))
+        return to_numpy(likeliest(self._hidden(ids), self.head).int())
 
     def weights(self) -> dict[str, np.ndarray]:
         """Return the float32 master weights."""
@@ -180,12 +183,14 @@ class TrainBackend:
                     moments[key] = value.to(parameter.device)
 
     def _loss_sum(self, inputs: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-        return _cross_entropy(self._logits(inputs), targets, weights)
+        return weighted_loss(self._hidden(inputs), self.head, targets, weights)
 
-    def _logits(self, inputs: Tensor) -> Tensor:
+    def _hidden(self, inputs: Tensor) -> Tensor:
+        """Hidden states (B, T, D), in bfloat16 where the model computes in it."""
         low = self.precision == "bfloat16"
         with torch.autocast(self.device.split(":")[0], dtype=torch.bfloat16, enabled=low):
-            return self.model(inputs.long())
+            hidden: Tensor = self.model.model(inputs.long())
+        return hidden.bfloat16() if low else hidden
 
     def _on_device(self, batch: Batch) -> list[Tensor]:
         return [tensor.to(self.device) for tensor in _tensors(batch)]
@@ -291,16 +296,6 @@ class _CompiledStep:
             for run in (function, self.update):
                 self.loss.fill_(torch.nan)
                 run()
-
-
-def _cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-    """Return the weighted sum of the losses over all positions of logits (B, T, V), in float32."""
-    logits, targets = logits.float().flatten(0, 1), targets.long().flatten()
-    return (F.cross_entropy(logits, targets, reduction="none") * weights.flatten()).sum()
-
-
-def _likeliest(logits: Tensor) -> np.ndarray:
-    return to_numpy(logits.argmax(-1).int())
 
 
 def _tensors(batch: Batch) -> list[Tensor]:

@@ -172,7 +172,17 @@ def train(
     ] = None,
     compile: Annotated[
         bool | None,
-        of_learning("--compile/--no-compile", "Compile the training step: slow start, fast steps."),
+        of_learning(
+            "--compile/--no-compile",
+            "Compile the training step: slow start, fast steps. Default: with MLX on a GPU.",
+        ),
+    ] = None,
+    checkpoint_activations: Annotated[
+        str | None,
+        of_learning(
+            "--checkpoint-activations",
+            "none, or layers: the backward pass computes each layer again, to save memory.",
+        ),
     ] = None,
     seed: Annotated[int | None, of_learning("--seed", "Seed of weights and data order.")] = None,
     out: Annotated[Path | None, of_run("--out -o", "Folder to write. Default: runs/pydoc.")] = None,

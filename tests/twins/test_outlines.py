@@ -13,9 +13,11 @@ from sessa_common.config import SessaConfig, parameter_shapes
 ROOT = Path(__file__).parents[2]
 # Triton runs on CUDA only, MLX arrays neither share memory nor tell their layout, and only PyTorch
 # writes pickles. PyTorch's custom kernels need no other way on CUDA and choose TF32 by product.
-# Only MLX decodes by a compiled step, in the files whose names begin with _step.
+# Only MLX decodes by a compiled step, in the files whose names begin with _step. PyTorch's own
+# attention has a gradient in O(T) memory, MLX's has not.
 ONE_SIDED = {
     "_step",
+    "attention_blocks.py",
     "cuda/",
     "feedback/cuda",
     "feedback/gpu.py",
