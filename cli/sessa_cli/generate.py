@@ -20,6 +20,7 @@ from sessa_common.errors import SessaError
 from sessa_common.fields import build
 from sessa_common.inference.chat_template import ChatTemplate, with_system
 from sessa_common.inference.model_tokenizer import ModelTokenizer
+from sessa_common.inference.prompt_cache import cache_owner
 from sessa_common.inference.shortcuts import Shortcuts, Start, start
 from sessa_common.inference.speculation import Acceptance
 from sessa_common.inference.texts import BATCH_SIZE, Continuation, TextWriter
@@ -134,7 +135,8 @@ def generate(
     )
     if lines is not None:
         fields = {"template": template, "chat": chat, "system": system}
-        write_lines(writer, lines, json_output, model=str(checkpoint.resolve()), **fields)
+        owner = cache_owner(checkpoint, decoder.config, tokenizer.tokenizer, home.files(checkpoint))
+        write_lines(writer, lines, json_output, model=str(owner), **fields)
     else:
         before = [""] * len(prompts) if chat else prompts
         _write_texts(writer, before, prompts, begun, json_output)

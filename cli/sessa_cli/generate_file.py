@@ -47,7 +47,11 @@ def write_lines(writer: TextWriter, lines: PromptFile, json_output: bool, **fiel
             speed = progress.tokens / watch.seconds
             bar.update(task, total=progress.total, completed=progress.done, speed=speed)
 
-        done = lines.complete(writer, on_progress=show, **fields)
+        try:
+            done = lines.complete(writer, on_progress=show, **fields)
+        except KeyboardInterrupt:
+            say(console, f"the finished texts are in {lines.partial}; the same command goes on")
+            raise
     if json_output:
         made = {"texts": done.total, "tokens": done.tokens, "seconds": watch.seconds}
         print_json({"output": str(lines.target), **made})

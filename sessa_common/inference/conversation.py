@@ -100,18 +100,20 @@ class Conversation:
         """Token ids of the conversation, without the oldest turns that leave no room to answer."""
         limit = self.decoder.config.max_position_embeddings
         room = min(self.max_tokens or ANSWER_ROOM, ANSWER_ROOM, limit // 4)
-        dropped = self.dropped
+        dropped, goal = self.dropped, limit
         while True:
             ids = self.template.encode(self.tokenizer, [*self.system, *self.turns[dropped:]])
-            if len(ids) + room <= limit:
+            is_last = dropped + 2 > len(self.turns)
+            if len(ids) + room <= (limit if is_last else goal):
                 self.dropped = dropped
                 return ids
-            dropped += 2
-            if dropped > len(self.turns):
+            if is_last:
                 raise SessaError(
                     f"the message has {len(ids)} tokens with what belongs to it, but the model "
                     f"reads at most {limit} and needs {room} to answer; shorten it"
                 )
+            # The rest must be read again, so several turns leave at once.
+            dropped, goal = dropped + 2, limit * 3 // 4
 
     def _answer(self, ids: list[int], is_stopped: Callable[[], bool]) -> Iterator[str]:
         held = reuse_prefix(self.decoder, self.cached, ids)

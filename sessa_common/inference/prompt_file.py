@@ -44,6 +44,11 @@ class PromptFile:
     target: Path
     digest: str
 
+    @property
+    def partial(self) -> Path:
+        """The file that holds the finished lines until all are."""
+        return self.target.with_name(self.target.name + ".partial")
+
     @classmethod
     def open(cls, source: Path, target: Path, *, force: bool = False) -> PromptFile:
         """Read a file; SessaError for a bad line, and for a target that exists unless `force`."""
@@ -80,7 +85,7 @@ class PromptFile:
         ]
         budget = _budget(writer, prompts, self.places)
         settings = (self.digest, template.source, chat, system, model)
-        journal = _Journal(self.target, _fingerprint(writer, settings))
+        journal = _Journal(self.target, self.partial, _fingerprint(writer, settings))
         done, tokens = journal.open(), 0
         size = BATCHES_PER_WRITE * writer.batch_size
         for start in range(done, len(prompts), size):
@@ -171,8 +176,8 @@ def _fingerprint(writer: TextWriter, settings: Sequence[Any]) -> str:
 class _Journal:
     """The finished lines beside the target, behind a first line that names what they belong to."""
 
-    def __init__(self, target: Path, fingerprint: str) -> None:
-        self.target, self.path = target, target.with_name(target.name + ".partial")
+    def __init__(self, target: Path, path: Path, fingerprint: str) -> None:
+        self.target, self.path = target, path
         self.header = (json.dumps({"of": fingerprint}) + "\n").encode()
 
     def open(self) -> int:

@@ -12,12 +12,14 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from support.export_models import small_config, write_checkpoint
-from support.in_process import fails
+from support.in_process import fails, sessa
 from typer.testing import CliRunner
 
 from sessa_cli.main import app
+from sessa_common.inference.texts import TextWriter
 from sessa_export.exporter import export_checkpoint
 
 TEMPLATE = (
@@ -92,7 +94,7 @@ def test_a_long_conversation_says_what_it_drops(folders) -> None:
     typed = "".join(f"{i} {'x' * 60}\n" for i in range(5)) + "x" * 400 + "\n"
     out, err = talk(folders["checkpoint"], typed)
     assert len(out.splitlines()) == 5
-    assert "the context is full: the oldest 2 messages are left out" in err
+    assert "the context is full: the oldest 4 messages are left out" in err
     assert "error: the message has 4" in err
 
 
@@ -185,6 +187,25 @@ def test_a_file_of_prompts(folders, tmp_path: Path, capsys) -> None:
     assert "is there already; name another file, or give --force" in fails(capsys, *asked, *chosen)
     out, err = run(*asked, *chosen, "--force")
     assert out == "" and f"2 texts in {target}" in err
+
+
+def test_a_stopped_file_goes_on_with_the_same_model_only(tmp_path, monkeypatch, capsys) -> None:
+    def interrupt(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    config = small_config("untied")
+    folder, weights = write_checkpoint(tmp_path / "m", config)
+    source, target = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"prompt": "a"}', encoding="utf-8")
+    asked = ("generate", folder, "--file", source, "--output", target, "--max-tokens", 9)
+    with monkeypatch.context() as patch:
+        patch.setattr(TextWriter, "write", interrupt)
+        assert sessa(*asked) == 130
+    assert f"{target}.partial; the same command goes on" in capsys.readouterr().err
+    write_checkpoint(folder, config, {name: w + np.float32(1) for name, w in weights.items()})
+    assert sessa(*asked) == 2 and "of another request" in capsys.readouterr().err
+    write_checkpoint(folder, config, weights)
+    assert sessa(*asked) == 0 and target.is_file()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from support.decoders import ScriptedDecoder
@@ -116,6 +118,23 @@ def test_the_oldest_turns_leave_a_full_context(decoders) -> None:
     short.turns = talk.turns[talk.dropped : -2]
     # The random stream of a turn is its number, so only a greedy answer is the same.
     assert say(short, "5 " + "x" * 40) == talk.turns[-1]["content"]
+
+
+def test_several_turns_leave_at_once(decoders) -> None:
+    decoder = Counting(decoders["torch"])
+    talk = begin(decoder, max_tokens=8)
+    reads, dropped = [], []
+    for i in range(14):
+        decoder.read = 0
+        say(talk, f"{i} and so on")
+        reads.append(decoder.read)
+        dropped.append(talk.dropped)
+    # Turns without a drop read what is new; one that drops reads three quarters of a context.
+    moved = [one != other for one, other in pairwise([0, *dropped])]
+    assert 1 <= sum(moved) <= 3
+    assert all(
+        count > 100 if moves else count < 50 for count, moves in zip(reads, moved, strict=True)
+    )
 
 
 def test_a_message_that_cannot_fit_changes_nothing(decoders) -> None:
