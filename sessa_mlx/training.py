@@ -16,10 +16,12 @@ from sessa_common.config import SessaConfig, TrainConfig
 from sessa_common.data.batches import Batch
 from sessa_common.training.backend import MOMENTS, decays
 from sessa_common.training.preparation import TrainRequest
+from sessa_common.training.processes import own_rows
 from sessa_common.training.session import TrainResult, run_session
 from sessa_common.training.trainer import Reporter
 from sessa_mlx.checkpoint import build_model, choose_device, to_numpy, to_tensor
 from sessa_mlx.loss import likeliest, loss_and_likeliest, weighted_loss
+from sessa_mlx.processes import open_processes
 
 Arrays = dict[str, mx.array]
 # The loss and the gradients of some of the batches of a step.
@@ -67,7 +69,8 @@ def train(
         force=force,
         fields=fields,
     )
-    return run_session(TrainBackend, request, choose_device(device), reporter)
+    processes = open_processes()
+    return run_session(TrainBackend, request, choose_device(device), reporter, processes)
 
 
 class TrainBackend:
@@ -88,6 +91,7 @@ class TrainBackend:
         device: str | None = None,
     ) -> None:
         self.settings = settings
+        self.processes = open_processes()
         self.device = choose_device(device)
         self.precision = choose_precision(settings.precision, self.device)
         self.model = build_model(config, weights, dtype="float32", device=self.device)
@@ -107,16 +111,18 @@ class TrainBackend:
 
     def step(self, batches: Sequence[Batch], learning_rate: float) -> tuple[float, float]:
         """Take one AdamW step on the weighted mean loss of all rows; (nats, gradient norm)."""
-        # Arrays, because compiled code takes a Python number for a constant.
-        total = mx.array(sum(float(batch.weights.sum()) for batch in batches))
+        # Arrays, because compiled code takes a Python number for a constant. The sums of all
+        # processes are averaged, so each is divided by its share of the weights.
+        total = mx.array(sum(float(batch.weights.sum()) for batch in batches) / self.processes.size)
+        *first, last = [_arrays(own_rows(batch, self.processes)) for batch in batches]
         rates = self._rates(learning_rate)
         sums: Sums | None = None
-        for batch in batches[:-1]:
-            sums = self._accumulate(self.parameters, sums, _arrays(batch), total)
+        for batch in first:
+            sums = self._accumulate(self.parameters, sums, batch, total)
             mx.eval(sums)
         # Nothing else refers to the old arrays, so MLX writes the new ones over them.
         self.parameters, self.moments, result = self._finish(
-            self.parameters, self.moments, sums, _arrays(batches[-1]), total, rates
+            self.parameters, self.moments, sums, last, total, rates
         )
         mx.eval(self.parameters, self.moments, result)
         loss, norm = map(float, to_numpy(result))
@@ -183,6 +189,8 @@ class TrainBackend:
     ) -> tuple[Arrays, dict[str, Arrays], mx.array]:
         """Return weights and moments after a step whose last batch is given, and (loss, norm)."""
         loss, grads = self._sums(parameters, sums, batch, total)
+        loss, *means = self.processes.mean([loss, *grads.values()])
+        grads = dict(zip(grads, means, strict=True))
         grads, norm = optimizers.clip_grad_norm(grads, self.settings.max_grad_norm)
         finite = mx.isfinite(loss + norm)
         weights, (m, v) = dict[str, mx.array](), (dict[str, mx.array](), dict[str, mx.array]())

@@ -26,6 +26,7 @@ from sessa_torch.checkpoint import (
     to_tensor,
 )
 from sessa_torch.loss import likeliest, loss_and_likeliest, weighted_loss
+from sessa_torch.processes import open_processes
 
 MOMENT_KEYS = dict(zip(MOMENTS, ("exp_avg", "exp_avg_sq"), strict=True))
 # Types of a batch's inputs, targets and weights.
@@ -74,7 +75,8 @@ def train(
         force=force,
         fields=fields,
     )
-    return run_session(TrainBackend, request, choose_device(device), reporter)
+    processes = open_processes()
+    return run_session(TrainBackend, request, choose_device(device), reporter, processes)
 
 
 class TrainBackend:

@@ -59,11 +59,13 @@ class TerminalReporter:
 
     def started(self, record: Mapping[str, Any]) -> None:
         """Print a line about the run and show the bar."""
+        count = record.get("processes", 1)
+        shared = f" by {count} processes" if count > 1 else ""
         say(
             self.console,
             f"{record['parameters']:,} parameters, {record['data']}, "
             f"vocabulary {record['vocab_size']:,}; {self.backend} on {record['device']} "
-            f"in {record['precision']}; writing {record['folder']}",
+            f"in {record['precision']}{shared}; writing {record['folder']}",
         )
         for note in record["notes"]:
             say(self.console, note)

@@ -237,6 +237,8 @@ def train(
             reporter=reporter,
             **_fields(ctx.params),
         )
+    if not result.is_main:
+        return  # The main process of the run prints for all.
     summary = _summary(result, backend)
     if not result.finished:
         again = f"sessa train --resume {result.folder}"

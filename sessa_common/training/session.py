@@ -16,6 +16,13 @@ from sessa_common.errors import SessaError
 from sessa_common.training.backend import TrainBackend
 from sessa_common.training.metrics import last_metrics, read_metrics
 from sessa_common.training.preparation import TrainRequest, prepare
+from sessa_common.training.processes import (
+    OneProcess,
+    Processes,
+    check_batch_size,
+    require_same_data,
+    wait_for_all,
+)
 from sessa_common.training.run_folder import (
     Run,
     create_run_folder,
@@ -39,7 +46,8 @@ class TrainResult:
 
     `metrics` holds the newest step, loss, validation_loss, validation_perplexity (text) and
     validation_accuracy (a task). `task_result` is the content of result.json, which a finished run
-    on a task has. `finished` is False when Ctrl-C ended the run early; it can be resumed.
+    on a task has. `finished` is False when Ctrl-C ended the run early; it can be resumed. `is_main`
+    is False in a process that trains for another one, which alone has the metrics.
     """
 
     folder: Path
@@ -47,6 +55,7 @@ class TrainResult:
     parameters: int
     metrics: dict[str, Any]
     task_result: dict[str, Any] | None = None
+    is_main: bool = True
 
 
 def run_session(
@@ -54,17 +63,32 @@ def run_session(
     request: TrainRequest,
     device: str | None = None,
     reporter: Reporter | None = None,
+    processes: Processes | None = None,
 ) -> TrainResult:
     """Train what is asked for and return the result.
 
     A new run folder is made after everything that can fail early was tried: the data are read, the
     tokenizer is there and the backend holds the weights on its device. The folder is locked until
-    the end. Raises SessaError.
+    the end. Of several processes each calls this, and only the main one writes and
+    reports. Raises SessaError.
     """
-    with ExitStack() as lock:
-        if request.resume is not None and Path(request.resume).is_dir():
-            lock.enter_context(open_run_folder(Path(request.resume)))
-        return _run_locked(make_backend, request, device, reporter or Silent(), lock)
+    processes = processes or OneProcess()
+    is_main = processes.rank == 0
+    reporter = reporter if reporter is not None and is_main else Silent()
+    try:
+        with ExitStack() as lock:
+            if is_main and request.resume is not None and Path(request.resume).is_dir():
+                lock.enter_context(open_run_folder(Path(request.resume)))
+            # The others read the folder when the main process has put it in order.
+            wait_for_all(processes)
+            return _run_locked(make_backend, request, device, reporter, lock, processes)
+    except RuntimeError as error:
+        if processes.is_lost(error):
+            raise SessaError(
+                f"process {processes.rank} of {processes.size} stops, because another process of "
+                "this run has ended; its message says why, and `resume` goes on from the last save"
+            ) from None
+        raise
 
 
 def _run_locked(
@@ -73,8 +97,12 @@ def _run_locked(
     device: str | None,
     reporter: Reporter,
     lock: ExitStack,
+    processes: Processes,
 ) -> TrainResult:
     run = prepare(request, reporter.preparing)
+    is_main = processes.rank == 0
+    check_batch_size(run.settings.batch_size, processes)
+    require_same_data(processes, run.source.fingerprint)
     steps = run.settings.steps
     done = read_state_metadata(run.folder)[0] if run.resumed else 0
     if done > steps:
@@ -91,14 +119,22 @@ def _run_locked(
         step = restore_run(run, backend)
     else:
         step = 0
-        create_run_folder(run, backend, force=request.force, lock_until=lock)
-    trainer = Trainer(backend, run, step, reporter)
+        if is_main:
+            create_run_folder(run, backend, force=request.force, lock_until=lock)
+    trainer = Trainer(backend, run, step, reporter, processes)
     reporter.started(_first_record(trainer))
     finished = trainer.train()
-    if finished and isinstance(run.source, TaskBatches):
+    if is_main and finished and isinstance(run.source, TaskBatches):
         task = run.source.data.task
         measures = run.source.test(backend.predict)
         write_task_result(run, measures, task.name, options_of(task))
+    # No process ends while the main one still writes: a launcher may take that for a failure.
+    wait_for_all(processes)
+    if not is_main:
+        count = parameter_count(run.config)
+        return TrainResult(
+            folder=run.folder, finished=finished, parameters=count, metrics={}, is_main=False
+        )
     return _result(run, finished)
 
 
@@ -116,10 +152,11 @@ def _first_record(trainer: Trainer) -> dict[str, Any]:
         "steps": run.settings.steps,
         "parameters": parameter_count(run.config),
         "data": run.source.summary,
-        "notes": [*run.source.notes, *trainer.metrics.notes],
+        "notes": [*run.source.notes, *trainer.notes],
         "vocab_size": run.config.vocab_size,
         "device": backend.device,
         "precision": backend.precision,
+        "processes": trainer.processes.size,
     }
 
 

@@ -19,6 +19,7 @@ from sessa_common.errors import DivergedError
 from sessa_common.inference.evaluation import perplexity
 from sessa_common.training.backend import TrainBackend, learning_rate
 from sessa_common.training.metrics import MetricsLog, draw_losses
+from sessa_common.training.processes import OneProcess, Processes, any_process
 from sessa_common.training.run_folder import Run, save_run
 
 
@@ -62,18 +63,26 @@ class Trainer:
 
     A run is decided by (config, settings, data) alone: batch i is a function of the seed and i, so
     the step number is the data position and the random state. Every save leaves the weights, to
-    use, and training_state.safetensors, to resume from; see `sessa_common.checkpoint.saves`.
+    use, and training_state.safetensors, to resume from; see `sessa_common.checkpoint.saves`. Of
+    several processes only the main one evaluates, writes and reports.
     """
 
     def __init__(
-        self, backend: TrainBackend, run: Run, step: int = 0, reporter: Reporter | None = None
+        self,
+        backend: TrainBackend,
+        run: Run,
+        step: int = 0,
+        reporter: Reporter | None = None,
+        processes: Processes | None = None,
     ) -> None:
         self.backend, self.run, self.settings = backend, run, run.settings
         self.source, self.folder = run.source, run.folder
         self.reporter = reporter or Silent()
         self.step = self.saved = step
         self.validation_loss: float | None = None  # the newest since the last save
-        self.metrics = MetricsLog(run.folder, step)
+        self.processes = processes or OneProcess()
+        self.metrics = MetricsLog(run.folder, step) if self.processes.rank == 0 else None
+        self.notes = [] if self.metrics is None else self.metrics.notes
 
     def train(self, until: int | None = None) -> bool:
         """Train to the last step, or to step `until`, and save; True when the last is reached.
@@ -89,7 +98,7 @@ class Trainer:
         )
         ahead = made_ahead(self.source.batch, numbers, 2 * settings.gradient_accumulation_steps)
         with stop_signal() as stopped, closing(ahead) as self._batches:
-            while self.step < last and not stopped():
+            while self.step < last and not any_process(self.processes, stopped()):
                 self._train_step()
                 if _is_due(self.step, settings.evaluate_every, settings.steps):
                     self._evaluate()
@@ -101,6 +110,9 @@ class Trainer:
 
     def save(self) -> None:
         """Write weights, training state and the loss picture into the folder."""
+        if self.metrics is None:
+            self.saved = self.step
+            return
         self.metrics.sync()
         try:
             save_run(self.run, self.backend, step=self.step, validation_loss=self.validation_loss)
@@ -133,12 +145,13 @@ class Trainer:
             "tokens": sum(batch.inputs.size for batch in batches),
             "seconds": round(time.perf_counter() - began, 4),
         }
-        self.metrics.write(record)
-        self.reporter.training(record)
+        if self.metrics is not None:
+            self.metrics.write(record)
+            self.reporter.training(record)
 
     def _evaluate(self) -> None:
         batches = self.source.validation()
-        if not batches:
+        if not batches or self.metrics is None:
             return
         total = sum(float(batch.weights.sum()) for batch in batches)
         losses, predicted = zip(*map(self.backend.evaluate, batches), strict=True)

@@ -1,0 +1,55 @@
+"""Several processes share the rows of a batch, agree on the end, and notice different data."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from sessa_common.data.batches import Batch
+from sessa_common.errors import SessaError
+from sessa_common.training.processes import (
+    OneProcess,
+    any_process,
+    check_batch_size,
+    own_rows,
+    require_same_data,
+)
+
+
+def group(rank: int, size: int, others=()) -> SimpleNamespace:
+    """Processes whose others call with the given values, each in turn."""
+    waiting = list(others)
+    return SimpleNamespace(rank=rank, size=size, sum=lambda own: own + waiting.pop(0))
+
+
+def test_the_rows_of_all_processes_are_the_batch() -> None:
+    rows = np.arange(24).reshape(6, 4)
+    batch = Batch(rows, rows + 1, (rows * 0.5).astype(np.float32))
+    parts = [own_rows(batch, group(rank, 3)) for rank in range(3)]
+    for name in ("inputs", "targets", "weights"):
+        joined = np.concatenate([getattr(part, name) for part in parts])
+        np.testing.assert_array_equal(joined, getattr(batch, name))
+    assert {len(part.inputs) for part in parts} == {2}
+    assert own_rows(batch, OneProcess()) is batch
+
+
+def test_a_batch_that_does_not_divide() -> None:
+    check_batch_size(6, group(0, 3))
+    with pytest.raises(SessaError, match=r"`batch_size` is 7.*3 processes.*multiple of 3"):
+        check_batch_size(7, group(0, 3))
+
+
+@pytest.mark.parametrize(("own", "other", "answer"), [(0, 0, False), (1, 0, True), (0, 1, True)])
+def test_one_process_ends_all(own: bool, other: bool, answer: bool) -> None:
+    assert any_process(group(0, 2, [np.array([other], np.float32)]), bool(own)) is answer
+
+
+def test_different_data_are_noticed() -> None:
+    sent: list[np.ndarray] = []
+    for text in ("a", "b"):
+        require_same_data(SimpleNamespace(size=1, sum=lambda own: sent.append(own) or own), text)
+    require_same_data(group(0, 2, [sent[0]]), "a")
+    with pytest.raises(SessaError, match="different data"):
+        require_same_data(group(0, 2, [sent[1]]), "a")
