@@ -66,8 +66,9 @@ report: setup
 # The wheel is built from the source distribution, which proves that this is complete. uv gets a
 # folder of its own, so that .venv keeps the exact versions.
 UV := .venv/uv/bin/uv
-$(UV): setup constraints.txt
+$(UV): .venv/.installed
 	$(BIN)/pip install --quiet --upgrade --constraint constraints.txt --target .venv/uv uv
+	touch $@
 
 wheel: $(UV)
 	rm -rf dist
