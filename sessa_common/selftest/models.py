@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import tempfile
 from collections.abc import Iterator, Mapping
 from functools import cache
@@ -201,6 +202,7 @@ def check_memory(twin: Twin) -> Iterator[Row]:
 
 def _step_memory(twin: Twin, precision: str, length: int) -> MemoryUse | None:
     """Memory of the second step on one row, when the first has built what stays."""
+    gc.collect()  # Models of other checks may be held by circles of references.
     training = framework(twin.name, "training")
     settings = TrainConfig(precision=precision)
     backend = training.TrainBackend(CONFIG, settings, _weights(), twin.device)
