@@ -75,9 +75,9 @@ wheel: $(UV)
 	$(UV) build --build-constraints constraints.txt
 	$(BIN)/python tools/check_wheel.py dist
 
-# Uploads dist/ to PyPI from the release workflow, if the tag names its version.
+# Uploads dist/ to PyPI from the release workflow, if the tag in the variable TAG names its version.
 publish: $(UV)
-	$(BIN)/python tools/check_wheel.py dist --tag "$(TAG)"
+	$(BIN)/python tools/check_wheel.py dist --tag "$$TAG"
 	$(UV) publish --trusted-publishing always dist/*.whl dist/*.tar.gz
 
 # Kills commands at 300 of their writes and looks at what they leave.

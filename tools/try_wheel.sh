@@ -3,7 +3,8 @@
 #
 #     bash tools/try_wheel.sh [PYTHON] [EXTRAS]
 #
-# The sources cannot be imported there, so a file that the wheel lacks is an error.
+# The sources cannot be imported there, so a file that the wheel lacks is an error. Everything runs on
+# the CPU: a wheel is good or bad whatever the GPU does.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 python=${1:-python3}
@@ -23,10 +24,10 @@ for backend in mlx torch; do
         *",$backend,"*) ;;
         *) continue ;;
     esac
-    sessa selftest --backend "$backend" --no-timings
-    sessa train --backend "$backend" --preset sessa-400k --steps 5 --batch-size 2 \
+    sessa selftest --backend "$backend" --device cpu --no-timings
+    sessa train --backend "$backend" --device cpu --preset sessa-400k --steps 5 --batch-size 2 \
         --sequence-length 64 --out "$backend"
-    sessa generate "$backend" --backend "$backend" --prompt "The" --max-tokens 10
+    sessa generate "$backend" --backend "$backend" --device cpu --prompt "The" --max-tokens 10
     sessa convert "$backend" "$backend-4bit" --quantize 4
     sessa export "$backend" "$backend-onnx"
     sessa check "$backend"
