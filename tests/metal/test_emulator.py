@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import ml_dtypes
 import mlx.core as mx
 import numpy as np
@@ -13,6 +15,7 @@ from metal_emulator.mlx_side import emulated_metal_kernels
 from metal_emulator.races import races
 from metal_emulator.rewrite import MetalError, to_cpp
 from metal_emulator.torch_side import emulated_shaders
+from support.clang import needs_clang
 
 HEADER = """
 #include <metal_stdlib>
@@ -267,7 +270,7 @@ inline float third(const device float* p) { return p[0]; }
 """
 
 
-@pytest.mark.skipif(address_spaces.clang() is None, reason="no clang++ 16 or newer")
+@needs_clang
 @pytest.mark.parametrize("name", WRONG_SPACES)
 def test_wrong_address_space_is_noticed(name: str) -> None:
     def text(statement: str) -> str:
@@ -276,6 +279,21 @@ def test_wrong_address_space_is_noticed(name: str) -> None:
 
     assert address_spaces.problems(text("")) == []
     assert address_spaces.problems(text(WRONG_SPACES[name])) != []
+
+
+@needs_clang
+def test_mlx_header_before_a_text_counts() -> None:
+    """Its functions of bfloat can be called behind it, and its names are taken."""
+    mlx = Path(mx.__file__).parent / "include"
+
+    def text(declaration: str) -> str:
+        kernel = "kernel void k(device bfloat* x, AT) { x[i] = abs(x[i]); }"
+        return f"{HEADER}{declaration}{kernel}"
+
+    assert address_spaces.problems(text(""), mlx) == []
+    assert address_spaces.problems(text("")) != []
+    assert address_spaces.problems(text("constant int Limits = 1;"), mlx) != []
+    assert address_spaces.problems(text("inline double f() { return 1; }"), mlx) != []
 
 
 def test_pointer_without_an_address_space_is_noticed() -> None:

@@ -8,13 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
+import mlx.core as mx
 import numpy as np
 import pytest
 import torch
 from metal_emulator import address_spaces
-from metal_emulator.mlx_side import emulated_metal_kernels, to_mlx
+from metal_emulator.mlx_side import PREAMBLE, emulated_metal_kernels, to_mlx
 from metal_emulator.races import races
 from metal_emulator.torch_side import emulated_shaders
+from support.clang import needs_clang
 from support.metal_cases import (
     DTYPES,
     TWINS,
@@ -113,6 +115,27 @@ def test_without_gain_a_row_is_f_bit_for_bit(twin: str, dtype: str, case: Case) 
     np.testing.assert_array_equal(computed["s"], inputs(case, dtype)["f"].astype(np.float64))
 
 
+@needs_clang
+@pytest.mark.parametrize("case", [Case(9, P=5, masked=True), Case(1, P=100, masked=True)], ids=str)
+def test_fast_math_removes_no_guard(case: Case) -> None:
+    """Compiled for finite numbers only, rows and chunks that see nothing still give no NaN.
+
+    PyTorch compiles the same functions so with PYTORCH_MPS_FAST_MATH=1.
+    """
+    safe, fast = (emulated("mlx", case, "float32", mode=mode)[0] for mode in ("", "fast"))
+    for name, value in safe.items():
+        assert relative_error([fast[name]], [value]) < 1e-6, name
+
+
+@needs_clang
+def test_fast_math_would_remove_a_comparison_with_infinity(monkeypatch) -> None:
+    infinite = METAL.read_text().replace("LOWEST = -3.402823466e38f", "LOWEST = -INFINITY")
+    assert infinite != METAL.read_text()
+    monkeypatch.setattr(Path, "read_text", lambda *_: infinite)
+    computed, _ = emulated("mlx", Case(1, P=100, masked=True), "float32", mode="fast")
+    assert not np.isfinite(computed["s"]).all()
+
+
 @twins
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("case", [Case(70, B=2, P=5, masked=True), Case(1, P=70)], ids=str)
@@ -157,15 +180,21 @@ def test_constants_are_those_of_the_text() -> None:
     assert {module.BLOCK for module in TWINS.values()} == {int(declared["BLOCK_ROWS"])}
 
 
-@pytest.mark.skipif(address_spaces.clang() is None, reason="no clang++ 16 or newer")
+@needs_clang
 def test_address_spaces() -> None:
-    """Also with inputs of fewer than 8 elements, which MLX binds as constant, not device."""
-    texts = {METAL.read_text()}
-    for case in (CASES[0], CASES[1], CASES[9]):
-        for dtype in DTYPES:
-            texts |= {launch.text for launch in emulated("mlx", case, dtype)[1]}
+    """Also with inputs of fewer than 8 elements, which MLX binds as constant, not device.
+
+    MLX's texts come behind the header that its package ships.
+    """
+    header = Path(mx.__file__).parent / "include"
+    assert address_spaces.problems(METAL.read_text()) == []
+    texts = set()
+    for case, dtype in ((CASES[0], "float32"), (CASES[1], "bfloat16"), (CASES[9], "bfloat16")):
+        texts |= {launch.text for launch in emulated("mlx", case, dtype)[1]}
+    texts = {text.removeprefix(PREAMBLE) for text in texts}
     assert any("const constant float*" in text for text in texts)
-    assert {text: found for text in texts if (found := address_spaces.problems(text))} == {}
+    found = {text: address_spaces.problems(text, header) for text in texts}
+    assert {text: problems for text, problems in found.items() if problems} == {}
 
 
 BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"

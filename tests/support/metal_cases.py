@@ -113,17 +113,18 @@ def emulated(
     seed: int = 0,
     block: int = 64,
     wide: tuple[str, ...] = (),
+    mode: str = "",
     **options: str,
 ) -> tuple[Arrays, list[Launch]]:
     """Run a twin's Metal path on the emulator; return its results in float64 and its launches.
 
-    The inputs named in `wide` are passed in float32, with the same values. `options` go to both
-    passes.
+    The inputs named in `wide` are passed in float32, with the same values. `mode` is one of the
+    emulator's. `options` go to both passes.
     """
     given = dict(inputs(case, dtype))
     given |= {name: given[name].astype(np.float32) for name in wide if name in given}
     ds = given.pop("ds")
-    return solve_emulated(twin, given, ds, seed=seed, block=block, **options)
+    return solve_emulated(twin, given, ds, seed=seed, block=block, mode=mode, **options)
 
 
 def solve_emulated(
@@ -133,6 +134,7 @@ def solve_emulated(
     *,
     seed: int = 0,
     block: int = 64,
+    mode: str = "",
     **options: str,
 ) -> tuple[Arrays, list[Launch]]:
     """Output and gradients of a twin's Metal path on the emulator, and its launches."""
@@ -141,7 +143,7 @@ def solve_emulated(
     optional = {name: arrays.get(name) for name in ("past_s", "key_mask")}
     required = [arrays[name] for name in ("f", "q", "k", "gamma")]
     kernels = emulated_metal_kernels if twin == "mlx" else emulated_shaders
-    with kernels(seed) as launches, mock.patch.object(module, "BLOCK", block):
+    with kernels(seed, mode) as launches, mock.patch.object(module, "BLOCK", block):
         forget_kernels(module)
         s, lse = module.solve_forward(*required, **optional, **options)
         grads = module.solve_backward(convert(ds), *required[1:], s, lse, **optional, **options)

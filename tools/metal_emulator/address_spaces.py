@@ -13,6 +13,9 @@ from pathlib import Path
 
 from metal_emulator.rewrite import find_kernels, preprocess, share_variables, without_attributes
 
+INCLUDE = Path(__file__).parent / "include"
+KERNEL = "text.metal"
+
 _SPACES = {"device", "threadgroup", "constant", "thread"}
 _POINTER = re.compile(
     r"([^,(;{}<>)=]*?\b(?:void|float|half|bfloat|int|uint|long|bool|auto|T|U|Out)\s*[*&])\s*(\w+)\s*[,)=;\[]"
@@ -40,20 +43,30 @@ def clang() -> str | None:
 
 
 def _errors(compiler: str, source: str) -> list[str]:
-    include = f"-I{Path(__file__).parent / 'include'}"
-    command = [compiler, "-x", "clcpp", *_OPTIONS, include, "-"]
+    command = [compiler, "-x", "clcpp", *_OPTIONS, f"-I{INCLUDE}", "-"]
     done = subprocess.run(command, input=source, capture_output=True, text=True)
     return [line for line in done.stderr.splitlines() if "error:" in line]
 
 
-def problems(text: str) -> list[str]:
-    """What is wrong with the address spaces of Metal `text`; needs clang."""
+def problems(text: str, mlx: Path | None = None) -> list[str]:
+    """What is wrong with the address spaces of Metal `text`; needs clang.
+
+    With MLX's include folder the text comes behind the header that MLX puts before a kernel, so
+    that a name or an overload of MLX's that does not go with the text is found as well. What clang
+    says about MLX's header itself is left out.
+    """
     compiler = clang()
     if compiler is None:
         raise FileNotFoundError("clang++ is not installed")
-    text = preprocess(text)
-    found = bare_pointers(text)
-    text, kernels = find_kernels(text)
+    flat = preprocess(text)
+    found = bare_pointers(flat)
+    if mlx is not None:
+        header = f'#include "mlx/backend/metal/kernels/utils.h"\n#line 1 "{KERNEL}"\n'
+        flat = preprocess(header + text, [INCLUDE / "metal", mlx])
+        names = sorted(set(re.findall(r"\b__metal_\w+", flat)))
+        declared = [f"template <class... T> built_in {name}(T...);" for name in names]
+        flat = "\n".join(['#include "mlx_strict.h"', *declared, flat])
+    text, kernels = find_kernels(flat)
     # float4(a, b) is written (float4)(a, b) in this dialect.
     text = _VECTOR.sub(r"(\1)(", without_attributes(share_variables(text, _SHARED)))
     text = re.sub(r"\bkernel\b", "", text)
@@ -62,7 +75,8 @@ def problems(text: str) -> list[str]:
         for i, kernel in enumerate(kernels.values())
     ]
     source = "\n".join(['#include "metal_strict.h"', text, *uses, ""])
-    return found + _errors(compiler, source)
+    errors = _errors(compiler, source)
+    return found + [error for error in errors if mlx is None or error.startswith(KERNEL)]
 
 
 def bare_pointers(text: str) -> list[str]:

@@ -13,13 +13,21 @@ from pathlib import Path
 
 import numpy as np
 
-from metal_emulator.rewrite import Kernel, MetalError, preprocess, run_compiler, to_cpp
+from metal_emulator.address_spaces import clang
+from metal_emulator.rewrite import (
+    Kernel,
+    MetalError,
+    compiler,
+    is_clang,
+    preprocess,
+    run_compiler,
+    to_cpp,
+)
 
 HERE = Path(__file__).parent
 MEMORY_LIMIT = 32768  # bytes of threadgroup memory on every Apple GPU
 MAX_THREADS = 1024
 
-# Unsuffixed constants are float and half rounds at every operation, as in Metal.
 _FLAGS = [
     "-std=c++20",
     "-fPIC",
@@ -27,11 +35,18 @@ _FLAGS = [
     "-U_FORTIFY_SOURCE",
     "-ffp-contract=off",
     "-fno-math-errno",
-    "-fsingle-precision-constant",
-    "-fexcess-precision=16",
     f"-I{HERE / 'include'}",
 ]
-_MODES = {"": ["-O1"], "tsan": ["-O1", "-g", "-fsanitize=thread"]}
+# Unsuffixed constants are float and half rounds at every operation, as in Metal.
+_GCC_FLAGS = ["-fsingle-precision-constant", "-fexcess-precision=16"]
+_CLANG_FLAGS = ["-cl-single-precision-constant", "-ffloat16-excess-precision=none"]
+# "fast" has what fast math lets a compiler assume of numbers, without the flag that changes how the
+# whole process rounds. clang, from which Metal's compiler is made, does remove comparisons then.
+_MODES = {
+    "": ["-O1"],
+    "tsan": ["-O1", "-g", "-fsanitize=thread"],
+    "fast": ["-O1", "-ffinite-math-only", "-fno-signed-zeros"],
+}
 
 # Which mem_flags make a barrier order memory accesses for ThreadSanitizer.
 DEVICE, THREADGROUP = 1, 2
@@ -133,9 +148,12 @@ class Library:
 
 
 @cache
-def compile_metal(text: str) -> Library:
-    """The kernels of Metal `text`; raises MetalError with the compiler's messages."""
-    return Library(*compiled(text))
+def compile_metal(text: str, mode: str = "") -> Library:
+    """The kernels of Metal `text`; raises MetalError with the compiler's messages.
+
+    In mode "fast", which needs clang, no number is assumed to be infinite or NaN.
+    """
+    return Library(*compiled(text, mode))
 
 
 def compiled(text: str, mode: str = "") -> tuple[Path, dict[str, Kernel]]:
@@ -150,26 +168,37 @@ def compiled(text: str, mode: str = "") -> tuple[Path, dict[str, Kernel]]:
         source = path.with_suffix(".cc")
         source.write_text(cpp)
         # The folder comes first: its precompiled header stands in for the one in include/.
-        flags = [f"-I{shim}", *_FLAGS, *_MODES[mode], "-include", "metal_shim.h"]
-        _build(path, ["g++", *flags, "-shared", str(source), str(runtime)])
+        program, *flags = _command(mode)
+        flags = [f"-I{shim}", *flags, "-include", "metal_shim.h"]
+        _build(path, [program, *flags, "-shared", str(source), str(runtime)])
     return path, kernels
+
+
+def _command(mode: str) -> list[str]:
+    """The compiler with the flags of a mode."""
+    command = compiler() if mode != "fast" else clang()
+    if command is None:
+        raise MetalError("clang++ is not installed")
+    for_clang = [word for flag in _CLANG_FLAGS for word in ("-Xclang", flag)]
+    return [command, *_FLAGS, *(for_clang if is_clang(command) else _GCC_FLAGS), *_MODES[mode]]
 
 
 @cache
 def _prepared(mode: str) -> tuple[Path, Path]:
     """The folder of the precompiled shim and the compiled runtime."""
     files = sorted(p for p in HERE.rglob("*") if p.suffix in (".h", ".cc"))
-    key = _hash(mode, *_FLAGS, *_MODES[mode], *(p.read_text() for p in files))
+    command = _command(mode)
+    key = _hash(*command, *(p.read_text() for p in files))
     folder, runtime = cache_folder() / f"shim-{key}", cache_folder() / f"runtime-{key}.o"
     folder.mkdir(exist_ok=True)
     shim = HERE / "include" / "metal_shim.h"
-    if not (folder / "metal_shim.h.gch").exists():
-        flags = [*_FLAGS, *_MODES[mode], "-x", "c++-header"]
-        _build(folder / "metal_shim.h.gch", ["g++", *flags, str(shim)])
+    # clang would want a precompiled header by another name and option; it reads the plain one.
+    if not (folder / "metal_shim.h.gch").exists() and not is_clang(command[0]):
+        _build(folder / "metal_shim.h.gch", [*command, "-x", "c++-header", str(shim)])
     if not runtime.exists():
         tsan = ["-DEMU_TSAN"] if mode == "tsan" else []
         flags = ["-std=c++20", "-O2", "-fPIC", "-U_FORTIFY_SOURCE", *tsan, "-c"]
-        _build(runtime, ["g++", *flags, str(HERE / "runtime.cc")])
+        _build(runtime, [compiler(), *flags, str(HERE / "runtime.cc")])
     return folder, runtime
 
 

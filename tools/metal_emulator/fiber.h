@@ -21,23 +21,23 @@ void AnnotateIgnoreWritesEnd(const char*, int);
 
 // emu_switch(save, to): keep the callee-saved registers on this stack, continue on the other.
 extern "C" void emu_switch(void** save, void* to);
+#if defined(__APPLE__)  // Mach-O puts a line before names and has neither types nor sizes of symbols
+#define EMU_HEAD ".text\n.p2align 2\n.globl _emu_switch\n_emu_switch:"
+#define EMU_TAIL ""
+#else
+#define EMU_HEAD ".text\n.globl emu_switch\n.type emu_switch,%function\nemu_switch:"
+#define EMU_TAIL ".size emu_switch,.-emu_switch\n"
+#endif
 #if defined(__x86_64__)
-asm(R"(.text
-.globl emu_switch
-.type emu_switch,@function
-emu_switch:
+asm(EMU_HEAD R"(
   push %rbp; push %rbx; push %r12; push %r13; push %r14; push %r15
   mov %rsp,(%rdi)
   mov %rsi,%rsp
   pop %r15; pop %r14; pop %r13; pop %r12; pop %rbx; pop %rbp
   ret
-.size emu_switch,.-emu_switch
-)");
+)" EMU_TAIL);
 #elif defined(__aarch64__)
-asm(R"(.text
-.globl emu_switch
-.type emu_switch,@function
-emu_switch:
+asm(EMU_HEAD R"(
   sub sp,sp,#160
   stp x19,x20,[sp]; stp x21,x22,[sp,#16]; stp x23,x24,[sp,#32]; stp x25,x26,[sp,#48]
   stp x27,x28,[sp,#64]; stp x29,x30,[sp,#80]
@@ -48,8 +48,7 @@ emu_switch:
   ldp d8,d9,[sp,#96]; ldp d10,d11,[sp,#112]; ldp d12,d13,[sp,#128]; ldp d14,d15,[sp,#144]
   add sp,sp,#160
   ret
-.size emu_switch,.-emu_switch
-)");
+)" EMU_TAIL);
 #else
 #error "emu_switch is written for x86-64 and AArch64"
 #endif

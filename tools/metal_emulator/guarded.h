@@ -1,6 +1,7 @@
 // Memory whose misuse is noticed.
 #pragma once
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstddef>
@@ -10,7 +11,7 @@
 
 namespace emu {
 
-constexpr size_t page = 4096;
+inline const size_t page = size_t(sysconf(_SC_PAGESIZE));  // 16 KiB on Apple silicon
 
 // Memory between two inaccessible pages: it ends at the second one, the slack before it is 0xFF.
 struct Block {

@@ -57,8 +57,8 @@ def _kernel_call(primitive: dict[str, Any]) -> dict[str, Any]:
 class EmulatedKernel:
     """Stand-in for what mx.fast.metal_kernel returns; outputs start as NaN."""
 
-    def __init__(self, real: Callable[..., Any], seed: int, launches: list[Launch]):
-        self.real, self.seed, self.launches = real, seed, launches
+    def __init__(self, real: Callable[..., Any], seed: int, mode: str, launches: list[Launch]):
+        self.real, self.seed, self.mode, self.launches = real, seed, mode, launches
 
     def __call__(
         self,
@@ -86,7 +86,8 @@ class EmulatedKernel:
         self.launches.append(
             Launch(call["text"], call["name"], [a.copy() for a in bound + results], *place)
         )
-        compile_metal(call["text"]).run(call["name"], bound + results, *place, seed=self.seed)
+        library = compile_metal(call["text"], self.mode)
+        library.run(call["name"], bound + results, *place, seed=self.seed)
         return [to_mlx(result) for result in results]
 
 
@@ -130,10 +131,13 @@ def to_mlx(array: np.ndarray) -> mx.array:
 
 
 @contextmanager
-def emulated_metal_kernels(seed: int = 0) -> Iterator[list[Launch]]:
-    """Within the block mx.fast.metal_kernel runs on the emulator; gives the list of launches."""
+def emulated_metal_kernels(seed: int = 0, mode: str = "") -> Iterator[list[Launch]]:
+    """Within the block mx.fast.metal_kernel runs on the emulator; gives the list of launches.
+
+    `mode` is that of `compile_metal`.
+    """
     real, launches = mx.fast.metal_kernel, []
-    mx.fast.metal_kernel = lambda *a, **k: EmulatedKernel(real(*a, **k), seed, launches)
+    mx.fast.metal_kernel = lambda *a, **k: EmulatedKernel(real(*a, **k), seed, mode, launches)
     try:
         yield launches
     finally:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 LANGUAGE_VERSION = 320
 
@@ -36,6 +39,17 @@ class Kernel:
     parameters: tuple[int | str, ...]
 
 
+def compiler() -> str:
+    """The C++ compiler: $CXX, or g++, which is clang on a Mac."""
+    return os.environ.get("CXX") or "g++"
+
+
+@cache
+def is_clang(command: str) -> bool:
+    """True if the command runs clang or Apple's clang."""
+    return "clang" in run_compiler([command, "--version"])
+
+
 def run_compiler(command: list[str], text: str | None = None) -> str:
     """The command's standard output; MetalError with its messages if it fails."""
     done = subprocess.run(command, input=text, capture_output=True, text=True)
@@ -44,12 +58,16 @@ def run_compiler(command: list[str], text: str | None = None) -> str:
     return done.stdout
 
 
-def preprocess(text: str) -> str:
-    """Metal text with its macros expanded and its line numbers kept; metal_* headers vanish."""
+def preprocess(text: str, folders: Sequence[Path] = ()) -> str:
+    """Metal text with its macros expanded and its line numbers kept; metal_* headers vanish.
+
+    Other headers are taken from `folders`.
+    """
     text = re.sub(r"(?m)^[ \t]*#[ \t]*include[ \t]*<metal_\w+>[ \t]*$", "", text)
     language = ["-x", "c++", "-std=c++20", "-nostdinc", "-w", "-U__x86_64__", "-Ulinux", "-Uunix"]
     metal = ["-D__METAL__=1", f"-D__METAL_VERSION__={LANGUAGE_VERSION}"]
-    text = run_compiler(["g++", "-E", *language, *metal, "-"], text)
+    include = [f"-I{folder}" for folder in folders]
+    text = run_compiler([compiler(), "-E", *language, *metal, *include, "-"], text)
     joined = 1
     while joined:
         text, joined = re.subn(r'("[^"\n]*)"[ \t]+"([^"\n]*")', r"\1\2", text)

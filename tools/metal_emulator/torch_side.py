@@ -15,12 +15,12 @@ from metal_emulator.build import Launch, compile_metal
 class EmulatedShader:
     """Stand-in for what torch.mps.compile_shader returns: one attribute a kernel."""
 
-    def __init__(self, text: str, seed: int, launches: list[Launch]):
+    def __init__(self, text: str, seed: int, mode: str, launches: list[Launch]):
         text.encode("ascii")
-        self._text, self._seed, self._launches = text, seed, launches
+        self._text, self._seed, self._mode, self._launches = text, seed, mode, launches
 
     def __getattr__(self, name: str) -> Callable[..., None]:
-        library = compile_metal(self._text)
+        library = compile_metal(self._text, self._mode)
         if name not in library.kernels:
             raise AttributeError(name)
 
@@ -48,13 +48,13 @@ def _bound(argument: Any) -> np.ndarray:
 
 
 @contextmanager
-def emulated_shaders(seed: int = 0) -> Iterator[list[Launch]]:
+def emulated_shaders(seed: int = 0, mode: str = "") -> Iterator[list[Launch]]:
     """Within the block torch.mps.compile_shader gives the emulator, and empty tensors are NaN.
 
-    Gives the list of launches.
+    Gives the list of launches. `mode` is that of `compile_metal`.
     """
     real, launches = torch.mps.compile_shader, []
-    torch.mps.compile_shader = lambda text: EmulatedShader(text, seed, launches)
+    torch.mps.compile_shader = lambda text: EmulatedShader(text, seed, mode, launches)
     torch.use_deterministic_algorithms(True)
     try:
         yield launches
