@@ -34,6 +34,7 @@ from sessa_mlx.feedback import metal  # noqa: E402
 STANDARDS = ("metal3.1", "metal3.2", "metal4.0")
 REQUIRED = STANDARDS[:2]
 MLX_HEADER = '#include "mlx/backend/metal/kernels/utils.h"\n'
+MLX_INCLUDE = Path(mx.__file__).parent / "include"
 XCODES = Path("/Applications")
 # Solves of (B, T, P, D): two block rows; a past; one new token; and inputs of fewer than 8
 # elements, which MLX binds as constants.
@@ -83,8 +84,7 @@ def _version(folder: Path) -> list[int]:
 
 def compile_one(source: Path, standard: str, developer: Path | None) -> tuple[bool, str]:
     """Compile a text: whether it is accepted, and what the compiler says."""
-    include = Path(str(files("mlx"))) / "include"
-    options = [f"-std={standard}", "-fno-fast-math", "-Wall", f"-I{include}"]
+    options = [f"-std={standard}", "-fno-fast-math", "-Wall", f"-I{MLX_INCLUDE}"]
     environment = os.environ | ({} if developer is None else {"DEVELOPER_DIR": str(developer)})
     with tempfile.TemporaryDirectory() as scratch:
         command = ["xcrun", "-sdk", "macosx", "metal", *options]

@@ -42,6 +42,7 @@ class Timing:
 
 def measure_times(twin: Twin) -> Iterator[Timing]:
     """The times of each size and dtype that suit the device."""
+    twin.use_device()
     on_cpu = twin.device == "cpu"
     for size in TIMED["cpu" if on_cpu else "gpu"]:
         for dtype in ("float32",) if on_cpu else ("float32", "bfloat16"):

@@ -9,10 +9,11 @@ from types import ModuleType
 import pytest
 from support.export_clients import ROOT
 
-# Knows no Metal 4 and refuses a text that says so.
+# Knows no Metal 4, needs the headers of MLX, and refuses a text that says that it is not Metal.
 COMPILER = """#!/bin/sh
 for word in "$@"; do
     case $word in -std=metal4*) echo "invalid value" >&2; exit 1;; esac
+    case $word in -I*) test -f "${word#-I}/mlx/backend/metal/kernels/utils.h" || exit 1;; esac
     case $word in *.metal) source=$word;; esac
 done
 ! grep -n "not Metal" "$source" >&2

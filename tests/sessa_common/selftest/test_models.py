@@ -10,7 +10,7 @@ from support.frameworks import FRAMEWORKS, MLX, TORCH
 
 from sessa_common.frameworks import framework
 from sessa_common.selftest import models
-from sessa_common.selftest.rows import OK, SKIPPED, WRONG
+from sessa_common.selftest.rows import OK, SKIPPED, TF32, WRONG
 from sessa_common.selftest.twin import MemoryUse
 
 frameworks = pytest.mark.parametrize("twin", FRAMEWORKS, ids=lambda twin: twin.name)
@@ -51,6 +51,26 @@ def test_a_wrong_compiled_step_is_noticed(monkeypatch) -> None:
     monkeypatch.setattr(models, "_train", wrong)
     eager, compiled = models.check_training(MLX)
     assert (eager.verdict, compiled.verdict) == (OK, WRONG)
+
+
+def test_a_gpu_is_compared_with_the_cpu(monkeypatch) -> None:
+    errors = {"float32": 2e-3, "bfloat16": 1e-2}
+
+    def train(twin, batches, device, precision, *, compiled):
+        return np.full((2, 2), 5.0) * (1 if device == "cpu" else 1 + errors[precision])
+
+    monkeypatch.setattr(models, "_train", train)
+    monkeypatch.setattr(models, "_reference_loss", lambda batch: 5.0)
+    twin = SimpleNamespace(name="mlx", device="gpu", device_name="a GPU")
+    rows = [(row.check, row.precision, row.verdict) for row in models.check_training(twin)]
+    eager, compiled = "training step, eager", "training step, compiled"
+    assert rows == [
+        (eager, "float32", OK),
+        (eager, "float32", TF32),
+        (eager, "bfloat16", OK),
+        (compiled, "float32", TF32),
+        (compiled, "bfloat16", OK),
+    ]
 
 
 @frameworks
