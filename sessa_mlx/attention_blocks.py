@@ -17,6 +17,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from sessa_mlx._exp import softmax
+
 # Up to so many rows MLX takes its kernels for decoding, and T x T is small.
 FEW_ROWS = 8
 # Widths of Metal's fused kernel for more rows.
@@ -185,7 +187,7 @@ def _weights(
     B, G, _, L = scores.shape
     visible = _visible(past, rows, slice(0, L), key_mask)[:, :, None]  # (B or 1, 1, 1, n, L)
     scores = mx.where(visible, scores.reshape(B, G, -1, q.shape[2], L), -mx.inf)
-    return mx.softmax(scores.reshape(B, G, -1, L), -1)
+    return softmax(scores.reshape(B, G, -1, L))
 
 
 def _visible(past: int, rows: slice, keys: slice, key_mask: mx.array | None) -> mx.array:

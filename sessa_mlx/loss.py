@@ -10,6 +10,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from sessa_mlx._exp import exp
+
 # Logits that exist at a time: 64 MiB in float32.
 MOST_LOGITS = 2**24
 
@@ -99,7 +101,7 @@ def _losses(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array, mx
     """Losses (n,) of logits (n, V), and exp(logit - largest logit) (n, V) with its sums (n, 1)."""
     logits = logits.astype(mx.float32)
     top = logits.max(-1, keepdims=True)
-    powers = mx.exp(logits - top)
+    powers = exp(logits - top)
     total = powers.sum(-1, keepdims=True)
     chosen = mx.take_along_axis(logits, targets[:, None], -1)
     return (mx.log(total) + top - chosen).squeeze(-1), powers, total

@@ -6,6 +6,7 @@ from typing import Any
 
 import mlx.core as mx
 from mlx import nn
+from mlx.utils import tree_flatten, tree_unflatten
 
 from sessa_common.config import SessaConfig
 from sessa_common.layer_kinds import KINDS, LayerKind
@@ -117,17 +118,29 @@ def _run(layer: nn.Module, x: mx.array, **rest: Any) -> mx.array:
 
 
 def _checkpointed(layer: nn.Module, x: mx.array, **rest: Any) -> mx.array:
-    """`_run`, which the backward pass repeats instead of keeping what the layer computes."""
+    """`_run`, which the backward pass repeats instead of keeping what the layer computes.
 
-    def run(parameters: dict[str, Any], x: mx.array) -> mx.array:
-        # MLX differentiates arguments only, so the layer gets its parameters as an argument.
+    mx.checkpoint saves little here: MLX may repeat all layers before it needs the first of them,
+    and computes the gradients of weights last.
+    """
+    # MLX differentiates arguments only, so the layer gets its parameters as arguments.
+    names, arrays = zip(*tree_flatten(layer.parameters()), strict=True)
+
+    def run(x: mx.array, *arrays: mx.array) -> Any:
         own = layer.parameters()
-        layer.update(parameters)
+        layer.update(tree_unflatten(list(zip(names, arrays, strict=True))))
         y = layer(x, **rest)
         layer.update(own)
         return y
 
-    return mx.checkpoint(run)(layer.parameters(), x)
+    def backward(primals: Any, cotangent: mx.array, output: mx.array) -> tuple[mx.array, ...]:
+        _, gradients = mx.vjp(run, mx.depends(list(primals), [cotangent]), [cotangent])
+        return tuple(mx.depends(gradients, gradients))
+
+    checkpointed: Any = mx.custom_function(run)
+    checkpointed.vjp(backward)
+    y: mx.array = checkpointed(x, *arrays)
+    return y
 
 
 class SessaModel(nn.Module):

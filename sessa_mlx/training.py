@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import mlx.core as mx
@@ -26,6 +30,8 @@ from sessa_mlx.processes import open_processes
 Arrays = dict[str, mx.array]
 # The loss and the gradients of some of the batches of a step.
 Sums = tuple[mx.array, Arrays]
+# Threads of a step on the CPU; each has gradients of its own.
+MOST_THREADS = 4
 # Parameters of gains and decays: low precision does not round them.
 EXACT = ("gamma_bias", "dt_bias", "A_log", "mixer.D")
 
@@ -105,19 +111,27 @@ class TrainBackend:
         self.steps = 0
         self._release_model()
         # On the CPU MLX calls a C++ compiler for every kernel, which takes about a second each.
-        compiled = self.device == "gpu" if settings.compile is None else settings.compile
-        self._accumulate = mx.compile(self._sums) if compiled else self._sums
+        default = self.device == "gpu"
+        self._compiled = compiled = default if settings.compile is None else settings.compile
+        self._accumulate = mx.compile(self._sums) if compiled else self._sums_by_threads
         self._finish = mx.compile(self._update) if compiled else self._update
+        # MLX uses one core of a CPU for the operations of one thread.
+        alone = compiled or self.device == "gpu"
+        self._count = 1 if alone else min(MOST_THREADS, os.cpu_count() or 1)
+        self._threads = ThreadPoolExecutor(self._count)
+        self._building = Lock()
 
     def step(self, batches: Sequence[Batch], learning_rate: float) -> tuple[float, float]:
         """Take one AdamW step on the weighted mean loss of all rows; (nats, gradient norm)."""
         # Arrays, because compiled code takes a Python number for a constant. The sums of all
         # processes are averaged, so each is divided by its share of the weights.
         total = mx.array(sum(float(batch.weights.sum()) for batch in batches) / self.processes.size)
-        *first, last = [_arrays(own_rows(batch, self.processes)) for batch in batches]
+        arrays = [_arrays(own_rows(batch, self.processes)) for batch in batches]
+        # A compiled step computes the gradients of the last batch too.
+        last = arrays.pop() if self._compiled else None
         rates = self._rates(learning_rate)
         sums: Sums | None = None
-        for batch in first:
+        for batch in arrays:
             sums = self._accumulate(self.parameters, sums, batch, total)
             mx.eval(sums)
         # Nothing else refers to the old arrays, so MLX writes the new ones over them.
@@ -172,23 +186,44 @@ class TrainBackend:
         self, parameters: Arrays, sums: Sums | None, batch: list[mx.array], total: mx.array
     ) -> Sums:
         """Add the loss / total of a batch and its gradients to sums."""
-        loss, grads = mx.value_and_grad(self._loss_sum)(parameters, *batch)
-        loss, grads = loss / total, {name: g / total for name, g in grads.items()}
-        if sums is None:
-            return loss, grads
-        return sums[0] + loss, {name: sums[1][name] + g for name, g in grads.items()}
+        differentiated: Any = mx.value_and_grad(self._mean_loss)
+        new: Sums = differentiated(parameters, *batch, total)
+        return new if sums is None else _added(sums, new)
+
+    def _sums_by_threads(
+        self, parameters: Arrays, sums: Sums | None, batch: list[mx.array], total: mx.array
+    ) -> Sums:
+        """`_sums`, with the rows of the batch dealt out to threads."""
+
+        def run(first: int) -> Sums:
+            with mx.stream(mx.cpu):
+                # The model that the graph is built with is one for all threads.
+                with self._building:
+                    rows = [array[first::count] for array in batch]
+                    part = self._sums(parameters, None, rows, total)
+                mx.eval(part)
+            return part
+
+        count = min(self._count, batch[0].shape[0])
+        if count == 1:
+            return self._sums(parameters, sums, batch, total)
+        parts = self._threads.map(run, range(count))
+        return functools.reduce(_added, parts if sums is None else (sums, *parts))
 
     def _update(
         self,
         parameters: Arrays,
         moments: dict[str, Arrays],
         sums: Sums | None,
-        batch: list[mx.array],
+        batch: list[mx.array] | None,
         total: mx.array,
         rates: list[mx.array],
     ) -> tuple[Arrays, dict[str, Arrays], mx.array]:
-        """Return weights and moments after a step whose last batch is given, and (loss, norm)."""
-        loss, grads = self._sums(parameters, sums, batch, total)
+        """Return weights, moments and (loss, norm) after a step on sums and a last batch."""
+        if batch is not None:
+            sums = self._sums(parameters, sums, batch, total)
+        assert sums is not None
+        loss, grads = sums
         loss, *means = self.processes.mean([loss, *grads.values()])
         grads = dict(zip(grads, means, strict=True))
         grads, norm = optimizers.clip_grad_norm(grads, self.settings.max_grad_norm)
@@ -220,11 +255,16 @@ class TrainBackend:
         step = size * m / (mx.sqrt(v) * scale + settings.adam_eps)
         return mx.where(finite, (p * keep if decays(p.shape) else p) - step, p), m, v
 
-    def _loss_sum(
-        self, parameters: Arrays, inputs: mx.array, targets: mx.array, weights: mx.array
+    def _mean_loss(
+        self,
+        parameters: Arrays,
+        inputs: mx.array,
+        targets: mx.array,
+        weights: mx.array,
+        total: mx.array,
     ) -> mx.array:
         hidden = self._hidden(parameters, inputs)
-        return weighted_loss(hidden, parameters[self.head], targets, weights)
+        return weighted_loss(hidden, parameters[self.head], targets, weights) / total
 
     def _hidden(self, parameters: Arrays, inputs: mx.array) -> mx.array:
         if self.precision == "bfloat16":
@@ -241,6 +281,10 @@ class TrainBackend:
         """Take the weights out of the model, which would keep the old ones alive after a step."""
         nothing = mx.zeros(())
         self.model.update(tree_unflatten([(name, nothing) for name in self.parameters]))
+
+
+def _added(one: Sums, other: Sums) -> Sums:
+    return one[0] + other[0], {name: g + other[1][name] for name, g in one[1].items()}
 
 
 def _arrays(batch: Batch) -> list[mx.array]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+from sessa_mlx._exp import exp
 from sessa_mlx.feedback.masking import visible_rows
 from sessa_mlx.feedback.products import diagonal_blocks, lower_halves
 
@@ -47,7 +48,7 @@ def solve_forward(
         queries = mx.depends(q[:, rows], states)
         scores = _scores(queries, k[:, :new], key_mask)  # (B, n, P+stop)
         top = mx.maximum(scores.max(-1, keepdims=True), mx.finfo(work).min)
-        N = mx.exp(scores - top)
+        N = exp(scores - top)
         total = N.sum(-1, keepdims=True)
         lse.append(mx.where(total == 0, mx.inf, mx.log(total) + top).squeeze(-1))
         gain = gamma[:, rows, None] / mx.where(total == 0, 1, total)
@@ -93,7 +94,7 @@ def solve_backward(
         old, new = P + rows.start, P + rows.stop
         queries = mx.depends(qw[:, rows], [u, dq, dk, dgamma])
         scores = _scores(queries, kw[:, :new], key_mask)
-        alpha = mx.exp(scores - lse[:, rows, None].astype(work))
+        alpha = exp(scores - lse[:, rows, None].astype(work))
         # 1 but for the rounding of lse, which far exceeds that of alpha where lse is large.
         total = alpha.sum(-1, keepdims=True)
         alpha = alpha / mx.where(total == 0, 1, total)

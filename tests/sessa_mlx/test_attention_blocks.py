@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from sessa_mlx import attention_blocks
+from sessa_mlx import _exp, attention_blocks
 from sessa_mlx.attention import causal_attention
 
 # B, H, G, T, P, width of queries and keys, width of values, padded
@@ -108,6 +108,7 @@ def test_metal_launches_and_sizes() -> None:
     rows = {mx.default_device().type: 256}
     with (
         mock.patch.multiple(attention_blocks, **on_metal, ROWS=rows),
+        mock.patch.object(_exp, "_slow", return_value=False),
         mock.patch.object(
             attention_blocks, "_fused", side_effect=lambda q, *rest: mx.abs(q)
         ) as fused,

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import re
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
+import pytest
 from mlx.utils import tree_flatten
 
 from sessa_common.checkpoint.initialization import initial_weights
@@ -58,6 +61,15 @@ def test_memory_of_a_step_doubles_with_the_length() -> None:
     assert peaks[-1] < BYTES_A_TOKEN * lengths[-1]
 
 
+def test_checkpoints_of_layers_save_memory() -> None:
+    deep = dataclasses.replace(SMALL, num_hidden_layers=12)
+    kept, again = (
+        peak_of_a_step(backend(deep, checkpoint_activations=layers), 512)
+        for layers in ("none", "layers")
+    )
+    assert again < 0.5 * kept
+
+
 def test_weights_are_held_once() -> None:
     """Weights and two moments, and nothing else, stay between steps."""
     config = PRESETS["demo"]
@@ -71,6 +83,33 @@ def test_weights_are_held_once() -> None:
     trained.evaluate(data)
     gc.collect()
     assert mx.get_active_memory() - before < 3.02 * size
+
+
+def steps(trained: TrainBackend, data: list[Batch]) -> list[tuple[float, float]]:
+    return [trained.step(data, 1e-2) for _ in range(3)]
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_threads_share_the_rows(threads: int) -> None:
+    one, several = backend(SMALL), backend(SMALL)
+    one._count, several._count = 1, threads
+    several._threads = ThreadPoolExecutor(threads)
+    data = [batch(SMALL, 5, 40), batch(SMALL, 2, 30)]
+    np.testing.assert_allclose(steps(several, data), steps(one, data), rtol=1e-5)
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_step_that_is_not_finite_changes_nothing(place: int) -> None:
+    whole, broken = backend(SMALL), backend(SMALL)
+    data = [batch(SMALL, 2, 40), batch(SMALL, 2, 40)]
+    wrong = list(data)
+    wrong[place] = dataclasses.replace(data[0], weights=data[0].weights * np.float32(np.nan))
+    assert steps(whole, data) == steps(broken, data)
+    before = broken.state()
+    assert not np.isfinite(broken.step(wrong, 1e-2)).any()
+    for name, value in broken.state().items():
+        np.testing.assert_array_equal(value, before[name], err_msg=name)
+    assert steps(whole, data) == steps(broken, data)
 
 
 def launches(tree: Any, path: Path) -> int:

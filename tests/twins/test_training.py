@@ -84,8 +84,8 @@ def steps(framework: Any, **change: Any) -> tuple[list[tuple[float, float]], Any
     rng = np.random.default_rng(1)
     taken = []
     for _ in range(3):
-        inputs, targets = rng.integers(0, CONFIG.vocab_size, (2, 2, 19)).astype(np.int32)
-        batch = Batch(inputs, targets, rng.random((2, 19)).astype(np.float32))
+        inputs, targets = rng.integers(0, CONFIG.vocab_size, (2, 1, 19)).astype(np.int32)
+        batch = Batch(inputs, targets, rng.random((1, 19)).astype(np.float32))
         taken.append(backend.step([batch], 1e-2))
     return taken, backend
 
