@@ -6,7 +6,7 @@ BIN := .venv/bin
 OPENBLAS := $(wildcard /usr/lib/*-linux-gnu/openblas-pthread/libblas.so.3)
 PRELOAD := $(if $(OPENBLAS),LD_PRELOAD=$(firstword $(OPENBLAS)) OPENBLAS_NUM_THREADS=1)
 
-.PHONY: setup web demo test check bench fuzz ort-op-fuzz ort-op-sanitize metal-races metal-compile \
+.PHONY: setup web demo test check bench fuzz ort-op-fuzz ort-op-sanitize oldest-onnx metal-races metal-compile \
 	report wheel publish kill-tests power-cut audit clean
 
 setup: .venv/.installed
@@ -50,6 +50,13 @@ ort-op-fuzz: setup
 
 ort-op-sanitize: setup
 	$(BIN)/python tests/support/ort_op_fuzz.py --count 2000 --sanitize
+
+# The tests of exported models with the oldest onnx and onnxruntime that pyproject.toml allows.
+OLDEST_ONNX := $(shell sed -n 's/^onnx = \[\(.*\)\]/\1/p' pyproject.toml | tr -d '",' | sed 's/>=/==/g')
+oldest-onnx: setup
+	$(BIN)/pip install --quiet --no-deps --upgrade --target .venv/oldest-onnx $(OLDEST_ONNX)
+	PYTHONPATH=.venv/oldest-onnx OMP_NUM_THREADS=1 $(BIN)/python -m pytest \
+		tests/sessa_export/test_onnxruntime.py tests/sessa_export/test_exporter.py
 
 metal-races: setup
 	$(BIN)/python tools/metal_emulator/races.py

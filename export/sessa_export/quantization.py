@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from sessa_common.config import SessaConfig
 from sessa_common.errors import SessaError
-from sessa_export.runtime import DTYPE_KEY
+from sessa_export.sessions import DTYPE_KEY
 
 DTYPES = ("fp32", "fp16", "int8", "int4")
 INT4_BLOCK = 32
@@ -142,7 +142,6 @@ def _int4(model: onnx.ModelProto) -> onnx.ModelProto:
 
         quantizer = MatMulNBitsQuantizer(
             model,
-            bits=4,
             block_size=INT4_BLOCK,
             is_symmetric=False,
             accuracy_level=4,  # ONNX Runtime multiplies in int8
