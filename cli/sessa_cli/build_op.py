@@ -16,6 +16,10 @@ def build_op(
     output: Annotated[
         Path | None, typer.Option(help="File or folder to copy the library to.")
     ] = None,
+    cuda: Annotated[
+        bool,
+        typer.Option("--cuda", help="Add the CUDA kernels, for ONNX Runtime's CUDA provider."),
+    ] = False,
     force: Annotated[
         bool, typer.Option("--force", help="Compile even when the library exists.")
     ] = False,
@@ -23,15 +27,15 @@ def build_op(
 ) -> None:
     """Compile the native operator for ONNX Runtime on this machine and keep it in a cache.
 
-    A C++17 compiler is needed: CXX, else c++, g++ or clang++. Exported models also run without the
-    operator, but slower.
+    A C++17 compiler is needed: CXX, else c++, g++ or clang++; for --cuda also nvcc, of CUDA_HOME or
+    in PATH. Exported models also run without the operator, but slower.
 
     Example: sessa build-op
     """
     from sessa_export.native import build
 
     watch = Stopwatch()
-    path = build(force=force)
+    path = build(cuda=cuda, force=force)
     seconds = watch.seconds
     if output is not None:
         path = _copy(path, output)

@@ -1,5 +1,6 @@
-// sessa::FeedbackSolve as a custom operator of ONNX Runtime's CPU provider: reads and checks the
-// inputs, lends the solver the runtime's threads and memory.
+// sessa::FeedbackSolve as a custom operator of ONNX Runtime's CPU provider and, where it is built
+// with SESSA_CUDA, of its CUDA provider too: reads and checks the inputs, lends the solver the
+// runtime's threads or stream, and memory.
 #include <array>
 #include <exception>
 #include <functional>
@@ -11,6 +12,9 @@
 
 #include "ort_abi.h"
 #include "solve.h"
+#if defined(SESSA_CUDA)
+#include "cuda_solve.h"
+#endif
 
 namespace sessa {
 namespace {
@@ -134,8 +138,9 @@ Problem check_inputs(const Inputs& inputs) {
 // Memory of the runtime's arena, given back together.
 class Memory {
  public:
-  Memory(const Kernel& kernel, const OrtKernelContext* context) : api_(*kernel.api) {
-    check(api_.KernelContext_GetAllocator(context, kernel.memory, &allocator_));
+  Memory(const OrtApi& api, const OrtMemoryInfo* memory, const OrtKernelContext* context)
+      : api_(api) {
+    check(api_.KernelContext_GetAllocator(context, memory, &allocator_));
   }
   Memory(const Memory&) = delete;
   Memory& operator=(const Memory&) = delete;
@@ -174,18 +179,24 @@ void parallel_for(const OrtApi& api, const OrtKernelContext* context, int64_t co
   check(api.KernelContext_ParallelFor(context, call, size, size, const_cast<Task*>(&task)));
 }
 
-void compute(const Kernel& kernel, OrtKernelContext* context) {
-  const OrtApi& api = *kernel.api;
+// The problem of one call with its output, which `output` receives.
+Problem read_problem(const OrtApi& api, OrtKernelContext* context, OrtValue** output) {
   size_t count = 0;
   check(api.KernelContext_GetInputCount(context, &count));
   Inputs inputs;
   for (size_t i = 0; i < kInputs && i < count; ++i) inputs[i] = read_input(api, context, i);
   Problem p = check_inputs(inputs);
-  OrtValue* output = nullptr;
   const std::vector<int64_t>& shape = inputs[0].shape;
-  check(api.KernelContext_GetOutput(context, 0, shape.data(), shape.size(), &output));
-  check(api.GetTensorMutableData(output, &p.s));
-  Memory memory(kernel, context);
+  check(api.KernelContext_GetOutput(context, 0, shape.data(), shape.size(), output));
+  check(api.GetTensorMutableData(*output, &p.s));
+  return p;
+}
+
+void compute(const Kernel& kernel, OrtKernelContext* context) {
+  const OrtApi& api = *kernel.api;
+  OrtValue* output = nullptr;
+  const Problem p = read_problem(api, context, &output);
+  Memory memory(api, kernel.memory, context);
   Runtime runtime;
   runtime.floats = [&](int64_t size) { return memory.floats(size); };
   runtime.parallel_for = [&](int64_t size, const std::function<void(int64_t)>& task) {
@@ -193,6 +204,23 @@ void compute(const Kernel& kernel, OrtKernelContext* context) {
   };
   feedback_solve(p, runtime);
 }
+
+#if defined(SESSA_CUDA)
+// The memory is given back before the kernels have run. The next owner's work follows them on the
+// same stream.
+void compute_on_cuda(const Kernel& kernel, OrtKernelContext* context) {
+  const OrtApi& api = *kernel.api;
+  OrtValue* output = nullptr;
+  const Problem p = read_problem(api, context, &output);
+  const OrtMemoryInfo* device = nullptr;
+  check(api.GetTensorMemoryInfo(output, &device));
+  Memory memory(api, device, context);
+  CudaRuntime runtime;
+  check(api.KernelContext_GetGPUComputeStream(context, &runtime.stream));
+  runtime.floats = [&](int64_t size) { return memory.floats(size); };
+  feedback_solve_cuda(p, runtime);
+}
+#endif
 
 // Runs C++ code for the C interface: what it throws becomes a status.
 template <class Body>
@@ -236,6 +264,12 @@ void destroy_kernel(void* pointer) noexcept {
   delete kernel;
 }
 
+template <void (*kCompute)(const Kernel&, OrtKernelContext*)>
+OrtStatusPtr run(void* kernel, OrtKernelContext* context) noexcept {
+  const Kernel& self = *static_cast<const Kernel*>(kernel);
+  return guarded(*self.api, [&] { kCompute(self, context); });
+}
+
 Operator make_operator(ONNXTensorElementDataType type) {
   Operator op{};
   op.type = type;
@@ -253,21 +287,38 @@ Operator make_operator(ONNXTensorElementDataType type) {
   op.GetOutputCharacteristic = [](const OrtCustomOp*, size_t) { return INPUT_OUTPUT_REQUIRED; };
   op.GetInputMemoryType = [](const OrtCustomOp*, size_t) { return OrtMemTypeDefault; };
   op.CreateKernelV2 = create_kernel;
-  op.KernelComputeV2 = [](void* kernel, OrtKernelContext* context) -> OrtStatusPtr {
-    const Kernel& self = *static_cast<const Kernel*>(kernel);
-    return guarded(*self.api, [&] { compute(self, context); });
-  };
+  op.KernelComputeV2 = run<compute>;
   op.GetStartVersion = [](const OrtCustomOp*) { return 1; };
   op.GetEndVersion = [](const OrtCustomOp*) { return 1; };
   return op;
 }
 
+#if defined(SESSA_CUDA)
+Operator make_cuda_operator(ONNXTensorElementDataType type) {
+  Operator op = make_operator(type);
+  op.GetExecutionProviderType = [](const OrtCustomOp*) { return "CUDAExecutionProvider"; };
+  op.KernelComputeV2 = run<compute_on_cuda>;
+  return op;
+}
+#endif
+
+std::vector<Operator> make_operators() {
+  std::vector<Operator> made;
+  for (ONNXTensorElementDataType type :
+       {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16,
+        ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16}) {
+    made.push_back(make_operator(type));
+#if defined(SESSA_CUDA)
+    made.push_back(make_cuda_operator(type));
+#endif
+  }
+  return made;
+}
+
 // The domain must outlive every session that uses it, and two runtimes in one process cannot share
 // one, so each runtime gets a domain that is made once and kept.
 OrtCustomOpDomain* domain(const OrtApi& api) {
-  static const Operator operators[] = {make_operator(ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT),
-                                       make_operator(ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16),
-                                       make_operator(ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16)};
+  static const std::vector<Operator> operators = make_operators();
   static std::mutex mutex;
   static std::map<const OrtApi*, OrtCustomOpDomain*> domains;
   const std::lock_guard<std::mutex> lock(mutex);
@@ -307,3 +358,12 @@ SESSA_EXPORT OrtStatus* ORT_API_CALL RegisterCustomOps(OrtSessionOptions* option
 // does not have it.
 SESSA_EXPORT const char* SessaInstructionSet() { return sessa::kernels().name; }
 SESSA_EXPORT bool SessaUseInstructionSet(const char* name) { return sessa::use_kernels(name); }
+
+// Whether the library also has the operator of the CUDA provider.
+SESSA_EXPORT bool SessaHasCuda() {
+#if defined(SESSA_CUDA)
+  return true;
+#else
+  return false;
+#endif
+}

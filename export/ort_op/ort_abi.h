@@ -71,7 +71,10 @@ struct OrtApi {
   void (*ReleaseTensorTypeAndShapeInfo)(OrtTensorTypeAndShapeInfo*);
   void* gap_100[32];
   void (*ReleaseAllocator)(OrtAllocator*);
-  void* gap_133[120];
+  void* gap_133[60];
+  OrtStatus* (*KernelContext_GetGPUComputeStream)(const OrtKernelContext*, void** stream);
+  OrtStatus* (*GetTensorMemoryInfo)(const OrtValue*, const OrtMemoryInfo**);
+  void* gap_195[58];
   OrtStatus* (*KernelContext_GetAllocator)(const OrtKernelContext*, const OrtMemoryInfo*,
                                            OrtAllocator**);
   void* gap_254[20];
@@ -138,6 +141,8 @@ SESSA_PLACE(OrtApi, ReleaseStatus, 93);
 SESSA_PLACE(OrtApi, ReleaseMemoryInfo, 94);
 SESSA_PLACE(OrtApi, ReleaseTensorTypeAndShapeInfo, 99);
 SESSA_PLACE(OrtApi, ReleaseAllocator, 132);
+SESSA_PLACE(OrtApi, KernelContext_GetGPUComputeStream, 193);
+SESSA_PLACE(OrtApi, GetTensorMemoryInfo, 194);
 SESSA_PLACE(OrtApi, KernelContext_GetAllocator, 253);
 SESSA_PLACE(OrtApi, KernelContext_ParallelFor, 274);
 SESSA_PLACE(OrtCustomOp, version, 0);

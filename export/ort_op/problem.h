@@ -4,6 +4,13 @@
 
 #include <cstdint>
 
+// CUDA's kernels use some of these functions too.
+#if defined(__CUDACC__)
+#define SESSA_EVERYWHERE __host__ __device__
+#else
+#define SESSA_EVERYWHERE
+#endif
+
 namespace sessa {
 
 // ONNX's numbers for the element types.
@@ -26,8 +33,10 @@ struct Problem {
   const uint8_t* key_mask = nullptr;  // (B, S), 0 hides a key; null hides none
   void* s = nullptr;                  // (B, T, D) in the type of f
 
-  int64_t S() const { return P + T; }
-  bool hides(int64_t b, int64_t key) const { return key_mask && !key_mask[b * S() + key]; }
+  SESSA_EVERYWHERE int64_t S() const { return P + T; }
+  SESSA_EVERYWHERE bool hides(int64_t b, int64_t key) const {
+    return key_mask && !key_mask[b * S() + key];
+  }
 };
 
 // A panel is `width` neighbouring columns (of states) or keys, laid out row by row, so that the

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from sessa_common.errors import SessaError
+from sessa_export.cuda_toolkit import Toolkit, find_toolkit
 
 INCLUDE_VARIABLE = "ONNXRUNTIME_INCLUDE_DIR"
 HEADER = "onnxruntime_c_api.h"
@@ -34,6 +35,7 @@ INCLUDE_FOLDERS = (
 )
 # The operator's entries of the C interface exist from here on (ONNX Runtime 1.17).
 API_VERSION = 17
+SOURCES = (".cpp", ".h", ".cu", ".cuh")
 HASH_SUFFIX = ".sha256"
 WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 COMPILERS = ("c++", "g++", "clang++")
@@ -131,18 +133,19 @@ class Recipe:
     compiler: tuple[str, ...]
     headers: Path | None
     sanitize: bool
+    cuda: Toolkit | None = None
 
     def key(self) -> str:
-        """Hash of sources, compiler, flags and platform."""
-        version = subprocess.run([*self.compiler, "--version"], capture_output=True, text=True)
+        """Hash of sources, compilers, flags and platform."""
+        versions = [_version(self.compiler)]
+        if self.cuda:
+            versions += [str(self.cuda), _version([str(self.cuda.nvcc)])]
         flags = (FLAGS, X86_FLAGS, SANITIZE if self.sanitize else ())
         header = self.headers and (str(self.headers), _header_version(self.headers))
         system = (sys.platform, platform.machine())
-        digest = hashlib.sha256(
-            repr((self.compiler, version.stdout, flags, header, system)).encode()
-        )
+        digest = hashlib.sha256(repr((self.compiler, versions, flags, header, system)).encode())
         for file in sorted(self.sources.iterdir()):
-            if file.suffix in (".cpp", ".h"):
+            if file.suffix in SOURCES:
                 digest.update(file.name.encode() + b"\0" + file.read_bytes())
         return digest.hexdigest()[:20]
 
@@ -154,23 +157,40 @@ class Recipe:
         """The compilations, which do not depend on one another, and the link."""
         common = [*self.compiler, *FLAGS, *(SANITIZE if self.sanitize else ())]
         include = ["-isystem", str(self.headers)] if self.headers else []
+        defined = ["-DSESSA_CUDA"] if self.cuda else []
         x86 = platform.machine() in ("x86_64", "AMD64")
         compilations, objects = [], []
         for source in sorted(self.sources.glob("*.cpp")):
             extra = X86_FLAGS.get(source.name, ()) if x86 else ()
             objects.append(str(folder / f"{source.stem}.o"))
-            compilations.append([*common, *extra, *include, "-c", str(source), "-o", objects[-1]])
-        return compilations, [*common, "-shared", *objects, "-o", str(folder / library_name())]
+            given = [*common, *defined, *extra, *include]
+            compilations.append([*given, "-c", str(source), "-o", objects[-1]])
+        library = str(folder / library_name())
+        if self.cuda is None:
+            return compilations, [*common, "-shared", *objects, "-o", library]
+        compile_cuda, link = self.cuda.commands(self.compiler)
+        for source in sorted(self.sources.glob("*.cu")):
+            objects.append(str(folder / f"{source.stem}.o"))
+            given = [*compile_cuda, "-I", str(self.sources)]
+            compilations.append([*given, "-c", str(source), "-o", objects[-1]])
+        return compilations, [*link, *objects, "-o", library]
 
 
-def make_recipe(*, sanitize: bool = False) -> Recipe:
-    """Return the recipe of a build on this machine; SessaError without a compiler."""
-    return Recipe(source_folder(), tuple(find_compiler()), find_headers(), sanitize)
+def _version(command: Sequence[str]) -> str:
+    return subprocess.run([*command, "--version"], capture_output=True, text=True).stdout
 
 
-def library_path(*, sanitize: bool = False, cache: Path | None = None) -> Path | None:
+def make_recipe(*, sanitize: bool = False, cuda: bool = False) -> Recipe:
+    """Return the recipe of a build on this machine; SessaError without the compilers."""
+    toolkit = find_toolkit() if cuda else None
+    return Recipe(source_folder(), tuple(find_compiler()), find_headers(), sanitize, toolkit)
+
+
+def library_path(
+    *, sanitize: bool = False, cuda: bool = False, cache: Path | None = None
+) -> Path | None:
     """The library that `build` made from these sources on this machine, None when it did not."""
-    path = make_recipe(sanitize=sanitize).library(cache)
+    path = make_recipe(sanitize=sanitize, cuda=cuda).library(cache)
     if not path.is_file():
         return None
     require_trusted(path)
@@ -212,14 +232,17 @@ def _private_folder(path: Path) -> None:
             folder.chmod(0o700)
 
 
-def build(*, sanitize: bool = False, force: bool = False, cache: Path | None = None) -> Path:
+def build(
+    *, sanitize: bool = False, cuda: bool = False, force: bool = False, cache: Path | None = None
+) -> Path:
     """Compile the library unless the cache has it, and return its path.
 
     It appears under its name only when it is complete, so several processes may build at once.
-    `sanitize` adds AddressSanitizer and UndefinedBehaviorSanitizer. Raises SessaError without a
-    compiler, with the compiler's words when it fails, and for a cache that others may write to.
+    `sanitize` adds AddressSanitizer and UndefinedBehaviorSanitizer, `cuda` the operator of the CUDA
+    provider. Raises SessaError without a compiler, with the compiler's words when it fails, and for
+    a cache that others may write to.
     """
-    recipe = make_recipe(sanitize=sanitize)
+    recipe = make_recipe(sanitize=sanitize, cuda=cuda)
     path = recipe.library(cache)
     if path.is_file() and path.with_name(path.name + HASH_SUFFIX).is_file() and not force:
         require_trusted(path)
@@ -249,15 +272,17 @@ def _run(command: Sequence[str]) -> None:
         raise SessaError(f"{shlex.join(command[:1])} cannot build the native operator: {said}")
 
 
-def register(options: Any, library: Path | str | None = None) -> Path:
+def register(options: Any, library: Path | str | None = None, *, cuda: bool = False) -> Path:
     """Add the operator to an onnxruntime.SessionOptions and return the library's path.
 
-    Takes `library`, else what `build` made. Raises SessaError when it is not built or not loadable.
+    Takes `library`, else what `build` made, for the CUDA provider too if `cuda`. Raises SessaError
+    when it is not built or not loadable.
     """
-    path = Path(library) if library else library_path()
+    path = Path(library) if library else library_path(cuda=cuda)
     if path is None or not path.is_file():
-        missing = f"{path}: no such file" if path else "the native operator is not built"
-        raise SessaError(f"{missing}; build it with `sessa build-op`")
+        operator = "the native operator with its CUDA kernels" if cuda else "the native operator"
+        missing = f"{path}: no such file" if path else f"{operator} is not built"
+        raise SessaError(f"{missing}; build it with `sessa build-op{' --cuda' * cuda}`")
     try:
         options.register_custom_ops_library(str(path))
     except Exception as error:  # the binding raises one class per status, all plain Exceptions

@@ -279,6 +279,52 @@ def test_the_cache_knows_sources_compiler_and_options(fake_compiler, tmp_path, m
     assert len(set(keys)) == len(keys)
 
 
+@pytest.fixture
+def fake_toolkit(fake_compiler, tmp_path, monkeypatch) -> Path:
+    """A CUDA toolkit whose nvcc is the fake compiler."""
+    folder = tmp_path / "toolkit"
+    (folder / "bin").mkdir(parents=True)
+    (folder / "lib64").mkdir()
+    (folder / "bin" / "nvcc").symlink_to(fake_compiler)
+    monkeypatch.setenv("CUDA_HOME", str(folder))
+    monkeypatch.setenv("CUDAARCHS", "80;90")
+    return folder
+
+
+def test_cuda_kernels_are_built_on_request(fake_toolkit, fake_compiler, capsys):
+    plain = native.build()
+    main_ok(["build-op", "--cuda", "--json"])
+    built = Path(json.loads(capsys.readouterr().out)["library"])
+    assert built == native.library_path(cuda=True) != plain
+    written = (fake_toolkit / "bin" / "log").read_text().splitlines()
+    assert [Path(line).name for line in written] == ["cuda_solve.o", native.library_name()]
+    compilations, link = native.make_recipe(cuda=True).commands(Path("/scratch"))
+    (kernels,) = (command for command in compilations if command[-3].endswith(".cu"))
+    (operator,) = (command for command in compilations if command[-3].endswith("operator.cpp"))
+    for command in (kernels, link):
+        assert command[0] == str(fake_toolkit / "bin" / "nvcc")
+        assert command[command.index("-ccbin") + 1] == str(fake_compiler)
+    assert "arch=compute_80,code=sm_80" in kernels and "arch=compute_90,code=sm_90" in kernels
+    assert "-DSESSA_CUDA" in operator and "/scratch/cuda_solve.o" in link
+
+
+def test_what_cuda_needs_is_said(fake_toolkit, monkeypatch, tmp_path):
+    monkeypatch.setenv("CUDAARCHS", "sm_90")
+    with pytest.raises(SessaError, match=r"CUDAARCHS is 'sm_90', expected numbers"):
+        native.build(cuda=True)
+    monkeypatch.delenv("CUDAARCHS")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SessaError, match="no NVIDIA GPU found; name the architecture"):
+        native.build(cuda=True)
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 9.0\necho 8.6\necho 9.0\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    toolkit = native.make_recipe(cuda=True).cuda
+    assert toolkit is not None and toolkit.architectures == ("86", "90")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "nothing"))
+    with pytest.raises(SessaError, match=r"no CUDA compiler found .*nothing/bin/nvcc"):
+        native.build(cuda=True)
+
+
 def test_a_failing_compiler_leaves_nothing_and_is_quoted(tmp_path, monkeypatch):
     fake = tmp_path / "fails"
     fake.write_text("#!/bin/sh\necho 'x.cpp:1: error: no such thing' >&2; exit 1\n")
