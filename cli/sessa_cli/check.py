@@ -23,6 +23,10 @@ def check(
             "--export", help="Folder that sessa export wrote; a temporary one if not given."
         ),
     ] = None,
+    onnx_device: Annotated[
+        str | None,
+        typer.Option(help="Device that ONNX Runtime runs on, such as cuda. Default: cpu."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the random tokens.")] = 0,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -35,7 +39,7 @@ def check(
     """
     from sessa_export import check as check_runtimes
 
-    found = check_runtimes(checkpoint, exported, seed=seed)
+    found = check_runtimes(checkpoint, exported, seed=seed, onnx_device=onnx_device)
     ok = all(runtime.ok for runtime in found)
     if json_output:
         runtimes = {runtime.runtime: _as_json(runtime) for runtime in found}

@@ -24,7 +24,9 @@ def export(
     ] = None,
     clients: Annotated[
         str | None,
-        typer.Option("--for", help="Clients, separated by commas: ort,genai,web,transformers-js."),
+        typer.Option(
+            "--for", help="Clients, separated by commas: ort,cuda,genai,web,transformers-js."
+        ),
     ] = None,
     layout: Annotated[
         str | None,

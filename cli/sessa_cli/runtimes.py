@@ -21,14 +21,12 @@ def find_home(
     if not folder.is_dir():
         raise SessaError(f"{folder}: no such checkpoint folder")
     if backend == "onnx" or (backend in (None, "auto") and is_exported(folder)):
-        if device not in (None, "cpu"):
-            raise SessaError(f"device is {device!r}; ONNX Runtime runs on the cpu here")
         if dtype is not None:
             raise SessaError("`dtype` is for a checkpoint; an exported model has its own")
-        say_aside(f"{folder}: an exported model, run by ONNX Runtime")
-        return ModelHome(
-            folder=folder, open=partial(load_decoder, native=native), files=model_files
-        )
+        where = f" on {device}" if device else ""
+        say_aside(f"{folder}: an exported model, run by ONNX Runtime{where}")
+        opened_by = partial(load_decoder, native=native, device=device)
+        return ModelHome(folder=folder, open=opened_by, files=model_files)
     if native:
         raise SessaError("`native` is for a folder that `sessa export` wrote")
     name = choose_backend(backend)

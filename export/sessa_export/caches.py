@@ -14,10 +14,15 @@ ROOM = 64
 
 
 class GrownCaches:
-    """Caches for natural and uniform: the output of one run is the past of the next, uncopied."""
+    """Caches for natural and uniform: the output of one run is the past of the next, uncopied.
 
-    def __init__(self, session: Any) -> None:
+    Caches and logits stay on `device`, named as by `sessions.device_of`.
+    """
+
+    def __init__(self, session: Any, device: str = "cpu") -> None:
         self.session = session
+        name, _, number = device.partition(":")
+        self.device = (name, int(number or 0))
         self.inputs = [i for i in session.get_inputs() if i.name.startswith("past_key_values")]
         self.outputs = [output.name for output in session.get_outputs()]
         self.reset()
@@ -26,24 +31,26 @@ class GrownCaches:
         """Empty the caches."""
         self.values: list[Any] = []
 
-    def run(self, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        """Append tokens (B, T), mask (B, P + T), both int64; returns logits (B, T, V)."""
-        from onnxruntime import OrtValue
-
+    def run(self, tokens: np.ndarray, mask: np.ndarray) -> None:
+        """Append tokens (B, T), mask (B, P + T), both int64."""
         if not self.values:
             shapes = [(len(mask), i.shape[1], 0, i.shape[3]) for i in self.inputs]
-            self.values = [OrtValue.ortvalue_from_numpy(np.zeros(s, np.float32)) for s in shapes]
+            self.load([np.zeros(shape, np.float32) for shape in shapes])
         binding = self.session.io_binding()
         binding.bind_cpu_input("input_ids", tokens)
         binding.bind_cpu_input("attention_mask", mask)
         for given, value in zip(self.inputs, self.values, strict=True):
             binding.bind_ortvalue_input(given.name, value)
         for name in self.outputs:
-            binding.bind_output(name, "cpu")
+            binding.bind_output(name, *self.device)
         self.session.run_with_iobinding(binding)
         found = dict(zip(self.outputs, binding.get_outputs(), strict=True))
         self.values = [found[i.name.replace("past_key_values", "present")] for i in self.inputs]
-        return found["logits"].numpy()
+        self.found = found["logits"]
+
+    def logits(self) -> np.ndarray:
+        """Logits (B, T, V) of the last run."""
+        return self.found.numpy()
 
     def arrays(self) -> list[np.ndarray]:
         """Every cache, (B, heads, P, width)."""
@@ -54,7 +61,7 @@ class GrownCaches:
         from onnxruntime import OrtValue
 
         # A copy, because a slice may lie in the memory of a value that is dropped here.
-        self.values = [OrtValue.ortvalue_from_numpy(a.copy()) for a in arrays]
+        self.values = [OrtValue.ortvalue_from_numpy(a.copy(), *self.device) for a in arrays]
 
     def trim(self, length: int) -> None:
         """Keep the first `length` positions."""
@@ -78,8 +85,8 @@ class BufferedCaches:
         self.length = 0
         self.bound: tuple[int, ...] = ()
 
-    def run(self, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        """Append tokens (B, T), mask (B, P + T), both int64; returns logits (B, T, V)."""
+    def run(self, tokens: np.ndarray, mask: np.ndarray) -> None:
+        """Append tokens (B, T), mask (B, P + T), both int64."""
         (B, T), P = tokens.shape, self.length
         if not self.buffers or len(self.buffers[0]) != B:
             self.buffers = self._zeros(B, 0)
@@ -92,7 +99,10 @@ class BufferedCaches:
         self.seen[:, :P], self.seen[:, C:] = mask[:, :P], mask[:, P:]
         self.session.run_with_iobinding(self.binding)
         self._write(self.rows, P + T)
-        return self.logits.copy() if self.bound else self.logits
+
+    def logits(self) -> np.ndarray:
+        """Logits (B, T, V) of the last run."""
+        return self.found.copy() if self.bound else self.found
 
     def arrays(self) -> list[np.ndarray]:
         """Every cache, (B, heads, P, width)."""
@@ -128,7 +138,7 @@ class BufferedCaches:
     def _bind(self, B: int, T: int, C: int) -> None:
         """Bind arrays for runs of T tokens after C rows; later runs of this shape reuse them."""
         self.ids, self.seen = np.zeros((B, T), np.int64), np.zeros((B, C + T), np.int64)
-        self.logits = np.empty((B, T, self.vocabulary), np.float32)
+        self.found = np.empty((B, T, self.vocabulary), np.float32)
         self.rows = [np.empty((B, i.shape[1], T, i.shape[3]), np.float32) for i in self.inputs]
         self.past = self.buffers if C else self._zeros(B, 0)
         # The caller keeps the logits of a run of several tokens, so its arrays are not reused.
@@ -138,5 +148,5 @@ class BufferedCaches:
         for given, array in zip(self.inputs, self.past, strict=True):
             self.binding.bind_cpu_input(given.name, array)
         names = [i.name.replace("past_key_values", "new") for i in self.inputs]
-        for name, array in zip(["logits", *names], [self.logits, *self.rows], strict=True):
+        for name, array in zip(["logits", *names], [self.found, *self.rows], strict=True):
             self.binding.bind_output(name, "cpu", 0, np.float32, array.shape, array.ctypes.data)

@@ -21,6 +21,7 @@ from sessa_common.storage import new_folder
 from sessa_export.cache_layout import require_supported
 from sessa_export.perplexity import Cost, Document, measure_cost, read_text, require_cost
 from sessa_export.runtime import MODEL_FILE, load_decoder, require_onnx
+from sessa_export.sessions import LARGE_BLOCK
 
 COPIED = (
     "config.json",
@@ -40,10 +41,10 @@ class Options:
     """The form of an exported model.
 
     dtype is "fp32", "fp16", "int8" or "int4"; layout (of the caches) "natural", "uniform" or
-    "buffer"; clients are "ort", "genai", "web" and "transformers-js"; native adds the compiled
-    operator; opset is the version of the standard operators. data are texts, named as in training,
-    on which the cost of fewer bits is measured. Weights of more than external_data_bytes (2e9 if
-    None) go to a file of their own.
+    "buffer"; clients are "ort", "cuda", "genai", "web" and "transformers-js"; native adds the
+    compiled operator; opset is the version of the standard operators. data are texts, named as in
+    training, on which the cost of fewer bits is measured. Weights of more than external_data_bytes
+    (2e9 if None) go to a file of their own.
     """
 
     dtype: str = "fp32"
@@ -78,7 +79,10 @@ def write_model(
     dtype = dtype or options.dtype
     limit = options.external_data_bytes
     model = build_model(
-        *prepare(config, weights, dtype), opset=options.opset, layout=options.layout
+        *prepare(config, weights, dtype),
+        opset=options.opset,
+        layout=options.layout,
+        large_block=LARGE_BLOCK if "cuda" in options.clients else None,
     )
     path.parent.mkdir(exist_ok=True)
     save_model(

@@ -19,7 +19,7 @@ from sessa_common.config import SessaConfig
 from sessa_common.errors import SessaError
 from sessa_export.cache_layout import LAYOUTS, kv_layers, pair_numbers, require_supported
 from sessa_export.operator_body import DOMAIN, OP_TYPE, VERSION, add_function
-from sessa_export.runtime import CONFIG_KEY
+from sessa_export.sessions import CONFIG_KEY
 
 OPSETS = (21, 22, 23)
 # The first set with Attention and RotaryEmbedding; graphs of earlier sets use plain operators.
@@ -113,7 +113,12 @@ class Shared(NamedTuple):
 
 
 def build_model(
-    config: SessaConfig, weights: Weights, *, opset: int = 23, layout: str = "natural"
+    config: SessaConfig,
+    weights: Weights,
+    *,
+    opset: int = 23,
+    layout: str = "natural",
+    large_block: int | None = None,
 ) -> onnx.ModelProto:
     """The whole model in float32: ids, mask and past caches in, logits and present caches out.
 
@@ -121,8 +126,9 @@ def build_model(
     and .value are (B, heads, P, width) as in `kv_layers`, and P may be 0; logits are (B, T, V);
     present.{j}.* hold S tokens. In the buffer layout the past is a buffer whose unused rows are
     masked, feedback keys have one more row that no query sees, and new.{j}.* (B, heads, T, width)
-    replace present.{j}.*. Raises SessaError for a Mamba-2 layer, an opset that is not in
-    OPSETS and a layout that is not in LAYOUTS.
+    replace present.{j}.*. `large_block` gives the operator its body for a GPU
+    (`operator_body.feedback_function`). Raises SessaError for a Mamba-2 layer, an opset that is not
+    in OPSETS and a layout that is not in LAYOUTS.
     """
     require_supported(config)
     if opset not in OPSETS:
@@ -142,7 +148,7 @@ def build_model(
     else:
         head = g.weight("lm_head.weight", weights["lm_head.weight"].T)
     g.add("MatMul", x, head, output="logits")
-    return _finish(g, config, opset, layout)
+    return _finish(g, config, opset, layout, large_block)
 
 
 def _shared(g: Builder, config: SessaConfig, layout: str, fused: bool) -> Shared:
@@ -415,7 +421,9 @@ def _rows(g: Builder, config: SessaConfig, cached: list[str], shared: Shared) ->
     return _join(g, config, whole, shared.row_heads)
 
 
-def _finish(g: Builder, config: SessaConfig, opset: int, layout: str) -> onnx.ModelProto:
+def _finish(
+    g: Builder, config: SessaConfig, opset: int, layout: str, large_block: int | None
+) -> onnx.ModelProto:
     integer, real = TensorProto.INT64, TensorProto.FLOAT
     B, T, P, S = "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"
     info = helper.make_tensor_value_info
@@ -437,7 +445,9 @@ def _finish(g: Builder, config: SessaConfig, opset: int, layout: str) -> onnx.Mo
         graph, opset_imports=imports, ir_version=IR_VERSION, producer_name="sessa-toolchain"
     )
     helper.set_model_props(model, {CONFIG_KEY: json.dumps(config.to_dict())})
-    return add_function(model) if feedback else model
+    if not feedback:
+        return model
+    return add_function(model, large_block=large_block, key_width=config.hidden_size)
 
 
 def save_model(

@@ -8,17 +8,22 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper, parser
 
+from sessa_export.large_blocks import SMALL, large_blocks
+
 DOMAIN, OP_TYPE, VERSION = "sessa", "FeedbackSolve", 1
 INPUTS = ("f", "q", "k", "gamma", "past_s", "key_mask")
 REQUIRED = 4
 # Rows solved per turn of the loop; measured best of 32, 64 and 128 on two CPU cores.
-BLOCK = 64
+BLOCK = SMALL
 
 # Letters: B batch, T rows, P past, D width, K key width, m rows of one block, c = 1 + P + solved.
 #
 # A key that a row does not see gets the score -1e38, by selection, so that NaN and infinity in it
 # are not felt. Before all keys stands a sink with the score -1e30 and the state 0: a row that sees
 # no key reads only the sink and keeps s = f; in any other row the sink has weight 0.
+#
+# Adding what the inverse changes, and not its product with the rows, keeps rows without gain bit
+# for bit in every precision of the products.
 #
 # The branches "safe" run only where a result is not finite. They select what a weight of 0 would
 # not hide: hidden states, and rows that are not finite, which must not reach the rows before them.
@@ -37,55 +42,83 @@ FeedbackSolve (f, q, k, gamma, past_s, key_mask) => (s)
     k32 = Cast <to = 1> (k)
     gamma32 = Cast <to = 1> (gamma)
     past32 = Cast <to = 1> (past_s)
-    B = Shape <start = 0, end = 1> (f)
+    B = Shape <start = 0, end = 1> (key_mask)
     T = Shape <start = 1, end = 2> (f)
     D = Shape <start = 2, end = 3> (f)
     K = Shape <start = 2, end = 3> (q)
     P = Shape <start = 1, end = 2> (past_s)
-    K32 = Cast <to = 1> (K)
-    root = Sqrt (K32)
+{root}
     scaled = Div (q32, root)
     gain = Unsqueeze (gamma32, two)
     B1 = Concat <axis = 0> (B, one)
     sink = ConstantOfShape <value = float[1] {{-1e30}}> (B1)
     mask_shape = Shape (key_mask)
     floor = ConstantOfShape <value = float[1] {{-1e38}}> (mask_shape)
+    S = Shape <start = 1, end = 2> (key_mask)
+    but_one = Sub (S, one)
+    past_seen = Slice (key_mask, zero, but_one, one)
+    past_floor = Slice (floor, zero, but_one, one)
+    state_seen = Unsqueeze (past_seen, two)
+    unseen = ConstantOfShape <value = bool[1] {{0}}> (B1)
+    row_seen2 = Concat <axis = 1> (past_seen, unseen)
+    row_seen = Unsqueeze (row_seen2, one)
+    row_floor2 = Concat <axis = 1> (past_floor, sink)
+    row_floor = Unsqueeze (row_floor2, one)
     single = Equal (T, one)
     later = Greater (P, zero)
     step = And (single, later)
     s32 = If (step) <
         then_branch = one_row () => (row) {{
-            column = Transpose <perm = [0, 2, 1]> (scaled)
+            K_1 = Constant <value_ints = [0, -1, 1]> ()
+            column = Reshape (scaled, K_1)
             turned_scores = MatMul (k32, column)
-            row_scores = Transpose <perm = [0, 2, 1]> (turned_scores)
-            past_floor = Slice (floor, zero, P, one)
-            row_floor2 = Concat <axis = 1> (past_floor, sink)
-            row_floor = Unsqueeze (row_floor2, one)
-            past_seen = Slice (key_mask, zero, P, one)
-            unseen = ConstantOfShape <value = bool[1] {{0}}> (B1)
-            row_seen2 = Concat <axis = 1> (past_seen, unseen)
-            row_seen = Unsqueeze (row_seen2, one)
+            one_S = Constant <value_ints = [0, 1, -1]> ()
+            row_scores = Reshape (turned_scores, one_S)
             row_masked = Where (row_seen, row_scores, row_floor)
             row_weights = Softmax <axis = -1> (row_masked)
-            past_weights = Slice (row_weights, zero, P, two)
+            past_weights = Slice (row_weights, zero, but_one, two)
+{read}
+            row_gained = Mul (gain, row_read)
+            row = Add (f32, row_gained)
+        }},
+        else_branch = all_rows () => (rows) {{
+{rows}
+        }}
+    >
+    s = CastLike (s32, f)
+}}
+"""
+
+# The square root of K, where the body is not written for one K.
+_ROOT = """
+    K32 = Cast <to = 1> (K)
+    root = Sqrt (K32)
+"""
+
+# What one row reads of the past. Selecting every state costs a processor as much as the read.
+_READ = """
             direct_read = MatMul (past_weights, past32)
             read_zeros = Sub (direct_read, direct_read)
             read_total = ReduceSum <keepdims = 0> (read_zeros)
             read_finite = Equal (read_total, nothing)
             row_read = If (read_finite) <
-                then_branch = as_read () => (same_read) {{
+                then_branch = as_read () => (same_read) {
                     same_read = Identity (direct_read)
-                }},
-                else_branch = safe_read () => (selected_read) {{
-                    state_seen = Unsqueeze (past_seen, two)
+                },
+                else_branch = safe_read () => (selected_read) {
                     state_selected = Where (state_seen, past32, nothing)
                     selected_read = MatMul (past_weights, state_selected)
-                }}
+                }
             >
-            row_gained = Mul (gain, row_read)
-            row = Add (f32, row_gained)
-        }},
-        else_branch = all_rows () => (rows) {{
+"""
+# A GPU would have to wait for the answer to the question whether the read is finite.
+_SELECTED_READ = """
+            selected_states = Where (state_seen, past32, nothing)
+            row_read = MatMul (past_weights, selected_states)
+"""
+
+# Every row, in blocks of {block} rows.
+_ROWS = """
             n = Constant <value_ints = [{block}]> ()
             sink_key_shape = Concat <axis = 0> (B1, K)
             sink_key = ConstantOfShape (sink_key_shape)
@@ -95,8 +128,7 @@ FeedbackSolve (f, q, k, gamma, past_s, key_mask) => (s)
             known = Concat <axis = 1> (sink_state, past32)
             key_floor2 = Concat <axis = 1> (sink, floor)
             key_floor = Unsqueeze (key_floor2, one)
-            sink_seen = ConstantOfShape <value = bool[1] {{0}}> (B1)
-            seen2 = Concat <axis = 1> (sink_seen, key_mask)
+            seen2 = Concat <axis = 1> (unseen, key_mask)
             seen = Unsqueeze (seen2, one)
             n_n = Concat <axis = 0> (n, n)
             all_hidden = ConstantOfShape <value = float[1] {{-1e38}}> (n_n)
@@ -149,7 +181,9 @@ FeedbackSolve (f, q, k, gamma, past_s, key_mask) => (s)
                     s_i = If (rhs_finite) <
                         then_branch = plain () => (solved) {{
 {plain_nodes}
-                            solved = MatMul ({plain_inverse}, rhs)
+                            change = Sub ({plain_inverse}, eye_i)
+                            moved = MatMul (change, rhs)
+                            solved = Add (rhs, moved)
                         }},
                         else_branch = safe () => (selected) {{
                             seen_columns = Transpose <perm = [0, 2, 1]> (seen_i)
@@ -166,7 +200,9 @@ FeedbackSolve (f, q, k, gamma, past_s, key_mask) => (s)
                             N_finite = Equal (N_zeros, nothing)
                             finite_N = Where (N_finite, N, nothing)
 {safe_nodes}
-                            safe_solved = MatMul ({safe_inverse}, finite_rhs)
+                            safe_change = Sub ({safe_inverse}, eye_i)
+                            safe_moved = MatMul (safe_change, finite_rhs)
+                            safe_solved = Add (finite_rhs, safe_moved)
                             broken = Not (finite)
                             spoils = And (broken, own_shown)
                             spoil_count = Cast <to = 1> (spoils)
@@ -181,10 +217,6 @@ FeedbackSolve (f, q, k, gamma, past_s, key_mask) => (s)
             >
             last = Add (first, T)
             rows = Slice (states, first, last, one)
-        }}
-    >
-    s = CastLike (s32, f)
-}}
 """
 
 
@@ -221,20 +253,34 @@ def _levels(block: int) -> np.ndarray:
     return np.where(index[:, None] > index, bits, 0).astype(np.float32)
 
 
-def feedback_function(opset: int, block: int = BLOCK) -> onnx.FunctionProto:
-    """Body in standard operators of `opset`, 18 or later, for nodes that give every input."""
+def feedback_function(
+    opset: int,
+    block: int = BLOCK,
+    *,
+    large_block: int | None = None,
+    key_width: int | None = None,
+) -> onnx.FunctionProto:
+    """Body in standard operators of `opset`, 18 or later, for nodes that give every input.
+
+    `large_block` (a power of two, 2 * BLOCK or more) gives the body for a GPU, which solves more
+    than BLOCK rows in blocks of so many rows. `key_width` says which K all nodes have, which saves
+    the nodes that read it from a shape.
+    """
     plain, inverse = _inverse(block, "N", "")
     safe, safe_inverse = _inverse(block, "finite_N", "safe_")
-    function = parser.parse_function(
-        _BODY.format(
-            opset=opset,
-            block=block,
-            plain_nodes=plain,
-            plain_inverse=inverse,
-            safe_nodes=safe,
-            safe_inverse=safe_inverse,
-        )
+    rows = _ROWS.format(
+        block=block,
+        plain_nodes=plain,
+        plain_inverse=inverse,
+        safe_nodes=safe,
+        safe_inverse=safe_inverse,
     )
+    read = _READ
+    if large_block:
+        rows, read = large_blocks(large_block, rows), _SELECTED_READ
+    root = f"    root = Constant <value_float = {key_width**0.5!r}> ()" if key_width else _ROOT
+    text = _BODY.format(opset=opset, root=root, read=read, rows=rows)
+    function = parser.parse_function(text)
     constants = {"level": _levels(block), "not_a_number": np.float32(np.nan)}
     for name, value in constants.items():
         tensor = numpy_helper.from_array(np.asarray(value), name)
@@ -247,12 +293,16 @@ def standard_opset(model: onnx.ModelProto) -> int:
     return next(item.version for item in model.opset_import if item.domain in ("", "ai.onnx"))
 
 
-def add_function(model: onnx.ModelProto) -> onnx.ModelProto:
+def add_function(
+    model: onnx.ModelProto, *, large_block: int | None = None, key_width: int | None = None
+) -> onnx.ModelProto:
     """Give the sessa::FeedbackSolve nodes of a model their body, in place, and return the model.
 
     A function cannot ask whether an optional input was given, so nodes that leave past_s or
-    key_mask out receive an empty past and a mask of ones. Subgraphs are searched too. Raises
-    ValueError when the model has no such node or imports standard operators older than 18.
+    key_mask out receive an empty past and a mask of ones. Subgraphs are searched too. A body that
+    is there is replaced. `large_block` gives the one for a GPU and `key_width` one for a single K
+    (`feedback_function`). Raises ValueError when the model has no such node or imports standard
+    operators older than 18.
     """
     opset = standard_opset(model)
     if opset < 18:
@@ -266,7 +316,8 @@ def add_function(model: onnx.ModelProto) -> onnx.ModelProto:
         raise ValueError("the model has no sessa::FeedbackSolve node")
     kept = [f for f in model.functions if (f.domain, f.name) != (DOMAIN, OP_TYPE)]
     del model.functions[:]
-    model.functions.extend([*kept, feedback_function(opset)])
+    body = feedback_function(opset, large_block=large_block, key_width=key_width)
+    model.functions.extend([*kept, body])
     if all(item.domain != DOMAIN for item in model.opset_import):
         model.opset_import.append(helper.make_opsetid(DOMAIN, VERSION))
     return model

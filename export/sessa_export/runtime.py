@@ -20,10 +20,9 @@ from sessa_common.inference.generation import draw_on_host
 from sessa_common.inference.sampling import GumbelNoise, SamplingConfig
 from sessa_export.cache_layout import layout_of, named_rows, numbered_pairs
 from sessa_export.caches import BufferedCaches, GrownCaches
+from sessa_export.sessions import CONFIG_KEY, DTYPE_KEY, device_of, open_session
 
 MODEL_FILE = "model.onnx"
-# Keys of the model's own metadata: its configuration as JSON, and the dtype of its weights.
-CONFIG_KEY, DTYPE_KEY = "sessa_config", "sessa_dtype"
 INSTALL = "pip install 'sessa-toolchain[onnx]'"
 
 
@@ -39,8 +38,8 @@ def require_onnx() -> None:
 class Decoder:
     """`sessa_common.inference.generation.Decoder` on an ONNX Runtime session of an exported model.
 
-    Caches are bound in place and never copied. Two threads must not use one decoder at once, but
-    several decoders may share one `session`.
+    Caches stay on the session's device and are bound in place. Two threads must not use one decoder
+    at once, but several decoders may share one `session`.
     """
 
     def __init__(self, session, config: SessaConfig) -> None:
@@ -48,7 +47,13 @@ class Decoder:
         self.config = config
         self.dtype = session.get_modelmeta().custom_metadata_map.get(DTYPE_KEY, "fp32")
         buffered = any(output.name.startswith("new.") for output in session.get_outputs())
-        self.caches = BufferedCaches(session) if buffered else GrownCaches(session)
+        device = device_of(session)
+        if buffered and device != "cpu":
+            raise SessaError(
+                "the buffer layout keeps its caches in the memory of the processor; export the "
+                f"model with layout natural to run it on {device}"
+            )
+        self.caches = BufferedCaches(session) if buffered else GrownCaches(session, device)
         shapes = [(i.shape[1], i.shape[3]) for i in self.caches.inputs[::2]]
         self.layout = layout_of(config, shapes)
         self.reset()
@@ -67,29 +72,30 @@ class Decoder:
         """Empty the cache."""
         self.caches.reset()
         self.mask: np.ndarray | None = None
-        self.last: np.ndarray | None = None
+        self.fed = False  # whether the last run's logits are those of the cache's last token
 
     def logits(self, tokens: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
         """Append tokens (B, T) and return their logits (B, T, V)."""
-        tokens = np.ascontiguousarray(tokens, np.int64)
-        self.mask = self._grown_mask(tokens, mask)
-        found = self.caches.run(tokens, self.mask)
-        self.last = found[:, -1]
-        return found
+        self.feed(tokens, mask)
+        return self.caches.logits()
 
     def step(self, tokens: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
         """Append tokens (B, T) and return the logits of the last, (B, V)."""
         return self.logits(tokens, mask)[:, -1]
 
     def feed(self, tokens: np.ndarray, mask: np.ndarray | None = None) -> None:
-        """Append tokens (B, T)."""
-        self.logits(tokens, mask)
+        """Append tokens (B, T); the logits of the last stay on the device for `draw`."""
+        tokens = np.ascontiguousarray(tokens, np.int64)
+        self.mask = self._grown_mask(tokens, mask)
+        self.caches.run(tokens, self.mask)
+        self.fed = True
 
     def draw(
         self, sampling: SamplingConfig, budget: int, noise: GumbelNoise | None = None
     ) -> Generator[np.ndarray, None, None]:
         """Yield the next ids (B,) int64, as `sessa_common.inference.generation.Decoder` says."""
-        return draw_on_host(self, self.last, sampling, budget, noise)
+        last = self.caches.logits()[:, -1] if self.fed else None
+        return draw_on_host(self, last, sampling, budget, noise)
 
     def trim(self, count: int) -> None:
         """Drop the last `count` positions; SessaError for more than there are."""
@@ -97,14 +103,14 @@ class Decoder:
         if self.mask is not None and count:
             self.mask = self.mask[:, : self.length - count]
             self.caches.trim(self.length)
-        self.last = None
+        self.fed = False
 
     def keep(self, rows: Sequence[int]) -> None:
         """Keep only these rows of the batch."""
         if self.mask is not None:
             self.mask = self.mask[list(rows)]
             self.caches.load([array[list(rows)] for array in self.caches.arrays()])
-        self.last = None
+        self.fed = False
 
     def cache_arrays(self) -> dict[str, np.ndarray]:
         """Copy the cache into arrays, named as in `cache_contents.cache_shapes`."""
@@ -154,36 +160,26 @@ def is_exported(folder: Path) -> bool:
     return find_model(folder) is not None and not any(folder.glob("model*.safetensors"))
 
 
-def open_session(path: Path, *, threads: int = 0, native: bool = False):
-    """Open an ONNX Runtime session on the CPU; threads 0 leaves their number to the runtime.
+def load_decoder(
+    folder: Path | str,
+    *,
+    threads: int = 0,
+    native: bool = False,
+    device: str | None = None,
+    tf32: bool = False,
+) -> Decoder:
+    """Open a folder that `sessa export` wrote; SessaError when it has no model that loads.
 
-    `native` uses the operator that `sessa_export.native.build` compiled on this machine. A library
-    in the folder is never loaded, because it is code of whoever published the folder.
+    `threads`, `native`, `device` and `tf32` are those of `sessa_export.sessions.open_session`.
     """
-    require_onnx()
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    if native:
-        from sessa_export.native import register
-
-        register(options)
-    try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # the binding raises one class per status, all plain Exceptions
-        raise SessaError(f"{path}: ONNX Runtime cannot load it ({error})") from None
-
-
-def load_decoder(folder: Path | str, *, threads: int = 0, native: bool = False) -> Decoder:
-    """Open a folder that `sessa export` wrote; SessaError when it has no model that loads."""
     path = find_model(folder)
     if path is None:
         raise SessaError(
             f"{Path(folder) / MODEL_FILE}: no such file; make it with "
             "`sessa export CHECKPOINT FOLDER`"
         )
-    session = open_session(path, threads=threads, native=native)
+    require_onnx()
+    session = open_session(path, threads=threads, native=native, device=device, tf32=tf32)
     given = session.get_modelmeta().custom_metadata_map.get(CONFIG_KEY)
     if given is None:
         raise SessaError(f"{path}: was not written by `sessa export`; export the checkpoint again")

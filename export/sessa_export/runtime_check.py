@@ -34,20 +34,25 @@ class RuntimeCheck:
 
 
 def check(
-    checkpoint: Path | str, exported: Path | str | None = None, *, seed: int = 0
+    checkpoint: Path | str,
+    exported: Path | str | None = None,
+    *,
+    seed: int = 0,
+    onnx_device: str | None = None,
 ) -> list[RuntimeCheck]:
     """Compare PyTorch, MLX and ONNX Runtime with the float64 reference on a checkpoint folder.
 
-    `exported` is the folder that ONNX Runtime runs, a temporary export unless given. The tokens are
-    drawn from `seed`. A runtime that is not installed, or that cannot run a layer of the model, is
-    skipped. Raises SessaError for a folder that cannot be read.
+    `exported` is the folder that ONNX Runtime runs, a temporary export unless given, and
+    `onnx_device` the device it runs it on, the CPU unless given. The tokens are drawn from `seed`.
+    A runtime that is not installed, or that cannot run a layer of the model, is skipped. Raises
+    SessaError for a folder that cannot be read, and for a device that cannot be used.
     """
     config, weights = load_weights(checkpoint)
     cases = make_cases(config, weights, seed=seed)
     return [
         _check_twin("PyTorch", "torch", checkpoint, cases),
         _check_twin("MLX", "mlx", checkpoint, cases),
-        _check_onnx(exported, config, weights, cases),
+        _check_onnx(exported, config, weights, cases, onnx_device),
     ]
 
 
@@ -64,10 +69,11 @@ def _check_onnx(
     config: SessaConfig,
     weights: Mapping[str, np.ndarray],
     cases: list[Case],
+    device: str | None,
 ) -> RuntimeCheck:
-    name = "ONNX Runtime"
+    name = "ONNX Runtime" if device is None else f"ONNX Runtime on {device}"
     if exported is not None:
-        decoder = load_decoder(exported)
+        decoder = load_decoder(exported, device=device)
         return RuntimeCheck(name, compare(decoder, cases, tolerance_of(decoder)))
     if not (is_installed("onnx") and is_installed("onnxruntime")):
         return RuntimeCheck(name, [], NOT_INSTALLED)
@@ -75,4 +81,4 @@ def _check_onnx(
         return RuntimeCheck(name, [], f"not supported ({missing[0]})")
     with tempfile.TemporaryDirectory(prefix="sessa-check-") as scratch:
         write_model(Path(scratch) / MODEL_FILE, config, weights, Options())
-        return RuntimeCheck(name, compare(load_decoder(scratch), cases))
+        return RuntimeCheck(name, compare(load_decoder(scratch, device=device), cases))

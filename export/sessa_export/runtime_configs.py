@@ -17,7 +17,9 @@ from sessa_common.storage import write_json
 from sessa_export.cache_layout import kv_layers
 from sessa_export.runtime import MODEL_FILE
 
-CLIENTS = ("ort", "genai", "web", "transformers-js")
+CLIENTS = ("ort", "cuda", "genai", "web", "transformers-js")
+# Clients that read no text and have no files of their own.
+PLAIN = {"ort", "cuda"}
 # transformers.js finds a precision by the end of the file's name.
 SUFFIXES = {"fp32": "", "fp16": "_fp16", "int8": "_quantized", "int4": "_q4"}
 JS_DTYPES = {"fp32": "fp32", "fp16": "fp16", "int8": "q8", "int4": "q4"}
@@ -57,7 +59,7 @@ def model_path(clients: Collection[str], dtype: str) -> str:
 def require_tokenizer(source: Path, config: SessaConfig, clients: Collection[str]) -> list[int]:
     """Ids that end a text. SessaError when a client needs what the checkpoint does not have."""
     stop = sorted(stop_tokens(source, config))
-    text_clients = [name for name in clients if name != "ort"]
+    text_clients = [name for name in clients if name not in PLAIN]
     if text_clients and not (source / "tokenizer.json").is_file():
         raise SessaError(
             f"{source}: no tokenizer.json, which {text_clients[0]} needs; "

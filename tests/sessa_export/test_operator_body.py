@@ -16,9 +16,9 @@ from sessa_export.operator_body import add_function, feedback_function
 B, D, K = 2, 40, 24
 
 
-@pytest.fixture(scope="module")
-def operator() -> onnxruntime.InferenceSession:
-    return session_of(operator_model())
+@pytest.fixture(scope="module", params=[None, 128], ids=["body", "for a GPU"])
+def operator(request) -> onnxruntime.InferenceSession:
+    return session_of(operator_model(large_block=request.param))
 
 
 def operands(T: int, P: int, mask: str = "open") -> dict[str, np.ndarray]:
@@ -53,6 +53,21 @@ def test_body_with_other_blocks(block: int) -> None:
     model.functions.append(feedback_function(21, block))
     x = operands(50, 3, "left")
     np.testing.assert_allclose(session_of(model).run(None, x)[0], solved(x), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("block", [128, 256, 1024])
+def test_body_with_other_large_blocks(block: int) -> None:
+    session = session_of(operator_model(large_block=block))
+    for T, P, mask in [(1, 4, "holes"), (64, 3, "left"), (300, 5, "blind"), (1100, 2, "holes")]:
+        x = operands(T, P, mask)
+        np.testing.assert_allclose(session.run(None, x)[0], solved(x), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("T, P", [(1, 4), (50, 4), (150, 4)])
+def test_rows_without_gain_keep_their_bits(operator, T: int, P: int) -> None:
+    x = operands(T, P, "holes")
+    x["gamma"][:] = 0
+    np.testing.assert_array_equal(operator.run(None, x)[0], x["f"])
 
 
 @pytest.mark.parametrize("T, P", [(1, 0), (1, 4), (3, 0), (70, 4)])

@@ -1,4 +1,4 @@
-"""The native operator and the ONNX body with hidden keys, rows not finite and large gains."""
+"""The native operator and the ONNX bodies with hidden keys, rows not finite and large gains."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from functools import cache
 
 import numpy as np
 import pytest
+from support.cuda_kernels import solve_emulated
 from support.edge_cases import (
     GAINS,
     HIDDEN,
@@ -38,9 +39,9 @@ def native(name: str) -> Solve:
 
 
 @cache
-def body() -> Solve:
+def body(large_block: int | None = None) -> Solve:
     """The body in standard operators; past and mask are filled in where a case has none."""
-    session = session_of(operator_model())
+    session = session_of(operator_model(large_block=large_block))
 
     def solve(arrays: Arrays, ds: np.ndarray) -> Arrays:
         none = arrays["f"][:, :0]
@@ -50,13 +51,24 @@ def body() -> Solve:
     return solve
 
 
+def cuda(arrays: Arrays, ds: np.ndarray) -> Arrays:
+    """The native operator's CUDA kernels, on the processor."""
+    return {"s": solve_emulated(arrays)}
+
+
 SETS = ["sse2", "avx2", "avx512", "neon"]
-backends = pytest.mark.parametrize("backend", ["body", *SETS])
+backends = pytest.mark.parametrize("backend", ["body", "body for a GPU", "cuda", *SETS])
 poisons = pytest.mark.parametrize("poison", POISONS.values(), ids=POISONS)
 
 
 def solver(backend: str) -> Solve:
-    return body() if backend == "body" else native(backend)
+    others = {"body": body, "body for a GPU": lambda: body(128), "cuda": lambda: cuda}
+    return others[backend]() if backend in others else native(backend)
+
+
+def tolerance_of(backend: str) -> float:
+    """The body for a GPU repeats a solve that is not finite in smaller blocks."""
+    return 1e-5 if backend == "body for a GPU" else 0.0
 
 
 @backends
@@ -64,7 +76,7 @@ def solver(backend: str) -> Solve:
 @pytest.mark.parametrize("case", [Edges(*size) for size in SIZES], ids=str)
 @pytest.mark.parametrize("what", HIDDEN)
 def test_what_is_hidden_is_not_felt(backend, case, what, poison):
-    check_hidden(solver(backend), case, what, poison)
+    check_hidden(solver(backend), case, what, poison, tolerance_of(backend))
 
 
 @backends
@@ -73,7 +85,7 @@ def test_what_is_hidden_is_not_felt(backend, case, what, poison):
 @pytest.mark.parametrize("what", ["f", "q", "k", "gamma"])
 def test_no_row_changes_the_rows_before_it(backend, what, T, P, poison):
     for row in rows_to_poison(T):
-        check_causality(solver(backend), Edges(T, P), what, row, poison)
+        check_causality(solver(backend), Edges(T, P), what, row, poison, tolerance_of(backend))
 
 
 @backends
@@ -81,7 +93,7 @@ def test_any_bits_of_nan_stay_nan(backend):
     """Arithmetic on the bits of a number must not make a finite one of NaN."""
     poison = np.array([0x7FFFFFFF], np.uint32).view(np.float32)[0]
     for T in (5, 66):
-        check_causality(solver(backend), Edges(T, 3), "q", 2, poison)
+        check_causality(solver(backend), Edges(T, 3), "q", 2, poison, tolerance_of(backend))
 
 
 @backends

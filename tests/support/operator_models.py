@@ -11,7 +11,10 @@ from sessa_export.operator_body import add_function
 
 
 def operator_model(
-    opset: int = 21, inputs: tuple[str, ...] = NAMES, real: int = TensorProto.FLOAT
+    opset: int = 21,
+    inputs: tuple[str, ...] = NAMES,
+    real: int = TensorProto.FLOAT,
+    large_block: int | None = None,
 ) -> onnx.ModelProto:
     """A model of one FeedbackSolve node; inputs named "" are left out."""
     shapes = {"f": "BTD", "q": "BTK", "k": "BSK", "gamma": "BT", "past_s": "BPD", "key_mask": "BS"}
@@ -26,7 +29,8 @@ def operator_model(
     out = helper.make_tensor_value_info("s", real, ["B", "T", "D"])
     imports = [helper.make_opsetid("", opset)]
     graph = helper.make_graph([node], "one", info, [out])
-    return add_function(helper.make_model(graph, opset_imports=imports, ir_version=10))
+    model = helper.make_model(graph, opset_imports=imports, ir_version=10)
+    return add_function(model, large_block=large_block)
 
 
 def session_of(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
