@@ -249,5 +249,5 @@ def test_a_common_prefix_is_read_once(decoder, cached: bytes, prompt: bytes, sta
         decoder.feed(np.array([list(cached)]))
     if not decoder.trimmable and stays < len(cached):
         stays = 0
-    assert reuse_prefix(decoder, cached, prompt) == stays == decoder.length
+    assert reuse_prefix(decoder, list(cached), list(prompt)) == stays == decoder.length
     assert_close(decoder.step(np.array([list(prompt)[stays:]])), expected)
