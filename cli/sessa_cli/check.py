@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -37,6 +38,9 @@ def check(
 
     Example: sessa check runs/first
     """
+    # MLX reads this at its first product. Without it a float32 model runs in TF32 on an M5, and its
+    # logits differ by more than is allowed here.
+    os.environ.setdefault("MLX_ENABLE_TF32", "0")
     from sessa_export import check as check_runtimes
 
     found = check_runtimes(checkpoint, exported, seed=seed, onnx_device=onnx_device)
