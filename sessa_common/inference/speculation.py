@@ -26,7 +26,7 @@ from sessa_common.inference.sampling import GumbelNoise, SamplingConfig, pick
 
 # Guesses of a draft model in one round.
 DRAFT_TOKENS = 4
-# The last tokens of a text that prompt look-up searches earlier in it: so many, else one less, ...
+# Prompt look-up searches a text for its last four tokens, else for the last three, else for two.
 LONGEST_MATCH, SHORTEST_MATCH = 4, 2
 
 # Draws the token of a guesser's logits (V,) for the next position, the one after it, and so on.
