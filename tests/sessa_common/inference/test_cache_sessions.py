@@ -1,4 +1,7 @@
-"""A thousand random sessions with caches end like one fresh reading of what they kept."""
+"""Random sessions with caches, a thousand in all, end like a fresh reading of what they kept.
+
+The slow test runs a thousand in every runtime.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ CONFIG = small_config(
     layer_kinds=("sessa", "sessa_transformer"),
     max_position_embeddings=128,
 )
-SESSIONS, STEPS, MOST = 1000, 5, 40
+STEPS, MOST = 5, 40
 LIMIT = 1e-4
 
 
@@ -92,9 +95,10 @@ class Session:
         return float(np.abs(got - want).max() / np.abs(want).max())
 
 
-def test_sessions_end_like_a_fresh_reading(decoder, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sessions", [200, pytest.param(1000, marks=pytest.mark.slow)])
+def test_sessions_end_like_a_fresh_reading(decoder, sessions: int, tmp_path: Path) -> None:
     worst = {}
-    for number in range(SESSIONS):
+    for number in range(sessions):
         session = Session(decoder, np.random.default_rng(number), tmp_path)
         steps = [session.append, session.append, session.trim, session.keep, session.save]
         for _ in range(STEPS):
