@@ -16,6 +16,7 @@ from sessa_common.inference.prompt_cache import cache_owner, load_prompt_cache, 
 from sessa_common.inference.speculation import (
     DRAFT_TOKENS,
     Acceptance,
+    require_same_size,
     require_same_tokens,
     require_trimmable_model,
     speculate,
@@ -103,7 +104,7 @@ def start(
     if shortcuts.guesses:
         require_trimmable_model(decoder.config, "the model")
     if shortcuts.draft_model is not None:
-        draft = _open_draft(Path(shortcuts.draft_model), tokenizer, home)
+        draft = _open_draft(Path(shortcuts.draft_model), decoder, tokenizer, home)
     cached, notes = 0, list[str]()
     if shortcuts.caches:
         ids, cached, notes = _open_prompt(shortcuts, decoder, tokenizer, prompts, home, max_tokens)
@@ -128,10 +129,13 @@ def start(
     )
 
 
-def _open_draft(folder: Path, tokenizer: ModelTokenizer, home: ModelHome) -> Decoder:
+def _open_draft(
+    folder: Path, decoder: Decoder, tokenizer: ModelTokenizer, home: ModelHome
+) -> Decoder:
     require(folder.is_dir(), f"{folder}: no such folder for `draft_model`")
     draft = home.open(folder)
     require_trimmable_model(draft.config, f"the draft model {folder}")
+    require_same_size(decoder.config, draft.config)
     require_same_tokens(
         tokenizer.tokenizer, ModelTokenizer.open(folder, draft.config).tokenizer, str(folder)
     )
@@ -157,10 +161,7 @@ def _open_prompt(
         )
     if len(prompts) != 1:
         raise SessaError(f"a prompt cache holds one prompt; {len(prompts)} were given")
-    target = None if shortcuts.save_prompt_cache is None else Path(shortcuts.save_prompt_cache)
-    if target is not None:
-        require(target.parent.is_dir(), f"{target}: there is no folder {target.parent}")
-        require(not target.is_dir(), f"{target}: is a folder, expected the name of a file")
+    target = _target(shortcuts)
     owner = cache_owner(home.folder, decoder.config, tokenizer.tokenizer, home.files(home.folder))
     known: list[int] = []
     if shortcuts.prompt_cache is not None:
@@ -182,6 +183,16 @@ def _open_prompt(
         cached = len(ids) - 1
         save_prompt_cache(target, decoder, ids, owner)
     return ids, cached, notes
+
+
+def _target(shortcuts: Shortcuts) -> Path | None:
+    """The file to write a cache to; SessaError where no file can be."""
+    if shortcuts.save_prompt_cache is None:
+        return None
+    target = Path(shortcuts.save_prompt_cache)
+    require(target.parent.is_dir(), f"{target}: there is no folder {target.parent}")
+    require(not target.is_dir(), f"{target}: is a folder, expected the name of a file")
+    return target
 
 
 def _ids(tokenizer: ModelTokenizer, prompt: str | Sequence[int]) -> list[int]:

@@ -274,13 +274,17 @@ def speculate(
         expect(prompt_lookup >= 1, "prompt_lookup", prompt_lookup, "1 or more")
         return SpeculativeDecoder(decoder, PromptLookup(), prompt_lookup, tokens)
     expect(draft_tokens >= 1, "draft_tokens", draft_tokens, "1 or more")
-    sizes = decoder.config.vocab_size, draft.config.vocab_size
-    if sizes[0] != sizes[1]:
-        raise SessaError(
-            f"the model has a vocabulary of {sizes[0]} and the draft model one of {sizes[1]}; "
-            "a draft model must have the same"
-        )
+    require_same_size(decoder.config, draft.config)
     return SpeculativeDecoder(decoder, DraftModel(draft), draft_tokens, tokens)
+
+
+def require_same_size(model: SessaConfig, draft: SessaConfig) -> None:
+    """Raise SessaError unless the vocabularies of a model and its draft model are of one size."""
+    if model.vocab_size != draft.vocab_size:
+        raise SessaError(
+            f"the model has a vocabulary of {model.vocab_size} and the draft model one of "
+            f"{draft.vocab_size}; a draft model must have the same"
+        )
 
 
 def require_same_tokens(tokenizer: Tokenizer, draft: Tokenizer, where: str) -> None:
