@@ -201,15 +201,14 @@ def check_memory(twin: Twin) -> Iterator[Row]:
 
 
 def _step_memory(twin: Twin, precision: str, length: int) -> MemoryUse | None:
-    """Memory of the second step on one row, when the first has built what stays."""
+    """Memory of a step on one row, after a step on a short row that builds what stays."""
     gc.collect()  # Models of other checks may be held by circles of references.
     training = framework(twin.name, "training")
     settings = TrainConfig(precision=precision)
     backend = training.TrainBackend(CONFIG, settings, _weights(), twin.device)
-    batch = next_token_batch(_tokens(1, length + 1))
-    for _ in range(2):
+    for tokens in (STEP_LENGTH, length):
         twin.forget_memory()
-        backend.step([batch], 1e-3)
+        backend.step([next_token_batch(_tokens(1, tokens + 1))], 1e-3)
     return twin.memory()
 
 
