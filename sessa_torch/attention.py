@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
 
 from sessa_common.config import SessaConfig
 from sessa_torch.cache import SessaLayerCache
@@ -75,12 +76,15 @@ def causal_attention(
 ) -> Tensor:
     """Softmax attention over keys j <= P + t, scale d^-1/2, by the fused kernel; (B, H, T, d).
 
-    A mask is built only for padding or for a chunk after a past. Every query sees itself, so a
-    padded row is never NaN; its result has no meaning. Hidden keys and values
-    are read as zeros, because a weight of 0 would not hide NaN or infinity.
+    A mask is built only for padding, and elsewhere than on CUDA for a chunk after a past. Every
+    query sees itself, so a padded row is never NaN; its result has no meaning. Hidden keys and
+    values are read as zeros, because a weight of 0 would not hide NaN or infinity.
     """
     T, S = q.shape[2], k.shape[2]
     grouped = q.shape[1] != k.shape[1]
+    if key_mask is None and q.is_cuda and 1 < T < S:
+        lower_right = causal_lower_right(T, S)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=lower_right, enable_gqa=grouped)
     if key_mask is None and (T in (S, 1)):
         causal = T == S and T > 1
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped)

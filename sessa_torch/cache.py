@@ -14,7 +14,11 @@ CHUNK = 256
 
 
 class GrowingBuffer:
-    """A tensor that grows along one axis; it grows by whole chunks, so appending rarely copies."""
+    """A tensor that grows along one axis, in a buffer with room for more.
+
+    A buffer that is full is replaced by one of at least 1.5 times its size, so that appending one
+    row at a time copies each row a bounded number of times. Booleans behind the rows are True.
+    """
 
     def __init__(self, axis: int) -> None:
         self.axis = axis
@@ -31,23 +35,42 @@ class GrowingBuffer:
     def append(self, new: Tensor) -> Tensor:
         """Add rows and return all of them."""
         count = new.shape[self.axis]
+        if self.length == 0 and not self._takes(new):
+            self._make(new, self._rounded(count))
         total = self.length + count
-        if self.buffer is None or self.buffer.shape[self.axis] < total:
-            shape = list(new.shape)
-            shape[self.axis] = -(-total // CHUNK) * CHUNK
-            grown = new.new_empty(shape)
-            if self.buffer is not None:
-                grown.narrow(self.axis, 0, self.length).copy_(
-                    self.buffer.narrow(self.axis, 0, self.length)
-                )
-            self.buffer = grown
+        self._reserve(total)
+        assert self.buffer is not None
         self.buffer.narrow(self.axis, self.length, count).copy_(new)
         self.length = total
         return self.buffer.narrow(self.axis, 0, total)
 
+    def _reserve(self, total: int) -> None:
+        """Make room for `total` rows, if there are any rows yet."""
+        old = self.buffer
+        if old is None or old.shape[self.axis] >= total:
+            return
+        self._make(old, self._rounded(max(total, old.shape[self.axis] * 3 // 2)))
+        assert self.buffer is not None
+        self.buffer.narrow(self.axis, 0, self.length).copy_(old.narrow(self.axis, 0, self.length))
+
     def load(self, rows: Tensor) -> None:
         """Replace all rows."""
         self.buffer, self.length = rows, rows.shape[self.axis]
+
+    def _takes(self, new: Tensor) -> bool:
+        """True if an empty buffer is there that rows like these can be written to."""
+        if self.buffer is None or self.buffer.dtype != new.dtype:
+            return False
+        pairs = zip(self.buffer.shape, new.shape, strict=True)
+        return all(a == b for i, (a, b) in enumerate(pairs) if i != self.axis)
+
+    def _make(self, like: Tensor, capacity: int) -> None:
+        shape = list(like.shape)
+        shape[self.axis] = capacity
+        self.buffer = like.new_ones(shape) if like.dtype == torch.bool else like.new_empty(shape)
+
+    def _rounded(self, count: int) -> int:
+        return -(-count // CHUNK) * CHUNK
 
 
 class SessaLayerCache:
@@ -66,8 +89,6 @@ class SessaLayerCache:
         """Keep the first `length` positions."""
         for rows in vars(self).values():
             rows.length = min(rows.length, length)
-            if length == 0:  # The next batch may have another number of rows.
-                rows.buffer = None
 
     def tensors(self) -> dict[str, Tensor]:
         """The rows that are not empty, by name."""
@@ -111,7 +132,9 @@ class SessaCache:
         self.layers = [
             SessaLayerCache() if kind.attends else Mamba2LayerCache() for kind in config.kinds
         ]
-        self.mask: Tensor | None = None  # (B, P), True where a token is not padding
+        # True where a token is not padding; empty while there is no padding.
+        self.seen = GrowingBuffer(1)
+        self.mask: Tensor | None = None  # (B, P), the rows of `seen`
         self.length = 0
 
     def extend(self, count: int, mask: Tensor | None) -> Tensor | None:
@@ -120,21 +143,35 @@ class SessaCache:
         A mask covers the past and the new positions, or the new ones alone; without one, new
         positions are visible. Raises ValueError when the mask has another length.
         """
+        total, seen = self.length + count, self.seen
         if mask is not None:
-            mask = mask.bool()
             if self.length and mask.shape[1] == count:
-                past = mask.new_ones(mask.shape[0], self.length) if self.mask is None else self.mask
-                mask = torch.cat([past, mask], 1)
-            if mask.shape[1] != self.length + count:
+                if self.mask is None:
+                    seen.append(mask.new_ones(mask.shape[0], self.length, dtype=torch.bool))
+            elif mask.shape[1] == total:
+                seen.length = 0
+            else:
                 raise ValueError(
                     f"attention_mask has {mask.shape[1]} columns, "
                     f"expected {self.length} cached + {count} new"
                 )
+            seen.append(mask.bool())
         elif self.mask is not None:
-            mask = torch.cat([self.mask, self.mask.new_ones(self.mask.shape[0], count)], 1)
-        self.mask = mask
-        self.length += count
-        return mask
+            seen._reserve(total)
+            seen.length = total
+        self.mask = seen.rows
+        self.length = total
+        return self.mask
+
+    def _reserve(self, count: int) -> None:
+        """Make room for `count` more positions, where there are any, so that no step has to."""
+        for buffer in self._buffers():
+            buffer._reserve(self.length + count)
+
+    def _buffers(self) -> list[GrowingBuffer]:
+        """The buffers of all layers that hold rows."""
+        rows = (held for layer in self.layers for held in vars(layer).values())
+        return [x for x in rows if isinstance(x, GrowingBuffer) and x.buffer is not None]
 
     def trim(self, count: int) -> None:
         """Drop the last `count` positions, which is exact: no row depends on a later position.
@@ -144,8 +181,12 @@ class SessaCache:
         """
         require_trimmable(self.config, count, self.length)
         self.length -= count
-        if self.mask is not None:
-            self.mask = self.mask[:, : self.length] if self.length else None
+        if self.length == 0:
+            self.seen = GrowingBuffer(1)
+        elif self.seen.buffer is not None:
+            self.seen.length = self.length
+            self.seen.buffer[:, self.length :] = True
+        self.mask = self.seen.rows
         if count:
             for layer in self.layers:
                 layer.trim(self.length)
@@ -154,8 +195,8 @@ class SessaCache:
         """Keep only these sequences of the batch."""
         for layer in self.layers:
             layer.load({name: held[list(rows)] for name, held in layer.tensors().items()})
-        mask = None if self.mask is None else self.mask[list(rows)]
-        self.mask = None if mask is None or bool(mask.all()) else mask
+        if self.mask is not None:
+            self._set_mask(self.mask[list(rows)])
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors of all layers as `cache_contents.cache_shapes` names them, without mask."""
@@ -173,4 +214,8 @@ class SessaCache:
                 {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
             )
         self.length = mask.shape[1]
-        self.mask = None if bool(mask.all()) else mask
+        self._set_mask(mask)
+
+    def _set_mask(self, mask: Tensor) -> None:
+        self.seen = GrowingBuffer(1)
+        self.mask = None if bool(mask.all()) else self.seen.append(mask)

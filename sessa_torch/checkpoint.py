@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,7 +16,10 @@ from sessa_common.checkpoint.initialization import initial_weights
 from sessa_common.checkpoint.stored_types import is_exact
 from sessa_common.config import DTYPES, SessaConfig
 from sessa_common.errors import SessaError, expect
+from sessa_common.json_files import read_json
 from sessa_torch.model import SessaForCausalLM
+
+LOG = logging.getLogger("sessa")
 
 
 def choose_device(name: str | None) -> str:
@@ -42,11 +46,14 @@ def load_model(
 ) -> SessaForCausalLM:
     """Load the model of a checkpoint folder, in the dtype of its config unless another is given.
 
-    device is a name such as "cpu", "cuda" or "mps"; see `choose_device`. Raises SessaError for a
-    folder that is no checkpoint and a device that is not there.
+    Quantised weights are expanded, which the log says. device is a name such as "cpu", "cuda" or
+    "mps"; see `choose_device`. Raises SessaError for a folder that is no checkpoint and a device
+    that is not there.
     """
     _check_dtype(dtype)
     config, weights = load_weights(folder)
+    if "quantization" in read_json(Path(folder) / "config.json"):
+        LOG.warning("%s: PyTorch has no product of packed weights; they are expanded", folder)
     return build_model(config, weights, dtype=dtype, device=device)
 
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer
+from torch import Tensor
 
 from sessa_common.errors import SessaError
 from sessa_common.fields import build, split_fields
 from sessa_common.inference.cache_contents import MASK, check_cache_arrays, is_trimmable
-from sessa_common.inference.generation import draw_on_host
+from sessa_common.inference.generation import PREFILL_CHUNK, draw_on_host
 from sessa_common.inference.logit_rules import LogitRules
 from sessa_common.inference.model_tokenizer import ModelTokenizer
 from sessa_common.inference.sampling import GumbelNoise, SamplingConfig
@@ -22,16 +24,35 @@ from sessa_common.inference.shortcuts import ModelHome, Shortcuts, start
 from sessa_common.inference.texts import BATCH_SIZE, generate_texts
 from sessa_torch.cache import SessaCache
 from sessa_torch.checkpoint import load_model, to_numpy, to_tensor
+from sessa_torch.cuda.device import missing_triton
 from sessa_torch.model import SessaForCausalLM
+
+if TYPE_CHECKING:
+    from sessa_torch.cuda.graph import StepRunner
+
+LOG = logging.getLogger("sessa")
+# Most tokens of all prompts in one piece on CUDA, where short pieces leave most of the GPU idle.
+CUDA_PREFILL_TOKENS = 2**15
+# Positions for which a draw makes room at once.
+MOST_RESERVED = 1024
 
 
 class Decoder:
-    """`sessa_common.inference.generation.Decoder` on a PyTorch model."""
+    """`sessa_common.inference.generation.Decoder` on a PyTorch model.
+
+    On CUDA a few tokens behind a cache are one captured graph, unless `graphs` is set to False, and
+    ids are chosen on the device. Where the kernels cannot run, the log says why.
+    """
 
     def __init__(self, model: SessaForCausalLM) -> None:
         self.model = model.eval()
         self.config = model.config
-        self.reset()
+        self.device = model.model.norm.weight.device
+        self.graphs = True
+        self.prefill_tokens = CUDA_PREFILL_TOKENS if self.device.type == "cuda" else PREFILL_CHUNK
+        self.cache = SessaCache(model.config)
+        self.last: Tensor | None = None  # (B, V), logits of the last token
+        self._runner = _step_runner(model)
 
     @property
     def length(self) -> int:
@@ -43,10 +64,19 @@ class Decoder:
         """Whether `trim` can drop some positions; False when a layer is Mamba-2."""
         return is_trimmable(self.config)
 
+    @torch.inference_mode()
     def reset(self) -> None:
-        """Empty the cache."""
-        self.cache = SessaCache(self.config)
-        self.last: torch.Tensor | None = None
+        """Empty the cache; on CUDA its memory is kept, since the graphs hold its addresses."""
+        if self._runner is None:
+            self.cache = SessaCache(self.config)
+        else:
+            self.cache.trim(self.length)
+        self._changed()
+
+    def _changed(self) -> None:
+        self.last = None
+        if self._runner is not None:
+            self._runner.length = None
 
     def logits(self, tokens: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
         """Append tokens (B, T) and return their logits (B, T, V)."""
@@ -67,18 +97,36 @@ class Decoder:
         self, sampling: SamplingConfig, budget: int, noise: GumbelNoise | None = None
     ) -> Generator[np.ndarray, None, None]:
         """Yield the next ids (B,) int64, as `sessa_common.inference.generation.Decoder` says."""
-        last = None if self.last is None else to_numpy(self.last)
-        return draw_on_host(self, last, sampling, budget, noise)
+        if self.last is None or not self.last.is_cuda:
+            last = None if self.last is None else to_numpy(self.last)
+            return draw_on_host(self, last, sampling, budget, noise)
+        return self._draw(self.last, sampling, budget, noise)
 
+    @torch.inference_mode()
+    def _draw(
+        self, last: Tensor, sampling: SamplingConfig, budget: int, noise: GumbelNoise | None
+    ) -> Generator[np.ndarray, None, None]:
+        from sessa_torch.cuda.sampling import draw_on_device
+
+        def append(ids: Tensor) -> Tensor:
+            self.last = self._append(ids, None, 1)[:, -1]
+            return self.last
+
+        undo = (lambda: self.trim(1)) if self.trimmable else None
+        self.cache._reserve(min(budget, max(self.length, MOST_RESERVED)))
+        yield from draw_on_device(append, undo, last, sampling, budget, noise)
+
+    @torch.inference_mode()
     def trim(self, count: int) -> None:
         """Drop the last `count` positions; SessaError where that is impossible."""
         self.cache.trim(count)
-        self.last = None
+        self._changed()
 
+    @torch.inference_mode()
     def keep(self, rows: Sequence[int]) -> None:
         """Keep only these rows of the batch."""
         self.cache.keep(rows)
-        self.last = None
+        self._changed()
 
     def cache_arrays(self) -> dict[str, np.ndarray]:
         """Copy the cache into arrays, named as in `cache_contents.cache_shapes`."""
@@ -90,26 +138,47 @@ class Decoder:
         arrays[MASK] = np.ones((B, self.length), bool) if mask is None else to_numpy(mask)
         return arrays
 
+    @torch.inference_mode()
     def restore_cache(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Replace the cache by what `cache_arrays` gave; SessaError for that of another model."""
         if arrays:
             check_cache_arrays(self.config, arrays, self._dtype())
         self.reset()
         if arrays:
-            device = self.model.model.norm.weight.device
-            tensors = {name: to_tensor(array).to(device) for name, array in arrays.items()}
+            tensors = {name: to_tensor(array).to(self.device) for name, array in arrays.items()}
             self.cache.load(tensors, tensors.pop(MASK))
 
     def _dtype(self) -> str:
         return str(self.model.model.norm.weight.dtype).rpartition(".")[2]
 
+    def _run(self, tokens: np.ndarray, mask: np.ndarray | None, keep: int) -> Tensor:
+        ids = torch.from_numpy(np.asarray(tokens, np.int64)).to(self.device)
+        seen = None if mask is None else torch.from_numpy(np.asarray(mask) != 0).to(self.device)
+        return self._append(ids, seen, keep)
+
     @torch.inference_mode()
-    def _run(self, tokens: np.ndarray, mask: np.ndarray | None, keep: int) -> torch.Tensor:
-        device = self.model.model.norm.weight.device
-        ids = torch.tensor(tokens, dtype=torch.long, device=device)
-        seen = None if mask is None else torch.tensor(mask != 0, device=device)
+    def _append(self, ids: Tensor, seen: Tensor | None, keep: int) -> Tensor:
+        """Logits of the last `keep` of the tokens ids (B, T), of all for 0."""
+        if (runner := self._runner) is not None:
+            if seen is None and runner.takes(self.cache, ids):
+                runner.graphs = runner.graphs and self.graphs
+                return runner.run(self.cache, ids, keep)
+            runner.length = None
         logits = self.model(ids, cache=self.cache, attention_mask=seen, logits_to_keep=keep)
         return logits.float()
+
+
+def _step_runner(model: SessaForCausalLM) -> StepRunner | None:
+    """A runner of steps on CUDA, or None where its kernels cannot run."""
+    if not model.model.norm.weight.is_cuda:
+        return None
+    if (reason := missing_triton()) is None:
+        from sessa_torch.cuda import graph
+
+        if (reason := graph.unavailable_reason(model)) is None:
+            return graph.StepRunner(model)
+    LOG.warning("decoding by framework operations, without a CUDA graph: %s", reason)
+    return None
 
 
 def load_decoder(

@@ -58,6 +58,7 @@ def chat(
     device: options.Device = None,
     dtype: options.Dtype = None,
     native: options.Native = False,
+    no_graphs: options.NoGraphs = False,
 ) -> None:
     """Talk with a model; /help lists what can be typed.
 
@@ -65,7 +66,7 @@ def chat(
     """
     sampling, rules = read_sampling(context.params), read_rules(context.params)
     before = [] if conversation is None else _read(conversation)
-    decoder = open_decoder(checkpoint, backend, device, dtype, native)
+    decoder = open_decoder(checkpoint, backend, device, dtype, native, no_graphs)
     talk = Conversation(
         decoder,
         ModelTokenizer.open(checkpoint, decoder.config),

@@ -82,6 +82,7 @@ def generate(
     device: options.Device = None,
     dtype: options.Dtype = None,
     native: options.Native = False,
+    no_graphs: options.NoGraphs = False,
     prompt_cache: Annotated[
         Path | None,
         typer.Option(help="File that --save-prompt-cache wrote: what it holds is not read again."),
@@ -113,7 +114,7 @@ def generate(
         raise SessaError("give `file`, or `prompt` and `prompt_file`, not both")
     lines = open_lines(file, output, force)
     prompts = [] if lines is not None else _prompts(prompt, prompt_file)
-    home = find_home(checkpoint, backend, device, dtype, native)
+    home = find_home(checkpoint, backend, device, dtype, native, no_graphs)
     decoder = home.open(checkpoint)
     tokenizer = ModelTokenizer.open(checkpoint, decoder.config, parse_special_tokens)
     template = ChatTemplate.open(checkpoint)

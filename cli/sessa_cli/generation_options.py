@@ -55,6 +55,12 @@ Device = Annotated[
 Dtype = Annotated[
     str | None, typer.Option(help="Type to compute in. Default: the type of the checkpoint.")
 ]
+NoGraphs = Annotated[
+    bool,
+    typer.Option(
+        "--no-graphs", help="torch on CUDA: start every kernel from Python, for debugging."
+    ),
+]
 Native = Annotated[
     bool,
     typer.Option("--native", help="onnx: use the native operator that sessa build-op compiled."),

@@ -13,7 +13,12 @@ from sessa_common.inference.shortcuts import ModelHome
 
 
 def find_home(
-    folder: Path, backend: str | None, device: str | None, dtype: str | None, native: bool
+    folder: Path,
+    backend: str | None,
+    device: str | None,
+    dtype: str | None,
+    native: bool,
+    no_graphs: bool = False,
 ) -> ModelHome:
     """The runtime that opens the model of a folder, which is also said on stderr."""
     from sessa_export.runtime import is_exported, load_decoder, model_files
@@ -23,6 +28,8 @@ def find_home(
     if backend == "onnx" or (backend in (None, "auto") and is_exported(folder)):
         if dtype is not None:
             raise SessaError("`dtype` is for a checkpoint; an exported model has its own")
+        if no_graphs:
+            raise SessaError("`no_graphs` is for a checkpoint, not for an exported model")
         where = f" on {device}" if device else ""
         say_aside(f"{folder}: an exported model, run by ONNX Runtime{where}")
         opened_by = partial(load_decoder, native=native, device=device)
@@ -30,16 +37,30 @@ def find_home(
     if native:
         raise SessaError("`native` is for a folder that `sessa export` wrote")
     name = choose_backend(backend)
-    opened = framework(name, "decoding").load_decoder
+    if no_graphs and name != "torch":
+        raise SessaError(f"`no_graphs` is for CUDA graphs, which {name} does not use")
+    load = partial(framework(name, "decoding").load_decoder, dtype=dtype, device=device)
     say_aside(f"{folder}: a checkpoint, run by {name}")
-    return ModelHome(folder=folder, open=partial(opened, dtype=dtype, device=device))
+
+    def opened(folder: Path) -> Decoder:
+        decoder = load(folder)
+        if no_graphs:
+            decoder.graphs = False
+        return decoder
+
+    return ModelHome(folder=folder, open=opened)
 
 
 def open_decoder(
-    folder: Path, backend: str | None, device: str | None, dtype: str | None, native: bool
+    folder: Path,
+    backend: str | None,
+    device: str | None,
+    dtype: str | None,
+    native: bool,
+    no_graphs: bool = False,
 ) -> Decoder:
     """Load the model of a folder, and say on stderr which runtime runs it."""
-    return find_home(folder, backend, device, dtype, native).open(folder)
+    return find_home(folder, backend, device, dtype, native, no_graphs).open(folder)
 
 
 def say_aside(text: str) -> None:

@@ -158,13 +158,16 @@ def left_pad(
 
 
 def prefill(
-    decoder: Decoder, tokens: np.ndarray, mask: np.ndarray | None, chunk: int = PREFILL_CHUNK
+    decoder: Decoder, tokens: np.ndarray, mask: np.ndarray | None, chunk: int | None = None
 ) -> np.ndarray:
     """Append tokens (B, T) in pieces of `chunk` and return the last logits (B, V).
 
-    The mask (B, P+T) includes the P positions that are cached already.
+    Without a size the pieces have PREFILL_CHUNK tokens of each row, or as many as fit into the
+    `prefill_tokens` of all rows together that a decoder may have as an attribute. The mask (B, P+T)
+    includes the P positions that are cached already.
     """
-    past, T = decoder.length, tokens.shape[1]
+    past, (B, T) = decoder.length, tokens.shape
+    chunk = chunk or max(getattr(decoder, "prefill_tokens", 0) // B, PREFILL_CHUNK)
     last = (T - 1) // chunk * chunk
     for start in range(0, last, chunk):
         stop = start + chunk
@@ -199,7 +202,7 @@ def generate(
     *,
     max_tokens: int | None = None,
     stop: Collection[int] = (),
-    prefill_chunk: int = PREFILL_CHUNK,
+    prefill_chunk: int | None = None,
     cached: int = 0,
     streams: Sequence[int] | None = None,
     rules: RowRules | None = None,
@@ -221,7 +224,9 @@ def generate(
         if min(prompt) < 0 or max(prompt) >= decoder.config.vocab_size:
             wrong = next(i for i in prompt if not 0 <= i < decoder.config.vocab_size)
             raise SessaError(f"token id {wrong} is out of range 0..{decoder.config.vocab_size - 1}")
-    expect(prefill_chunk >= 1, "prefill_chunk", prefill_chunk, "at least 1")
+    expect(
+        prefill_chunk is None or prefill_chunk >= 1, "prefill_chunk", prefill_chunk, "at least 1"
+    )
     fits = cached == 0 or (len(prompts) == 1 and cached < len(prompts[0]))
     expect(fits, "cached", cached, "0, or fewer than the tokens of a single prompt")
     budget = token_budget(decoder.config, max(map(len, prompts)), max_tokens)
@@ -244,7 +249,7 @@ class _Batch:
     rules: RowRules | None
     last: np.ndarray | None = None  # logits (B, V), where rules need them on the host
 
-    def start(self, prompts: Sequence[Sequence[int]], chunk: int, cached: int) -> None:
+    def start(self, prompts: Sequence[Sequence[int]], chunk: int | None, cached: int) -> None:
         """Read the prompts, from the position `cached` of a cache that holds what is before."""
         if cached == 0:
             self.decoder.reset()
@@ -275,7 +280,7 @@ def _generate(
     prompts: Sequence[Sequence[int]],
     budget: int,
     stop: Collection[int],
-    chunk: int,
+    chunk: int | None,
     cached: int,
     ended: Collection[int],
 ) -> Generator[list[int | None], None, None]:

@@ -7,11 +7,14 @@ that time is spent on finding the compiled kernel. `Prepared` finds it with one 
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from sessa_torch.cuda.device import has_tma, is_interpreter, num_sms
 
 # Upper limit of cached kernels and plans per kind; the cache is cleared when it is reached.
 MOST_COMPILED = 4096
@@ -65,6 +68,42 @@ def rows_contiguous(tensor: Tensor) -> Tensor:
 def mask_bytes(mask: Tensor | None) -> Tensor | None:
     """A boolean mask as contiguous bytes."""
     return None if mask is None else mask.contiguous().view(torch.uint8)
+
+
+def power_of_two(count: int, least: int = 1) -> int:
+    """The smallest power of two that is at least both."""
+    return 1 << (max(count, least) - 1).bit_length()
+
+
+@functools.cache
+def overlaps(device: torch.device) -> bool:
+    """True if a kernel can start before the one before it ends, as on GPUs from Hopper on.
+
+    It is launched by programmatic dependent launch, and waits where it needs the other's results.
+    """
+    return has_tma(device) and not is_interpreter()
+
+
+def launch_options(device: torch.device) -> dict[str, Any]:
+    """Options of a kernel that starts before the one before it ends, where that is possible."""
+    early = overlaps(device)
+    return {"OVERLAP": early, **({"launch_pdl": True} if early else {})}
+
+
+def number_of_shares(
+    sequences: int, steps: int, most: int, per_sm: int, device: torch.device
+) -> int:
+    """Number of shares of a past, so that the programs of all sequences end at about the same time.
+
+    per_sm programs run on a multiprocessor at a time; there are at most `most` or `steps` shares.
+    """
+    programs = per_sm * num_sms(device)
+    most = max(1, min(most, steps))
+    for splits in range(1, most + 1):
+        full = sequences * splits / programs
+        if math.ceil(full) <= 1.05 * full:
+            return splits
+    return most
 
 
 class Prepared:

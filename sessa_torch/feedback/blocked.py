@@ -33,6 +33,8 @@ def solve_forward(
     """
     B, T, D = f.shape
     P = k.shape[1] - T
+    if T == 1 and past_s is not None and P:
+        return _solve_one_row(f, q, k[:, :P], gamma, past_s, key_mask)
     work = torch.promote_types(f.dtype, torch.float32)
     q, k, gamma = q.to(work), k.to(work), gamma.to(work)
     s = torch.empty(B, T, D, dtype=f.dtype, device=f.device)
@@ -59,6 +61,29 @@ def solve_forward(
         solved = _solve_causally(weights[:, :, old:], gain, rhs, visible)
         s[:, rows], states[:, old:new] = solved, visible_rows(solved, visible)
     return s, lse
+
+
+def _solve_one_row(
+    f: Tensor,  # (B, 1, D)
+    q: Tensor,  # (B, 1, K)
+    k: Tensor,  # (B, P, K)
+    gamma: Tensor,  # (B, 1)
+    past_s: Tensor,  # (B, P, D)
+    key_mask: Tensor | None,  # (B, P+1)
+) -> tuple[Tensor, Tensor]:
+    """`solve_forward` of one row, which only adds known states: nothing is solved or copied."""
+    work = torch.promote_types(f.dtype, torch.float32)
+    q, k, gamma, past_s = (x.to(work) for x in (q, k, gamma, past_s))
+    scores = torch.baddbmm(q.new_empty(1), q, k.mT, beta=0, alpha=q.shape[2] ** -0.5)  # (B, 1, P)
+    if key_mask is not None:
+        scores.masked_fill_(~key_mask[:, None, : k.shape[1]], -torch.inf)
+    top = scores.amax(-1, keepdim=True).clamp_min_(torch.finfo(work).min)
+    weights = scores.sub_(top).exp_()
+    total = weights.sum(-1, keepdim=True)
+    lse = torch.where(total == 0, torch.inf, total.log() + top).squeeze(-1)
+    gain = gamma[:, :, None] / total.masked_fill(total == 0, 1)
+    s = torch.addcmul(f.to(work), weights @ visible_rows(past_s, key_mask), gain)
+    return s.to(f.dtype), lse.to(sum_type(f.device))
 
 
 def solve_backward(

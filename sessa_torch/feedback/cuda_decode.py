@@ -19,8 +19,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sessa_torch.cuda.device import has_tma, is_interpreter, num_sms, shared_memory
-from sessa_torch.cuda.launch import prepared, rows_contiguous
+from sessa_torch.cuda.device import is_interpreter, shared_memory
+from sessa_torch.cuda.launch import (
+    number_of_shares,
+    overlaps,
+    power_of_two,
+    prepared,
+    rows_contiguous,
+)
 from sessa_torch.cuda.tiles import (
     NOTHING,
     is_finite,
@@ -57,6 +63,12 @@ class Past:
     mask: Tensor | None  # (B, P+T), bytes
     length: Tensor | None  # (), int32, on the device
     rows: int  # P, or with a length the most that it may be
+    chained: bool  # the kernel before on this stream lets others start before it ends
+
+    @property
+    def is_one_row(self) -> bool:
+        """True if there is one new row whose keys and states can be held whole."""
+        return self.q.shape[1] == 1 and max(self.q.shape[2], self.s.shape[2]) <= ONE_ROW_WIDTH
 
     @property
     def flags(self) -> dict[str, bool]:
@@ -77,6 +89,14 @@ class Past:
         """Distance of two sequences in the mask."""
         return 0 if self.mask is None else self.mask.stride(0)
 
+    def shares(self, sequences: int, step: int, most: int, per_sm: int) -> int:
+        """The number of shares of the past, which is read in steps of so many rows.
+
+        With a length the size of the buffers does not matter, so a copied cache gives equal bits.
+        """
+        steps = most if self.length is not None else -(-self.rows // step)
+        return number_of_shares(sequences, steps, most, per_sm, self.q.device)
+
     @property
     def scale(self) -> float:
         """The factor of scores, whose powers are taken of 2."""
@@ -90,6 +110,7 @@ class Shares:
     One row has no new keys to read.
     """
 
+    past: Past
     scores: Tensor  # (B, T, P+T)
     sums: Tensor  # (B, splits, 2, T)
     parts: Tensor  # (B, splits, T, D)
@@ -112,26 +133,53 @@ def solve_few_rows(
     the keys of the new rows follow it. Products of 16-bit keys, and of 16-bit states with more rows
     than one, have 16-bit operands (the latter not with precision "float32"), all others float32.
     """
-    (B, T, D), K = f.shape, q.shape[2]
-    f, q, k, past_s = (rows_contiguous(x) for x in (f, q, k, past_s))
-    gamma = gamma.contiguous()
+    return solve_behind(f, gamma, read_past(q, k, past_s, key_mask, precision, length))
+
+
+def read_past(
+    q: Tensor,  # (B, T, K)
+    k: Tensor,  # (B, P+T, K)
+    past_s: Tensor,  # (B, P, D)
+    key_mask: Tensor | None = None,  # (B, P+T)
+    precision: str = "auto",
+    length: Tensor | None = None,  # (), int32
+    *,
+    chained: bool = False,
+) -> Shares:
+    """The part of `solve_few_rows` that needs no f: all keys and states are read here.
+
+    `chained` says that the kernel before on this stream lets others start before it ends.
+    """
+    q, k, past_s = (rows_contiguous(x) for x in (q, k, past_s))
     mask = None if key_mask is None else rows_contiguous(key_mask).view(torch.uint8)
-    rows = min(past_s.shape[1], k.shape[1] - T)
-    past = Past(q=q, k=k, s=past_s, mask=mask, length=length, rows=rows)
-    one = T == 1 and max(D, K) <= ONE_ROW_WIDTH
-    shares = _read_with_one_row(past) if one else _read_with_rows(past, precision)
+    rows = min(past_s.shape[1], k.shape[1] - q.shape[1])
+    past = Past(q=q, k=k, s=past_s, mask=mask, length=length, rows=rows, chained=chained)
+    return _read_with_one_row(past) if past.is_one_row else _read_with_rows(past, precision)
+
+
+def solve_behind(
+    f: Tensor,  # (B, T, D)
+    gamma: Tensor,  # (B, T)
+    shares: Shares,
+    *,
+    append: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The rest of `solve_few_rows`; with `append`, s is also written behind the past states."""
+    (B, T, D), past = f.shape, shares.past
+    f, gamma = rows_contiguous(f), gamma.contiguous()
     s = torch.empty(B, T, D, dtype=f.dtype, device=f.device)
     lse = torch.empty(B, T, dtype=torch.float64, device=f.device)
     splits, columns = shares.sums.shape[1], 32 if T == 1 else 16
-    early = one and overlaps(f.device)
+    early = past.is_one_row and overlaps(f.device)
     prepared(
         combine_kernel, D=D, BD=columns, ROWS=1 if T == 1 else DECODE_ROWS,
-        SPLITS=power_of_two(splits), LIVE=length is not None, OVERLAP=early,
-        num_warps=4 if T == 1 else 8, **({"launch_pdl": True} if early else {}),
+        SPLITS=power_of_two(splits), LIVE=past.length is not None, OVERLAP=early,
+        CHAINED=past.chained, APPEND=append, num_warps=4 if T == 1 else 8,
+        **({"launch_pdl": True} if early else {}),
     ).launch(
         (-(-D // columns), B),
-        (f, gamma, shares.scores, past.extra[1], shares.sums, shares.parts, s, lse),
-        (), (*f.stride()[:2], T, rows, shares.scores.shape[2], splits),
+        (f, gamma, shares.scores, past.extra[1], shares.sums, shares.parts, s, lse, past.s),
+        (), (*f.stride()[:2], *past.s.stride()[:2], T, past.rows, shares.scores.shape[2], splits),
     )
     return s, lse
 
@@ -143,25 +191,27 @@ def _read_with_one_row(past: Past) -> Shares:
     keys, per_sm = one_row_steps(
         K * sizes[0] + D * sizes[1], BK * sizes[0] + BD * sizes[1], device
     )
-    splits = number_of_shares(B, -(-past.rows // keys), MOST_SHARES, per_sm, device)
+    splits = past.shares(B, keys, MOST_SHARES, per_sm)
     sums = torch.empty(B, splits, 2, 1, dtype=torch.float32, device=device)
     parts = torch.empty(B, splits, 1, D, dtype=torch.float32, device=device)
+    early = overlaps(device)
     prepared(
         one_row_kernel, K=K, D=D, BN=keys, BK=BK, BD=BD, STAGES=ONE_ROW_STAGES, SCALE=past.scale,
-        K_UNIT=unit(past.k), S_UNIT=unit(past.s), num_warps=ONE_ROW_WARPS,
-        OVERLAP=overlaps(device), **past.flags,
+        K_UNIT=unit(past.k), S_UNIT=unit(past.s), num_warps=ONE_ROW_WARPS, OVERLAP=early,
+        CHAINED=past.chained, **past.flags,
+        **({"launch_pdl": True} if early and past.chained else {}),
     ).launch(
         (splits, B), (past.q, past.k, past.s, *past.extra, sums, parts), (),
         (past.q.stride(0), *past.k.stride()[:2], *past.s.stride()[:2], past.mask_stride,
          past.rows, splits),
     )
-    return Shares(scores=sums, sums=sums, parts=parts)
+    return Shares(past=past, scores=sums, sums=sums, parts=parts)
 
 
 def _read_with_rows(past: Past, precision: str) -> Shares:
     scores = _scores(past)
     sums, parts = _weighted_states(past, scores, precision)
-    return Shares(scores=scores, sums=sums, parts=parts)
+    return Shares(past=past, scores=scores, sums=sums, parts=parts)
 
 
 def _scores(past: Past) -> Tensor:
@@ -187,8 +237,8 @@ def _weighted_states(past: Past, scores: Tensor, precision: str) -> tuple[Tensor
     width = min(most, power_of_two(D, 16))
     widen = precision == "float32" and past.s.dtype.itemsize == 2
     states = COLUMN_BYTES // past.s.element_size()
-    pieces, steps = -(-D // width), -(-past.rows // states)
-    splits = number_of_shares(B * pieces, steps, MOST_SHARES_OF_ROWS, ROWS_PER_SM, device)
+    pieces = -(-D // width)
+    splits = past.shares(B * pieces, states, MOST_SHARES_OF_ROWS, ROWS_PER_SM)
     sums = torch.empty(B, splits, 2, T, dtype=torch.float32, device=device)
     parts = torch.empty(B, splits, T, D, dtype=torch.float32, device=device)
     prepared(
@@ -202,23 +252,12 @@ def _weighted_states(past: Past, scores: Tensor, precision: str) -> tuple[Tensor
     return sums, parts
 
 
-def overlaps(device: torch.device) -> bool:
-    """True if the last kernel is started before the one before it ends, which GPUs from Hopper on
-    can do (programmatic dependent launch)."""
-    return has_tma(device) and not is_interpreter()
-
-
 def unit(cache: Tensor) -> int:
     """Elements that may be read at once: the greatest power of two up to 16 in the strides.
 
     Triton finds out about 16 only, and would read a row of 1,000 numbers one by one.
     """
     return math.gcd(16, *cache.stride()[:2])
-
-
-def power_of_two(count: int, least: int = 1) -> int:
-    """The smallest power of two that is at least both."""
-    return 1 << (max(count, least) - 1).bit_length()
 
 
 def one_row_steps(row_bytes: int, held_bytes: int, device: torch.device) -> tuple[int, int]:
@@ -235,20 +274,6 @@ def one_row_steps(row_bytes: int, held_bytes: int, device: torch.device) -> tupl
 
 def _shared(device: torch.device) -> int:
     return INTERPRETED_SHARED if is_interpreter() else shared_memory(device)
-
-
-def number_of_shares(
-    sequences: int, steps: int, most: int, per_sm: int, device: torch.device
-) -> int:
-    """Shares of the past so that all programs of all sequences, per_sm at a time on each
-    multiprocessor, end at about the same time."""
-    programs = per_sm * num_sms(device)
-    most = max(1, min(most, steps))
-    for splits in range(1, most + 1):
-        full = sequences * splits / programs
-        if math.ceil(full) <= 1.05 * full:
-            return splits
-    return most
 
 
 @triton.jit
@@ -269,11 +294,13 @@ def one_row_kernel(
     q, k, past, mask, length, sums, parts, sqb, skb, skt, spb, spt, smb, P, splits,
     K: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
     K_UNIT: tl.constexpr, S_UNIT: tl.constexpr, STAGES: tl.constexpr, SCALE: tl.constexpr,
-    MASKED: tl.constexpr, LIVE: tl.constexpr, OVERLAP: tl.constexpr,
+    MASKED: tl.constexpr, LIVE: tl.constexpr, OVERLAP: tl.constexpr, CHAINED: tl.constexpr,
 ):
     """Softmax of one row over a share of the past: sums (B, splits, 2) takes maximum and sum, parts
     (B, splits, D) the states weighted by exp2(score - maximum)."""
     if OVERLAP:
+        if CHAINED:
+            wait_for_kernel_before()
         start_next_kernel()
     skb, skt = skb // K_UNIT * K_UNIT, skt // K_UNIT * K_UNIT
     spb, spt = spb // S_UNIT * S_UNIT, spt // S_UNIT * S_UNIT
@@ -283,8 +310,9 @@ def one_row_kernel(
     x = tl.load(q + b * sqb + inner, mask=inner < K, other=0.0).to(tl.float32) * SCALE
     k += b * skb
     past += b * spb
-    top, total = tl.full((), NOTHING, tl.float32), tl.zeros((), tl.float32)
-    acc = tl.zeros((BD,), tl.float32)
+    # Each place of a step has a softmax of its own, so that no step waits for a sum over keys.
+    top, total = tl.full((BN,), NOTHING, tl.float32), tl.zeros((BN,), tl.float32)
+    acc = tl.zeros((BN, BD), tl.float32)
     for first in tl.range(begin, end, BN, num_stages=STAGES):
         row = (first + near).to(tl.int64)[:, None]
         seen = first + near < end
@@ -295,17 +323,18 @@ def one_row_kernel(
         # Selected after the load: what is hidden or outside may be anything.
         y = tl.where((inner < K)[None, :], y.to(tl.float32), 0.0)
         s = tl.where(seen, tl.sum(y * x[None, :], 1), float("-inf"))
-        new = tl.maximum(top, tl.max(s, 0))
-        e = tl.exp2(s - new)
-        keep = tl.exp2(top - new)
-        total = total * keep + tl.sum(e, 0)
+        new = tl.maximum(top, s)
+        e, keep = tl.exp2(s - new), tl.exp2(top - new)
+        total = total * keep + e
         v = tl.where(seen[:, None], v.to(tl.float32), 0.0)
-        acc = acc * keep + tl.sum(v * e[:, None], 0)
+        acc = acc * keep[:, None] + v * e[:, None]
         top = new
     part = b * splits + split
-    tl.store(sums + part * 2, top)
-    tl.store(sums + part * 2 + 1, total)
-    tl.store(parts + part * D + d, acc, mask=d < D)
+    largest = tl.max(top, 0)
+    e = tl.exp2(top - largest)
+    tl.store(sums + part * 2, largest)
+    tl.store(sums + part * 2 + 1, tl.sum(total * e, 0))
+    tl.store(parts + part * D + d, tl.sum(acc * e[:, None], 0), mask=d < D)
 
 
 @triton.jit(do_not_specialize=["smb", "T", "P", "C"])
@@ -400,9 +429,9 @@ def spoil_behind(x, finite, SIZE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T", "P", "C", "splits"])
 def combine_kernel(
-    f, gamma, scores, length, sums, parts, s, lse, sfb, sft, T, P, C, splits,
+    f, gamma, scores, length, sums, parts, s, lse, states, sfb, sft, ssb, sst, T, P, C, splits,
     D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr, LIVE: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    OVERLAP: tl.constexpr, CHAINED: tl.constexpr, APPEND: tl.constexpr,
 ):
     """Add the shares of the past and solve the new rows among themselves, for BD columns of s."""
     b = tl.program_id(1).to(tl.int64)
@@ -410,10 +439,14 @@ def combine_kernel(
     d = tl.program_id(0) * BD + tl.arange(0, BD)
     row_ok, d_ok = rows < T, d < D
     ok = row_ok[:, None] & d_ok[None, :]
+    if OVERLAP and CHAINED:
+        # What made f may still have been running when this kernel was started.
+        start_next_kernel()
+        wait_for_kernel_before()
     f_at = f + b * sfb + (rows.to(tl.int64) * sft)[:, None] + d[None, :]
     right = tl.load(f_at, mask=ok, other=0.0).to(tl.float32)
     own = tl.load(gamma + b * T + rows, mask=row_ok, other=0.0).to(tl.float32)
-    if OVERLAP:
+    if OVERLAP and not CHAINED:
         wait_for_kernel_before()
     live = (split < splits)[:, None] & row_ok[None, :]
     part = b * splits + split
@@ -423,9 +456,9 @@ def combine_kernel(
     at = parts + ((part[:, None] * T + rows[None, :]) * D)[:, :, None] + d[None, None, :]
     shares = tl.load(at, mask=live[:, :, None] & d_ok[None, None, :], other=0.0)
     top = tl.max(tops, 0)
+    if LIVE:
+        P = tl.load(length)
     if ROWS > 1:
-        if LIVE:
-            P = tl.load(length)
         earlier = (rows[None, :] < rows[:, None]) & row_ok[:, None]
         new_at = scores + (b * T + rows[:, None]) * C + P + rows[None, :]
         new = tl.load(new_at, mask=earlier, other=float("-inf"))
@@ -455,5 +488,8 @@ def combine_kernel(
     # A row without feedback is f itself, whatever the states are.
     z = tl.where(gain[:, None] == 0, right, z)
     tl.store(s + (b * T + rows[:, None]) * D + d[None, :], z.to(s.dtype.element_ty), mask=ok)
+    if APPEND:
+        behind = states + b * ssb + ((P + rows).to(tl.int64) * sst)[:, None] + d[None, :]
+        tl.store(behind, z.to(states.dtype.element_ty), mask=ok)
     if tl.program_id(0) == 0:
         tl.store(lse + b * T + rows, log_sum(top, total), mask=row_ok)

@@ -30,3 +30,8 @@ def test_of_conversion_and_export(command, options, says, checkpoint, tmp_path, 
 def test_of_reading_text(checkpoint, capsys):
     said = fails(capsys, "eval", checkpoint, "--data", "pydoc", "--subset", "en")
     assert "--subset is a part of a Hugging Face data set, but none is named" in said
+
+
+def test_of_cuda_graphs(checkpoint, capsys):
+    said = fails(capsys, "generate", checkpoint, "--backend", "mlx", "--no-graphs")
+    assert "--no-graphs is for CUDA graphs, which mlx does not use" in said
