@@ -38,7 +38,7 @@ w_extra = Sub (w_rows, w_T)
 w_row_pads = Concat <axis = 0> (w_zero, w_zero, w_zero, w_zero, w_extra, w_zero)
 w_key_pads = Concat <axis = 0> (w_zero, w_one, w_zero, w_zero, w_extra, w_zero)
 w_place_pads = Concat <axis = 0> (w_zero, w_zero, w_one, w_zero, w_zero, w_extra)
-w_state_pads = Constant <value_ints = [0, 1, 0, 0, 0, 0]> ()
+w_state_pads = Concat <axis = 0> (w_zero, w_one, w_zero, w_zero, w_zero, w_zero)
 w_far = Constant <value_float = 3e38> ()
 w_far_pad = Constant <value_float = 3e38> ()
 w_f = Pad (f32, w_row_pads)
@@ -204,7 +204,8 @@ def _merge(n: int, size: int, X: str) -> tuple[list[str], str]:
     lines += _every(f"t_one{size}", X, 0, 2) + _every(f"t_two{size}", X, 1, 2)
     return [
         *lines,
-        f"t_pads{size} = Constant <value_ints = [0, 0, 0, 0, 0, 0, 0, {size}]> ()",
+        f"t_size{size} = Constant <value_ints = [{size}]> ()",
+        f"t_pads{size} = Concat <axis = 0> ({'t_zero, ' * 7}t_size{size})",
         f"t_down{size} = MatMul (t_two{size}, t_low{size})",
         f"t_across{size} = MatMul (t_down{size}, t_one{size})",
         f"t_top{size} = Pad (t_one{size}, t_pads{size})",
