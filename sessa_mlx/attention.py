@@ -12,6 +12,7 @@ import numpy as np
 from mlx import nn
 
 from sessa_common.config import SessaConfig
+from sessa_mlx._linear import Linear
 from sessa_mlx._step_cache import StepLayerCache, hide_rows, on_gpu
 from sessa_mlx.attention_blocks import attend
 from sessa_mlx.cache import SessaLayerCache
@@ -119,9 +120,9 @@ class AttentionMixer(nn.Module):
         super().__init__()
         self.config = config
         D, kv = config.hidden_size, config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(D, D)
-        self.k_proj = nn.Linear(D, kv)
-        self.v_proj = nn.Linear(D, kv)
+        self.q_proj = Linear(D, D)
+        self.k_proj = Linear(D, kv)
+        self.v_proj = Linear(D, kv)
         self.projects = config.num_attention_heads > 1 or not gated
         if self.projects:
             self.out_proj = nn.Linear(D, D, bias=not gated)

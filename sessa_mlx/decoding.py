@@ -9,6 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten
 from tokenizers import Tokenizer
 
 from sessa_common.errors import SessaError
@@ -21,6 +22,7 @@ from sessa_common.inference.sampling import GumbelNoise, SamplingConfig
 from sessa_common.inference.shortcuts import ModelHome, Shortcuts, start
 from sessa_common.inference.texts import BATCH_SIZE, generate_texts
 from sessa_mlx._step import CompiledStep, held_arrays, undo_unless_kept
+from sessa_mlx._step_cache import on_gpu
 from sessa_mlx._step_sampling import DeviceSampler
 from sessa_mlx.cache import SessaCache
 from sessa_mlx.checkpoint import load_model, to_numpy, to_tensor
@@ -28,12 +30,16 @@ from sessa_mlx.model import SessaForCausalLM
 
 # Tokens after which buffers that are no longer used are given back, as mlx-lm does.
 CLEAR_EVERY = 256
+# Bytes that MLX may keep for reuse if the weights have fewer, and bytes besides the weights, for
+# the caches, that a Mac may not move out of memory.
+LEAST_POOL, WIRED_BESIDE = 256 * 2**20, 2**30
 
 
 class Decoder:
     """`sessa_common.inference.generation.Decoder` on an MLX model."""
 
     def __init__(self, model: SessaForCausalLM) -> None:
+        _limit_memory(model)
         self.model = model.eval()
         self.config = model.config
         self.next_token = CompiledStep(model)
@@ -139,7 +145,19 @@ class Decoder:
         seen = None if mask is None else mx.array(mask != 0)
         logits = self.model(ids, cache=self.cache, attention_mask=seen, logits_to_keep=keep)
         mx.eval(logits, held_arrays(self.cache))
+        mx.clear_cache()
         return logits.astype(mx.float32)
+
+
+def _limit_memory(model: SessaForCausalLM) -> None:
+    """Bound the buffers that MLX keeps for reuse, and let a Mac keep the weights in memory."""
+    if not on_gpu():
+        return
+    weights = sum(array.nbytes for array in dict(tree_flatten(model.parameters())).values())
+    mx.set_cache_limit(max(weights, LEAST_POOL))
+    if mx.metal.is_available():
+        most = int(mx.device_info()["max_recommended_working_set_size"])
+        mx.set_wired_limit(min(most, weights + WIRED_BESIDE))
 
 
 def load_decoder(

@@ -9,6 +9,7 @@ import mlx.core as mx
 from mlx import nn
 
 from sessa_common.config import SessaConfig
+from sessa_mlx._linear import Linear, adds_bias_apart
 from sessa_mlx._step_cache import StepLayerCache, hide_rows
 from sessa_mlx.attention import AttentionMixer, Rope
 from sessa_mlx.cache import SessaLayerCache
@@ -25,7 +26,7 @@ class SessaMixer(AttentionMixer):
     def __init__(self, config: SessaConfig, *, gated: bool = True) -> None:
         super().__init__(config, gated=gated)
         D = config.hidden_size
-        self.proj_fb = nn.Linear(D, 2 * D)
+        self.proj_fb = Linear(D, 2 * D)
         self.gamma_ctx = nn.Linear(D, 1, bias=False)
         self.gamma_bias = mx.ones(())
 
@@ -71,9 +72,13 @@ class SessaMixer(AttentionMixer):
         work = states.dtype
         q, k = mx.split(projected[..., -2 * a.shape[-1] :].astype(work), 2, -1)
         keys = cache.write("k_fb", k, cache.position.index, axis=1)
-        # addmm scales the products and hides rows without a further pass over them.
         past, scale = cache.position.past.astype(work), q.shape[-1] ** -0.5
-        scores = mx.addmm(past, q, keys.swapaxes(1, 2), alpha=scale)
+        keys = keys.swapaxes(1, 2)
+        if adds_bias_apart():
+            scores = (q * scale) @ keys + past
+        else:
+            # Scales the products and hides rows without a further pass over them.
+            scores = mx.addmm(past, q, keys, alpha=scale)
         mean = mx.softmax(scores, -1) @ states
         cache.newest = f.astype(work) + self._gain(a) * mean
         return cache.newest.astype(f.dtype)

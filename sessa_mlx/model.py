@@ -10,6 +10,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from sessa_common.config import SessaConfig
 from sessa_common.layer_kinds import KINDS, LayerKind
+from sessa_mlx._linear import Linear
 from sessa_mlx.attention import AttentionMixer, Rope, rope_of
 from sessa_mlx.cache import Mamba2LayerCache, SessaCache, SessaLayerCache
 from sessa_mlx.mamba2 import Mamba2Mixer
@@ -29,9 +30,9 @@ class SessaLayer(nn.Module):
         super().__init__()
         D = config.hidden_size
         self.ln = nn.LayerNorm(D, eps=config.layer_norm_eps)
-        self.W_in = nn.Linear(D, 2 * D)
+        self.W_in = Linear(D, 2 * D)
         self.mixer = MIXERS[kind.mixer](config, gated=True)
-        self.W_out = nn.Linear(D, D)
+        self.W_out = Linear(D, D)
 
     def __call__(
         self,
@@ -52,8 +53,8 @@ class MLP(nn.Module):
 
     def __init__(self, config: SessaConfig) -> None:
         super().__init__()
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def __call__(self, x: mx.array) -> mx.array:
         """Apply to x (B, T, D)."""

@@ -12,6 +12,7 @@ from unittest import mock
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx import nn
 from mlx.utils import tree_flatten, tree_unflatten
 from support.mlx_pool import VIEWS, Pool, primitives, replay
 
@@ -107,8 +108,9 @@ def test_memory_is_flat_over_long_texts(tokens):
             held = sum(array.nbytes for array in held_arrays(decoder.cache))
             besides.append(mx.get_active_memory() + mx.get_cache_memory() - held)
     assert decoder.length == tokens + 3
-    # Two vectors as long as the text, of scores and masks, and the pool between two clearings.
-    assert max(besides) - besides[0] < 300 * 2**10, besides
+    # Some vectors as long as the text, such as scores and masks; a token that left its graph behind
+    # would add more than a kilobyte.
+    assert max(besides) - besides[0] < 64 * tokens + 2**16, besides
 
 
 def rooms(tokens: int) -> list[int]:
@@ -216,6 +218,25 @@ def test_rotary_positions_are_as_exact_as_their_tables(first):
     ]
     # Half a unit in the last place of the largest angle, on both sides of a sum.
     assert errors[0] <= max(1.5 * errors[1], 1e-6) and errors[1] <= 1e-6 + first * 1.2e-7
+
+
+@pytest.mark.parametrize("bits", [0, 4])
+def test_a_bias_is_added_apart_where_that_is_faster(bits):
+    """On CUDA a product with a bias would be a call of cuBLAS for every token and layer."""
+    model = new_model(small_config(hidden_size=64))
+    if bits:
+        nn.quantize(model, 32, bits, class_predicate=lambda path, _: path.endswith("W_in"))
+    cache, step = fed(model, 3), CompiledStep(model)
+    step.refresh()
+    plain = step(mx.array([[1]]), cache)
+    with (
+        mock.patch("sessa_mlx._linear.adds_bias_apart", lambda: True),
+        mock.patch("sessa_mlx.mixer.adds_bias_apart", lambda: True),
+    ):
+        apart = step(mx.array([[1]]), fed(model, 3))
+        names = {record["name"] for record in step_graph(step, 256)}
+    assert "Matmul" in names and "AddMM" not in names
+    np.testing.assert_allclose(apart, plain, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["sessa", "transformer"])

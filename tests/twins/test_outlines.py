@@ -14,9 +14,11 @@ ROOT = Path(__file__).parents[2]
 # Triton runs on CUDA only, MLX arrays neither share memory nor tell their layout, and only PyTorch
 # writes pickles. PyTorch's custom kernels need no other way on CUDA and choose TF32 by product.
 # Only MLX decodes by a compiled step, in the files whose names begin with _step. PyTorch's own
-# attention has a gradient in O(T) memory, MLX's has not, and only MLX's exp is slow on a CPU.
+# attention has a gradient in O(T) memory, MLX's has not, and only MLX's exp is slow on a CPU
+# and its one-row products with a bias on CUDA.
 ONE_SIDED = {
     "_exp.py",
+    "_linear.py",
     "_step",
     "attention_blocks.py",
     "cuda/",
