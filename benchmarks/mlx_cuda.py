@@ -1,6 +1,7 @@
 """Check and time the MLX twin on an NVIDIA GPU: errors, O(T D) memory, speed.
 
-python benchmarks/mlx_cuda.py (needs mlx[cuda13] or mlx[cuda12], and torch with CUDA)
+python benchmarks/mlx_cuda.py (needs mlx[cuda13] or mlx[cuda12], and torch with CUDA; with
+--check-only the checks of the model run on any device)
 
 Every check must pass before anything is timed: the operator and its gradients against float64; one
 model in both frameworks on the same GPU with the same logits and gradients; training steps; cached
@@ -30,6 +31,8 @@ import mlx.core as mx
 import numpy as np
 import torch
 from measure import MIB, machine, save, table, wall_ms
+from mlx import nn
+from mlx.utils import tree_flatten
 
 import sessa_mlx
 from sessa_common.checkpoint.folder import save_weights
@@ -49,6 +52,8 @@ from sessa_torch import feedback as torch_feedback
 from sessa_torch import training as torch_train
 
 CONFIG = SessaConfig(vocab_size=512, hidden_size=256, num_hidden_layers=4, num_attention_heads=4)
+MLX_DEVICE = "gpu" if mx.default_device().type == mx.DeviceType.gpu else "cpu"
+TORCH_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # B, T, D; the keys are as wide as the states.
 SHAPES = ((1, 4096, 512), (8, 2048, 512), (4, 4096, 1024), (1, 16384, 1024))
 rows: list[dict[str, Any]] = []
@@ -132,26 +137,45 @@ def tokens(B: int, T: int, seed: int = 0) -> np.ndarray:
 def learners(precision: str = "float32") -> tuple[mlx_train.TrainBackend, torch_train.TrainBackend]:
     """Models with the same initial weights in both frameworks, on the same GPU."""
     settings, weights = TrainConfig(precision=precision), initial_weights(CONFIG, 0)
-    on_mlx = mlx_train.TrainBackend(CONFIG, settings, weights, "gpu")
-    return on_mlx, torch_train.TrainBackend(CONFIG, settings, weights, "cuda")
+    on_mlx = mlx_train.TrainBackend(CONFIG, settings, weights, MLX_DEVICE)
+    return on_mlx, torch_train.TrainBackend(CONFIG, settings, weights, TORCH_DEVICE)
+
+
+def mlx_gradients(ids: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Logits, and the gradients of the mean loss of predicting each id at its own position."""
+    model = mlx_checkpoint.build_model(CONFIG, initial_weights(CONFIG, 0), dtype="float32")
+    inputs = mx.array(ids)
+
+    def loss(parameters: dict[str, Any]) -> mx.array:
+        model.update(parameters)
+        return nn.losses.cross_entropy(model(inputs), inputs).mean()
+
+    gradients = mx.grad(loss)(model.parameters())
+    flat = {name: to_float64(g) for name, g in tree_flatten(gradients)}
+    return to_float64(model(inputs)), flat
+
+
+def torch_gradients(ids: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """The same as `mlx_gradients`, in PyTorch."""
+    weights = initial_weights(CONFIG, 0)
+    model = torch_checkpoint.build_model(CONFIG, weights, dtype="float32", device=TORCH_DEVICE)
+    inputs = torch.from_numpy(ids).to(TORCH_DEVICE)
+    logits = model(inputs)
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), inputs.flatten()).backward()
+    gradients = {name: p.grad.double().cpu().numpy() for name, p in model.named_parameters()}
+    return logits.detach().double().cpu().numpy(), gradients
 
 
 def check_model() -> None:
     """Compare logits, every gradient and ten training steps of one model in both frameworks."""
-    on_mlx, on_torch = learners()
     ids = tokens(2, 320)
-    got = mlx_train.logits_function(on_mlx.model)(ids)
-    want = torch_train.logits_function(on_torch.model)(ids)
+    got, on_mlx_gradients = mlx_gradients(ids)
+    want, on_torch_gradients = torch_gradients(ids)
     expect("logits, MLX against PyTorch", relative_error(got, want), 1e-4)
-    batch = next_token_batch(tokens(4, 257, seed=1))
-    gradients = mx.grad(on_mlx._loss_sum)(on_mlx.parameters, batch, 1.0)
-    on_torch._loss_sum(batch).backward()
-    errors = [
-        relative_error(to_float64(gradients[name]), parameter.grad.double().cpu().numpy())
-        for name, parameter in on_torch.parameters.items()
-    ]
+    errors = [relative_error(on_mlx_gradients[n], g) for n, g in on_torch_gradients.items()]
     expect("gradients of all parameters, MLX against PyTorch", max(errors), 1e-3)
-    on_torch.optimizer.zero_grad()
+    batch = next_token_batch(tokens(4, 257, seed=1))
+    on_mlx, on_torch = learners()
     pairs = []
     for _ in range(10):
         pairs.append([learner.step([batch], 1e-3)[0] for learner in (on_mlx, on_torch)])
@@ -163,12 +187,13 @@ def check_model() -> None:
 def check_decoding(folder: Path) -> None:
     """Compare cached steps with the full pass, and the greedy tokens of both frameworks."""
     weights = initial_weights(CONFIG, 3)
-    model = mlx_checkpoint.build_model(CONFIG, weights, device="gpu")
+    model = mlx_checkpoint.build_model(CONFIG, weights, device=MLX_DEVICE)
     save_weights(folder, CONFIG, mlx_checkpoint.model_weights(model))
-    on_torch = torch_checkpoint.load_model(folder, device="cuda")
+    on_torch = torch_checkpoint.load_model(folder, device=TORCH_DEVICE)
     ids = tokens(2, 300, seed=2)
-    full = mlx_train.logits_function(model)(ids)
-    read = torch_train.logits_function(on_torch)(ids)
+    full = to_float64(model(mx.array(ids)))
+    with torch.no_grad():
+        read = on_torch(torch.from_numpy(ids).to(TORCH_DEVICE)).double().cpu().numpy()
     expect("checkpoint written by MLX, read by PyTorch: logits", relative_error(full, read), 1e-4)
     decoder = mlx_generate.Decoder(model)
     pieces = [decoder.logits(ids[:, :270])]
@@ -294,9 +319,10 @@ def training_rate() -> Iterator[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tf32-error", action="store_true", help="print one error and stop")
+    parser.add_argument("--check-only", action="store_true", help="check the model, on any device")
     parser.add_argument("--results", type=Path, help="folder of the results file")
     options = parser.parse_args()
-    if mx.default_device().type != mx.DeviceType.gpu or not torch.cuda.is_available():
+    if not options.check_only and (MLX_DEVICE, TORCH_DEVICE) != ("gpu", "cuda"):
         raise SystemExit("this needs an NVIDIA GPU, mlx[cuda13] and a PyTorch with CUDA")
     if options.tf32_error:
         print_error()
@@ -308,6 +334,8 @@ def main() -> None:
     check_model()
     with tempfile.TemporaryDirectory() as folder:
         check_decoding(Path(folder))
+    if options.check_only:
+        return
     check_memory()
     rows.append({"float32 error with MLX_ENABLE_TF32=1": f"{tf32_error():.1e}"})
     print(f"checked in {time.perf_counter() - start:.0f} s", flush=True)
