@@ -25,6 +25,8 @@ from typing import Any
 from sessa_common.errors import SessaError
 from sessa_export.cuda_toolkit import Toolkit, find_toolkit
 
+# The commands that build the library, without and with the CUDA kernels.
+BUILD, BUILD_CUDA = "sessa build-op", "sessa build-op --cuda"
 INCLUDE_VARIABLE = "ONNXRUNTIME_INCLUDE_DIR"
 HEADER = "onnxruntime_c_api.h"
 # Where Homebrew and the Linux distributions put ONNX Runtime's headers.
@@ -282,7 +284,7 @@ def register(options: Any, library: Path | str | None = None, *, cuda: bool = Fa
     if path is None or not path.is_file():
         operator = "the native operator with its CUDA kernels" if cuda else "the native operator"
         missing = f"{path}: no such file" if path else f"{operator} is not built"
-        raise SessaError(f"{missing}; build it with `sessa build-op{' --cuda' * cuda}`")
+        raise SessaError(f"{missing}; build it with `{BUILD_CUDA if cuda else BUILD}`")
     try:
         options.register_custom_ops_library(str(path))
     except Exception as error:  # the binding raises one class per status, all plain Exceptions

@@ -20,7 +20,13 @@ ROOT = Path(__file__).parents[2]
 LIBRARY = ("sessa_common", "sessa_torch", "sessa_mlx", "export/sessa_export")
 COMMANDS = get_command(app).commands
 # A compiler's and a package manager's options, which the library passes on or names.
-FOREIGN = ("xcode-select --install", "--version")
+FOREIGN = (
+    "xcode-select --install",
+    "--version",
+    "--query-gpu=compute_cap",
+    "--format=csv,noheader",
+    "sessa build-op --cuda",
+)
 
 
 def test_version(capsys):

@@ -100,7 +100,9 @@ def test_small_batches_give_the_same_norms(framework, monkeypatch):
     times = np.array([3, 18, 11])
     whole = jacobian_norms(probe, times, 0, 2, draws=3)
     monkeypatch.setattr(sessa_common.experiments.influence, "MAX_FLOATS", 1)
-    np.testing.assert_allclose(jacobian_norms(probe, times, 0, 2, draws=3), whole, rtol=1e-9)
+    found = jacobian_norms(probe, times, 0, 2, draws=3)
+    # Products of batches of other sizes round differently in float32.
+    np.testing.assert_allclose(found, whole, rtol=1e-6)
 
 
 def test_probes_estimate_the_norm_and_follow_the_seed():
