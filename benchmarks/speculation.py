@@ -121,7 +121,7 @@ def measure(
 
 
 def overlap(model: Decoder, draft: Decoder, texts: list[list[int]]) -> list[dict[str, Any]]:
-    """How many guesses rejection sampling and a common noise would keep, along the texts."""
+    """Shares of guesses that rejection sampling and a common noise keep, along the texts."""
     rows, rng = [], np.random.default_rng(0)
     for temperature in (0.5, 0.8, 1.0):
         sampling = SamplingConfig(temperature=temperature)

@@ -41,7 +41,7 @@ class Position:
 
 
 class StepLayerCache:
-    """What `SessaLayerCache` holds of one layer: the buffers, and the state that is not written.
+    """Contents of one layer's `SessaLayerCache`: the buffers, and the state that is not written.
 
     `project` gives the queries, keys and values of the attention and, with feedback, the queries
     and keys of the feedback, side by side in one product.

@@ -64,7 +64,7 @@ def filter_logits(scores: mx.array, config: SamplingConfig) -> mx.array:
 
 
 def _nucleus(ranked: mx.array, counts: mx.array, top_p: float) -> mx.array:
-    """How many (B, 1) of the `counts` likeliest tokens first reach top_p of their sum.
+    """Count (B, 1) the likeliest tokens, of `counts`, that first reach top_p of their sum.
 
     The sums are in float64 as on the host where MLX has it, which is on the CPU alone. Sums in
     float32 choose other tokens only if a sum is within rounding of top_p.

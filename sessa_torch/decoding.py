@@ -61,7 +61,7 @@ class Decoder:
 
     @property
     def trimmable(self) -> bool:
-        """Whether `trim` can drop some positions; False when a layer is Mamba-2."""
+        """True if `trim` can drop some positions; False when a layer is Mamba-2."""
         return is_trimmable(self.config)
 
     @torch.inference_mode()

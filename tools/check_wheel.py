@@ -33,7 +33,7 @@ def expected_files() -> set[str]:
 
 
 def faults(folder: Path, tag: str | None) -> list[str]:
-    """What is wrong with the files that are to be published."""
+    """Faults of the files that are to be published."""
     wheels, archives = list(folder.glob("*.whl")), list(folder.glob("*.tar.gz"))
     if len(wheels) != 1 or len(archives) != 1:
         return [f"{folder} holds {len(wheels)} wheels and {len(archives)} .tar.gz, not one of each"]

@@ -123,7 +123,7 @@ def compile_all(folder: Path) -> int:
 
 
 def _is_known(standard: str, developer: Path | None, log: list[str]) -> bool:
-    """Whether the compiler is there and takes an empty text in this version of the language."""
+    """True if the compiler is there and takes an empty text in this version of the language."""
     with tempfile.TemporaryDirectory() as scratch:
         source = Path(scratch) / "empty.metal"
         source.write_text("kernel void nothing() {}\n")

@@ -65,7 +65,7 @@ class Decoder:
 
     @property
     def trimmable(self) -> bool:
-        """Whether `trim` can drop some positions; False when a layer is Mamba-2."""
+        """True if `trim` can drop some positions; False when a layer is Mamba-2."""
         return is_trimmable(self.config)
 
     def reset(self) -> None:

@@ -24,7 +24,7 @@ GROUP_SIZE = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Packing:
-    """How a quantised matrix is packed: bits of a number, and numbers that share a scale."""
+    """Packing of a quantised matrix: bits of a number, and numbers that share a scale."""
 
     bits: int
     group_size: int
@@ -136,7 +136,7 @@ def packings(
     width: int,
     where: str,
 ) -> dict[str, Packing]:
-    """How every quantised matrix is packed, by its name without ".weight".
+    """The packing of every quantised matrix, by its name without ".weight".
 
     Arguments and errors as in `dequantize_weights`.
     """

@@ -36,7 +36,7 @@ class Decoder(Protocol):
 
     @property
     def trimmable(self) -> bool:
-        """Whether `trim` can drop some positions; False when a layer is Mamba-2."""
+        """True if `trim` can drop some positions; False when a layer is Mamba-2."""
 
     def reset(self) -> None:
         """Empty the cache."""
@@ -241,7 +241,7 @@ def generate(
 
 @dataclass
 class _Batch:
-    """What the rows of a decoder need to go on: noise, and the rules on their logits if any."""
+    """The needs of the rows of a decoder to go on: noise, and the rules on their logits if any."""
 
     decoder: Decoder
     sampling: SamplingConfig

@@ -29,7 +29,7 @@ SUFFIX = ".safetensors"
 
 @dataclass(frozen=True, kw_only=True)
 class CacheOwner:
-    """What a prompt cache belongs to: SHA-256 of the model and of its tokenizer, hexadecimal."""
+    """The owner of a prompt cache: SHA-256 of the model and of its tokenizer, hexadecimal."""
 
     model: str
     tokenizer: str

@@ -25,7 +25,7 @@ from sessa_common.inference.speculation import (
 
 @dataclass(frozen=True, kw_only=True)
 class Shortcuts:
-    """What may save work: a prompt cache to begin from, one to write, and a way of guessing tokens.
+    """Means to save work: a prompt cache to begin from, one to write, and a way of guessing tokens.
 
     prompt_cache and save_prompt_cache are files, draft_model is the folder of a smaller model of
     the same vocabulary, which guesses draft_tokens tokens a round. prompt_lookup guesses so many
@@ -69,7 +69,7 @@ class ModelHome:
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """What to generate with: a decoder that may speculate, and prompts as ids.
+    """The parts of a generation: a decoder that may speculate, and prompts as ids.
 
     `cached` ids of the only prompt are in the decoder's cache. `acceptance` counts guesses while
     they are made. `notes` are sentences for the user.

@@ -82,7 +82,7 @@ def _row(
 
 
 def check_products(twin: Twin) -> Iterator[Row]:
-    """Whether float32 products keep 24 bits or round their operands to the 11 bits of TF32."""
+    """The row on float32 products: 24 bits, or operands rounded to the 11 bits of TF32."""
     a, b = np.random.default_rng(0).standard_normal((2, 256, 256), np.float32)
     # Gradients of a product are products: no interface of its own is needed.
     _, found, _ = twin.vjp(lambda x, y: x @ y, [twin.array(a), twin.array(b)], twin.array(a))

@@ -88,7 +88,7 @@ def test_memory_doubles_with_the_length() -> None:
 
 
 def exported(function: Any, *arrays: mx.array) -> tuple[Counter[str], int]:
-    """How often each operation occurs in the graph, and the numbers in the largest array."""
+    """Occurrences of each operation in the graph, and the numbers in the largest array."""
     names, sizes = Counter[str](), [0]
 
     def keep(record: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from sessa_common.reference.model import ModelCache, empty_cache, model_logits
 
 
 class HostDecoder:
-    """What both decoders here have in common: `feed` and `draw` by way of `step`."""
+    """The common part of both decoders here: `feed` and `draw` by way of `step`."""
 
     config: SessaConfig
     last: np.ndarray | None = None

@@ -39,7 +39,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 
 
 def run(*arguments: object) -> tuple[str, str]:
-    """What the command writes to stdout and to stderr."""
+    """Texts that the command writes to stdout and to stderr."""
     result = CliRunner().invoke(app, [str(a) for a in arguments])
     if result.exception:
         raise result.exception
