@@ -49,7 +49,7 @@ def _errors(compiler: str, source: str) -> list[str]:
 
 
 def problems(text: str, mlx: Path | None = None) -> list[str]:
-    """What is wrong with the address spaces of Metal `text`; needs clang.
+    """Faults of the address spaces of Metal `text`; needs clang.
 
     With MLX's include folder the text comes behind the header that MLX puts before a kernel, so
     that a name or an overload of MLX's that does not go with the text is found as well. What clang

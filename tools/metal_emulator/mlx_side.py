@@ -26,7 +26,7 @@ _NUMPY = {
 
 
 def exported_kernels(function: Callable[..., Any], *arrays: mx.array) -> list[dict[str, Any]]:
-    """What MLX would hand to Metal for every metal_kernel that `function` calls, in order.
+    """The launches that MLX would hand to Metal for the metal_kernels of `function`, in order.
 
     Each has name, text, grid, threadgroup; "bound": for every input whether its shape, strides and
     number of dimensions are bound too; "copies_strided": ensure_row_contiguous. MLX traces the

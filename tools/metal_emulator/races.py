@@ -46,7 +46,7 @@ def races(launches: list[Launch]) -> dict[str, str]:
 
 
 def _replayed(folder: Path, sync: int) -> str:
-    """What ThreadSanitizer says about one run of the launches in `folder`; empty without a race."""
+    """Report of ThreadSanitizer on one run of the launches in `folder`; empty without a race."""
     library = subprocess.run(
         ["g++", "-print-file-name=libtsan.so"], capture_output=True, text=True, check=True
     )
