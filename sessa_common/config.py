@@ -10,10 +10,23 @@ from typing import Any
 
 from sessa_common.errors import SessaError, expect, require
 from sessa_common.layer_kinds import KINDS, LayerKind, with_layer_kinds
+from sessa_common.rope import RopeScaling, rope_scaling, with_rope_scaling
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 PRECISIONS = ("auto", "float32", "bfloat16")
 CHECKPOINTS = ("none", "layers")
+NORM_TYPES = ("layer", "rms")
+MLP_TYPES = ("gelu", "swiglu")
+# Options of the standard block, with the values by which it is the block of the presets. A
+# config.json has those that differ.
+BLOCK_OPTIONS: dict[str, Any] = {
+    "norm_type": "layer",
+    "mlp_type": "gelu",
+    "qkv_bias": True,
+    "out_proj_bias": True,
+    "mlp_bias": True,
+    "qk_norm": False,
+}
 # Far beyond the deepest models; a number above it is a mistake, and lists of its layers would fill
 # the memory.
 MOST_LAYERS = 4096
@@ -61,9 +74,15 @@ class SessaConfig:
     `mamba_*` keys are state size N, width of the convolution, inner width / hidden_size and head
     width P, named as hybrid models in transformers name them.
 
-    `num_key_value_heads`, `head_dim` and `intermediate_size` of 0 stand for `num_attention_heads`,
-    `hidden_size // num_attention_heads` and 4 * `hidden_size`. Raises SessaError when the numbers
-    cannot make a model.
+    The standard block has options, with which it is the block of Llama, Qwen2 or Qwen3: `norm_type`
+    "layer" or "rms", also of the final norm; `mlp_type` "gelu" or "swiglu"; `qkv_bias`,
+    `out_proj_bias` and `mlp_bias`; `qk_norm`, an RMSNorm of every query and key head before RoPE;
+    and a `head_dim` apart from hidden_size / num_attention_heads. `rope_scaling` stretches the
+    context. `feedback_key_dim` is the width K of the feedback's queries and keys.
+
+    `num_key_value_heads`, `head_dim`, `intermediate_size` and `feedback_key_dim` of 0 stand for
+    `num_attention_heads`, `hidden_size // num_attention_heads`, 4 * `hidden_size` and
+    `hidden_size`. Raises SessaError when the numbers cannot make a model.
     """
 
     model_type: str = "sessa"
@@ -85,6 +104,14 @@ class SessaConfig:
     gamma_max: float = 0.999
     use_forward_rope: bool = True
     intermediate_size: int = 0
+    norm_type: str = "layer"
+    mlp_type: str = "gelu"
+    qkv_bias: bool = True
+    out_proj_bias: bool = True
+    mlp_bias: bool = True
+    qk_norm: bool = False
+    rope_scaling: RopeScaling | None = None
+    feedback_key_dim: int = 0
     mamba_d_state: int = 64
     mamba_d_conv: int = 4
     mamba_expand: int = 2
@@ -111,7 +138,8 @@ class SessaConfig:
             self.num_hidden_layers,
             f"at most {MOST_LAYERS}",
         )
-        for name in ("use_forward_rope", "tie_word_embeddings"):
+        switches = ("qkv_bias", "out_proj_bias", "mlp_bias", "qk_norm")
+        for name in ("use_forward_rope", "tie_word_embeddings", *switches):
             value = getattr(self, name)
             expect(isinstance(value, bool), name, value, "true or false")
         for name in ("gamma_max", "rope_theta", "layer_norm_eps"):
@@ -119,16 +147,17 @@ class SessaConfig:
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             expect(number, name, value, "a number")
         D, H = self.hidden_size, self.num_attention_heads
-        require(D % H == 0, f"num_attention_heads {H} does not divide hidden_size {D}")
         if self.num_key_value_heads == 0:
             object.__setattr__(self, "num_key_value_heads", H)
         if self.head_dim == 0:
+            require(D % H == 0, f"num_attention_heads {H} does not divide hidden_size {D}")
             object.__setattr__(self, "head_dim", D // H)
         kv, d = self.num_key_value_heads, self.head_dim
         divides = _is_count(kv) and H % kv == 0
         require(divides, f"num_key_value_heads {kv} does not divide num_attention_heads {H}")
-        require(d * H == D, f"head_dim {d} times {H} heads is not hidden_size {D}")
+        expect(_is_count(d), "head_dim", d, "0 or more")
         self._check_layers()
+        self._check_options()
         require(
             not (self.rotates and d % 2),
             f"head_dim {d} is odd: RoPE rotates pairs; use an even head_dim "
@@ -163,6 +192,51 @@ class SessaConfig:
             f"mamba_d_head {P} does not divide the inner width {inner}",
         )
 
+    def _check_options(self) -> None:
+        D, H, d = self.hidden_size, self.num_attention_heads, self.head_dim
+        for name, known in (("norm_type", NORM_TYPES), ("mlp_type", MLP_TYPES)):
+            value = getattr(self, name)
+            expect(value in known, name, value, " or ".join(known))
+        gated = any(kind.block == "gated" for kind in self.kinds)
+        require(
+            not gated or d * H == D,
+            f"head_dim {d} times {H} heads is not hidden_size {D}; only the kinds transformer and "
+            "sessa_transformer take another head_dim",
+        )
+        for name, usual in BLOCK_OPTIONS.items():
+            value = getattr(self, name)
+            require(
+                not gated or value == usual,
+                f"{name} is {value!r}, expected {usual!r} where a layer has Sessa's gated block; "
+                "the kinds transformer and sessa_transformer take it",
+            )
+        if self.feedback_key_dim == 0:
+            object.__setattr__(self, "feedback_key_dim", D)
+        K = self.feedback_key_dim
+        expect(_is_count(K), "feedback_key_dim", K, "0 or more")
+        scaling = rope_scaling(self.rope_scaling)
+        if scaling is not None and scaling.original_max_position_embeddings is None:
+            length = self.max_position_embeddings
+            scaling = dataclasses.replace(scaling, original_max_position_embeddings=length)
+        object.__setattr__(self, "rope_scaling", scaling)
+
+    @property
+    def block_options(self) -> dict[str, Any]:
+        """The options that make the blocks differ from those of the presets, by their names.
+
+        A runtime that has its own code for a block reads here whether it has to know more.
+        """
+        found = {
+            name: value
+            for name, usual in BLOCK_OPTIONS.items()
+            if (value := getattr(self, name)) != usual
+        }
+        if self.head_dim * self.num_attention_heads != self.hidden_size:
+            found["head_dim"] = self.head_dim
+        if self.feeds_back and self.feedback_key_dim != self.hidden_size:
+            found["feedback_key_dim"] = self.feedback_key_dim
+        return found
+
     @property
     def kinds(self) -> tuple[LayerKind, ...]:
         """The kind of each layer."""
@@ -177,8 +251,8 @@ class SessaConfig:
 
     @property
     def final_norm(self) -> str:
-        """ "rms" for a stack of Mamba-2 layers only, as its release has it, else "layer"."""
-        return "layer" if any(kind.attends for kind in self.kinds) else "rms"
+        """ "rms" for a stack of Mamba-2 layers only, as its release has it, else `norm_type`."""
+        return self.norm_type if any(kind.attends for kind in self.kinds) else "rms"
 
     @property
     def feeds_back(self) -> bool:
@@ -190,10 +264,10 @@ class SessaConfig:
         """Read the keys of a config.json; an unknown key is an error that names it.
 
         The keys `mixer`, `attention_block` and `feedback`, by which a model was spelled before
-        `layer_kinds`, are translated.
+        `layer_kinds`, are translated, and so is `rope_parameters`.
         """
         try:
-            given = with_layer_kinds(given)
+            given = with_rope_scaling(with_layer_kinds(given))
         except SessaError as error:
             raise SessaError(f"{where}: {error}") from None
         # transformers before version 5 and mlx-lm write the dtype under its older name.
@@ -214,6 +288,13 @@ class SessaConfig:
             keys = {name: value for name, value in keys.items() if not name.startswith("mamba_")}
         if "standard" not in blocks:
             del keys["intermediate_size"]
+        for name, usual in BLOCK_OPTIONS.items():
+            if keys[name] == usual:
+                del keys[name]
+        if "feedback_key_dim" not in self.block_options:
+            del keys["feedback_key_dim"]
+        if self.rope_scaling is None:
+            del keys["rope_scaling"]
         return {"architectures": ["SessaForCausalLM"], **keys, "torch_dtype": self.dtype}
 
 

@@ -33,7 +33,7 @@ PARTS = {
     "feedback": r".*\.mixer\.(?:proj_fb\..*|gamma_.*)",
     "gate": r".*\.W_(?:in|out)\..*",
     "mlp": r".*\.mlp\..*",
-    "norms": r".*\.(?:ln|ln_mlp|norm)\..*",
+    "norms": r".*\.(?:ln|ln_mlp|norm|q_norm|k_norm)\..*",
     "head": r"lm_head\..*",
 }
 STORED = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "U32": "uint32"}

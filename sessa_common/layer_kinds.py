@@ -81,24 +81,43 @@ def infer_kind(tensors: Container[str]) -> LayerKind:
 
 
 def _attention_shapes(config: SessaConfig, kind: LayerKind) -> Shapes:
-    D, F = config.hidden_size, config.intermediate_size
-    kv = config.num_key_value_heads * config.head_dim
+    D, K = config.hidden_size, config.feedback_key_dim
+    q, kv = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
     gated = kind.block == "gated"
-    linears = {"mixer.q_proj": (D, D), "mixer.k_proj": (kv, D), "mixer.v_proj": (kv, D)}
+    # Each linear layer has its weight's shape, and whether it has a bias.
+    qkv = {"q_proj": q, "k_proj": kv, "v_proj": kv}
+    linears = {f"mixer.{name}": ((rows, D), config.qkv_bias) for name, rows in qkv.items()}
     # Initial weights are drawn in this order: another order would change the model of a seed.
-    linears = {"W_in": (2 * D, D), **linears} if gated else {**linears, "mixer.out_proj": (D, D)}
-    linears |= {"mixer.proj_fb": (2 * D, D)} if kind.feeds_back else {}
-    linears |= {"W_out": (D, D)} if gated else {"mlp.up_proj": (F, D), "mlp.down_proj": (D, F)}
-    layer: Shapes = {"ln.weight": (D,), "ln.bias": (D,)}
-    for name, shape in linears.items():
-        layer[f"{name}.weight"], layer[f"{name}.bias"] = shape, shape[:1]
+    if gated:
+        linears = {"W_in": ((2 * D, D), True), **linears}
+    else:
+        linears["mixer.out_proj"] = ((D, q), config.out_proj_bias)
+    linears |= {"mixer.proj_fb": ((2 * K, D), True)} if kind.feeds_back else {}
+    linears |= {"W_out": ((D, D), True)} if gated else _mlp_linears(config)
+    layer = _norm_shapes(config, "ln", D)
+    for name, (shape, has_bias) in linears.items():
+        layer[f"{name}.weight"] = shape
+        if has_bias:
+            layer[f"{name}.bias"] = shape[:1]
     if gated and config.num_attention_heads > 1:
         layer["mixer.out_proj.weight"] = (D, D)
     if kind.feeds_back:
         layer["mixer.gamma_ctx.weight"], layer["mixer.gamma_bias"] = (1, D), ()
-    if not gated:
-        layer["ln_mlp.weight"], layer["ln_mlp.bias"] = (D,), (D,)
-    return layer
+    if config.qk_norm:
+        layer["mixer.q_norm.weight"] = layer["mixer.k_norm.weight"] = (config.head_dim,)
+    return layer if gated else layer | _norm_shapes(config, "ln_mlp", D)
+
+
+def _mlp_linears(config: SessaConfig) -> dict[str, tuple[tuple[int, int], bool]]:
+    up = (config.intermediate_size, config.hidden_size)
+    names = ["up_proj"] if config.mlp_type == "gelu" else ["gate_proj", "up_proj"]
+    linears = {f"mlp.{name}": (up, config.mlp_bias) for name in names}
+    return {**linears, "mlp.down_proj": (up[::-1], config.mlp_bias)}
+
+
+def _norm_shapes(config: SessaConfig, name: str, width: int) -> Shapes:
+    shapes: Shapes = {f"{name}.weight": (width,)}
+    return shapes if config.norm_type == "rms" else {**shapes, f"{name}.bias": (width,)}
 
 
 def _mamba2_shapes(config: SessaConfig) -> Shapes:

@@ -89,10 +89,12 @@ def join_projections(mixer: nn.Module) -> Callable[[mx.array], mx.array]:
     """One linear layer whose output is that of the mixer's projections side by side.
 
     Their arrays become parts of the joined ones, so that nothing is held twice. Projections that
-    are quantised in different ways stay apart.
+    are quantised in different ways stay apart, and so do those of which only some have a bias.
     """
     layers = [mixer[name] for name in PROJECTIONS if name in mixer]
-    forms = {(type(x), getattr(x, "bits", 0), getattr(x, "group_size", 0)) for x in layers}
+    forms = {
+        (type(x), getattr(x, "bits", 0), getattr(x, "group_size", 0), "bias" in x) for x in layers
+    }
     if len(forms) > 1:
         return lambda a: mx.concatenate([layer(a) for layer in layers], -1)
     joined = copy.copy(layers[0])

@@ -12,6 +12,7 @@ import numpy as np
 from mlx import nn
 
 from sessa_common.config import SessaConfig
+from sessa_common.rope import RopeScaling
 from sessa_mlx._linear import Linear
 from sessa_mlx._step_cache import StepLayerCache, hide_rows, on_gpu
 from sessa_mlx.attention_blocks import attend
@@ -30,16 +31,29 @@ class _Consecutive:
 Rope = tuple[mx.array, mx.array] | _Consecutive
 
 
-def rope_tables(positions: mx.array, head_dim: int, theta: float, dtype: mx.Dtype) -> Rope:
+def rope_tables(
+    positions: mx.array,
+    head_dim: int,
+    theta: float,
+    dtype: mx.Dtype,
+    scaling: RopeScaling | None = None,
+) -> Rope:
     """Cosines and signed sines (B, 1, T, d), in pairs, of the angles position * theta^(-2i/d).
 
-    positions (B, T). Angles are computed in float32 (float64 for float64) whatever the model's
-    dtype, because bfloat16 cannot tell positions above 256 apart.
+    positions (B, T). A scaling gives other frequencies, and an amplitude to both tables. Angles are
+    computed in float32 (float64 for float64) whatever the model's dtype, because bfloat16 cannot
+    tell positions above 256 apart.
     """
     work = mx.float64 if dtype == mx.float64 else mx.float32
-    exponents = mx.arange(0, head_dim, 2, dtype=work) / head_dim
-    angles = positions[:, None, :, None].astype(work) * theta**-exponents
+    if scaling is None:
+        exponents = mx.arange(0, head_dim, 2, dtype=work) / head_dim
+        frequencies = theta**-exponents
+    else:
+        frequencies = mx.array(scaling.frequencies(head_dim, theta), dtype=work)
+    angles = positions[:, None, :, None].astype(work) * frequencies
     cos, sin = mx.cos(angles), mx.sin(angles)
+    if scaling is not None and scaling.amplitude != 1:
+        cos, sin = scaling.amplitude * cos, scaling.amplitude * sin
     return mx.repeat(cos, 2, -1), mx.stack([-sin, sin], -1).flatten(-2)
 
 
@@ -58,20 +72,24 @@ def rope_of(
     if key_mask is None:
         return _rope_from(config, mx.array([past]), x)
     positions = mx.maximum(mx.cumsum(key_mask.astype(mx.int32), -1) - 1, 0)[:, past:]
-    return rope_tables(positions, config.head_dim, config.rope_theta, x.dtype)
+    d, theta = config.head_dim, config.rope_theta
+    return rope_tables(positions, d, theta, x.dtype, config.rope_scaling)
 
 
 def _rope_from(config: SessaConfig, first: mx.array, x: mx.array) -> Rope:
     """The positions first, first + 1, ... of rows x (B, T, D); first is (1,) or (B,).
 
-    MLX's kernel is faster than tables on a GPU alone.
+    MLX's kernel is faster than tables on a GPU alone, and knows no amplitude.
     """
-    if x.dtype == mx.float64 or not on_gpu():
+    d, theta, scaling = config.head_dim, config.rope_theta, config.rope_scaling
+    amplified = scaling is not None and scaling.amplitude != 1
+    if x.dtype == mx.float64 or amplified or not on_gpu():
         positions = first[:, None] + mx.arange(x.shape[1])
-        return rope_tables(positions, config.head_dim, config.rope_theta, x.dtype)
-    d = config.head_dim
+        return rope_tables(positions, d, theta, x.dtype, scaling)
     # Rounded once; MLX's own powers in float32 are less exact.
-    periods = config.rope_theta ** (np.arange(0, d, 2) / d)
+    periods = theta ** (np.arange(0, d, 2) / d)
+    if scaling is not None:
+        periods = 1 / scaling.frequencies(d, theta)
     return _Consecutive(first, mx.array(periods, dtype=mx.float32))
 
 
@@ -113,19 +131,24 @@ class AttentionMixer(nn.Module):
     """Causal attention of a with H heads.
 
     Inside Sessa's gated block, `out_proj` has no bias and exists only for several heads, as in the
-    author's release. Inside the standard block it always exists and has a bias.
+    author's release. Inside the standard block it always exists; the configuration says whether it
+    has a bias, and whether RMSNorms scale every query and key head before RoPE.
     """
 
     def __init__(self, config: SessaConfig, *, gated: bool = False) -> None:
         super().__init__()
         self.config = config
-        D, kv = config.hidden_size, config.num_key_value_heads * config.head_dim
-        self.q_proj = Linear(D, D)
-        self.k_proj = Linear(D, kv)
-        self.v_proj = Linear(D, kv)
+        D, d, bias = config.hidden_size, config.head_dim, config.qkv_bias
+        inner, kv = config.num_attention_heads * d, config.num_key_value_heads * d
+        self.q_proj = Linear(D, inner, bias=bias)
+        self.k_proj = Linear(D, kv, bias=bias)
+        self.v_proj = Linear(D, kv, bias=bias)
+        if config.qk_norm:
+            self.q_norm = nn.RMSNorm(d, eps=config.layer_norm_eps)
+            self.k_norm = nn.RMSNorm(d, eps=config.layer_norm_eps)
         self.projects = config.num_attention_heads > 1 or not gated
         if self.projects:
-            self.out_proj = nn.Linear(D, D, bias=not gated)
+            self.out_proj = nn.Linear(inner, D, bias=config.out_proj_bias and not gated)
 
     def __call__(
         self,
@@ -142,12 +165,14 @@ class AttentionMixer(nn.Module):
         """
         if isinstance(cache, StepLayerCache):
             return self._step(a, cache)
-        B, T, D = a.shape
+        B, T, _ = a.shape
         d = self.config.head_dim
         q, k, v = (
             project(a).reshape(B, T, -1, d).swapaxes(1, 2)  # (B, heads, T, d)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
         if rope is None:
             rope = rope_of(self.config, a, 0 if cache is None else cache.k.length, key_mask)
         if rope is not None:
@@ -155,7 +180,7 @@ class AttentionMixer(nn.Module):
         if cache is not None:
             k, v = (hide_rows(x, key_mask) for x in (k, v))
             k, v = cache.k.append(k), cache.v.append(v)
-        f = causal_attention(q, k, v, key_mask).swapaxes(1, 2).reshape(B, T, D)
+        f = causal_attention(q, k, v, key_mask).swapaxes(1, 2).reshape(B, T, -1)
         return self.out_proj(f) if self.projects else f
 
     def _step(self, a: mx.array, cache: StepLayerCache) -> mx.array:
@@ -168,6 +193,9 @@ class AttentionMixer(nn.Module):
         d, position = self.config.head_dim, cache.position
         heads = projected[..., : (H + 2 * G) * d].reshape(B, 1, -1, d).swapaxes(1, 2)
         rotated, v = mx.split(heads, [H + G], 1)
+        if self.config.qk_norm:
+            q, k = mx.split(rotated, [H], 1)
+            rotated = mx.concatenate([self.q_norm(q), self.k_norm(k)], 1)
         if position.rope is not None:
             rotated = apply_rope(rotated, position.rope)
         q, k = mx.split(rotated, [H], 1)

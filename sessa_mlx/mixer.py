@@ -19,14 +19,15 @@ from sessa_mlx.feedback import feedback_solve
 class SessaMixer(AttentionMixer):
     """s = (I - diag(gamma) alpha)^-1 f, with f the causal attention of a (section 3 of the paper).
 
-    Forward attention has H heads and RoPE; feedback attention is one head of width D without
-    positions, over the strict past. f is the output of `out_proj` where there is one.
+    Forward attention has H heads and RoPE; feedback attention is one head of width K without
+    positions, over the strict past; K is D unless `feedback_key_dim` says otherwise. f is the
+    output of `out_proj` where there is one.
     """
 
     def __init__(self, config: SessaConfig, *, gated: bool = True) -> None:
         super().__init__(config, gated=gated)
         D = config.hidden_size
-        self.proj_fb = Linear(D, 2 * D)
+        self.proj_fb = Linear(D, 2 * config.feedback_key_dim)
         self.gamma_ctx = nn.Linear(D, 1, bias=False)
         self.gamma_bias = mx.ones(())
 
@@ -65,12 +66,13 @@ class SessaMixer(AttentionMixer):
         return self.config.gamma_max * mx.tanh(logits + self.gamma_bias.astype(work))
 
     def _step(self, a: mx.array, cache: StepLayerCache) -> mx.array:
-        """s = f + gamma softmax(q k / sqrt(D)) s of one token (B, 1, D), in the compiled step."""
+        """s = f + gamma softmax(q k / sqrt(K)) s of one token (B, 1, D), in the compiled step."""
         projected = cache.project(a)
         f = self._attend(projected, cache)
         states = cache.write_newest_state()
         work = states.dtype
-        q, k = mx.split(projected[..., -2 * a.shape[-1] :].astype(work), 2, -1)
+        K = self.config.feedback_key_dim
+        q, k = mx.split(projected[..., -2 * K :].astype(work), 2, -1)
         keys = cache.write("k_fb", k, cache.position.index, axis=1)
         past, scale = cache.position.past.astype(work), q.shape[-1] ** -0.5
         keys = keys.swapaxes(1, 2)

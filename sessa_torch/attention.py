@@ -11,22 +11,37 @@ from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 
 from sessa_common.config import SessaConfig
+from sessa_common.rope import RopeScaling
 from sessa_torch.cache import SessaLayerCache
 from sessa_torch.cuda.device import MOST_SEQUENCES, unavailable_reason
 
 Rope = tuple[Tensor, Tensor]
 
 
-def rope_tables(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Rope:
+def rope_tables(
+    positions: Tensor,
+    head_dim: int,
+    theta: float,
+    dtype: torch.dtype,
+    scaling: RopeScaling | None = None,
+) -> Rope:
     """Cosines and signed sines (B, 1, T, d), in pairs, of the angles position * theta^(-2i/d).
 
-    positions (B, T). Angles are computed in float32 (float64 for float64) whatever the model's
-    dtype, because bfloat16 cannot tell positions above 256 apart.
+    positions (B, T). A scaling gives other frequencies, and an amplitude to both tables. Angles are
+    computed in float32 (float64 for float64) whatever the model's dtype, because bfloat16 cannot
+    tell positions above 256 apart.
     """
     work = torch.promote_types(dtype, torch.float32)
-    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=work) / head_dim
-    angles = positions[:, None, :, None].to(work) * theta**-exponents
+    if scaling is None:
+        exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=work) / head_dim
+        frequencies = theta**-exponents
+    else:
+        exact = scaling.frequencies(head_dim, theta).tolist()
+        frequencies = torch.tensor(exact, device=positions.device, dtype=work)
+    angles = positions[:, None, :, None].to(work) * frequencies
     cos, sin = angles.cos(), angles.sin()
+    if scaling is not None and scaling.amplitude != 1:
+        cos, sin = scaling.amplitude * cos, scaling.amplitude * sin
     return cos.repeat_interleave(2, -1), torch.stack([-sin, sin], -1).flatten(-2)
 
 
@@ -46,7 +61,8 @@ def rope_of(
         positions = torch.arange(past, past + x.shape[1], device=x.device)[None]
     else:
         positions = (key_mask.long().cumsum(-1) - 1).clamp_min(0)[:, past:]
-    return rope_tables(positions, config.head_dim, config.rope_theta, x.dtype)
+    d, theta = config.head_dim, config.rope_theta
+    return rope_tables(positions, d, theta, x.dtype, config.rope_scaling)
 
 
 def apply_rope(x: Tensor, rope: Rope) -> Tensor:
@@ -101,19 +117,24 @@ class AttentionMixer(nn.Module):
     """Causal attention of a with H heads.
 
     Inside Sessa's gated block, `out_proj` has no bias and exists only for several heads, as in the
-    author's release. Inside the standard block it always exists and has a bias.
+    author's release. Inside the standard block it always exists; the configuration says whether it
+    has a bias, and whether RMSNorms scale every query and key head before RoPE.
     """
 
     def __init__(self, config: SessaConfig, *, gated: bool = False) -> None:
         super().__init__()
         self.config = config
-        D, kv = config.hidden_size, config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(D, D)
-        self.k_proj = nn.Linear(D, kv)
-        self.v_proj = nn.Linear(D, kv)
+        D, d, bias = config.hidden_size, config.head_dim, config.qkv_bias
+        inner, kv = config.num_attention_heads * d, config.num_key_value_heads * d
+        self.q_proj = nn.Linear(D, inner, bias=bias)
+        self.k_proj = nn.Linear(D, kv, bias=bias)
+        self.v_proj = nn.Linear(D, kv, bias=bias)
+        if config.qk_norm:
+            self.q_norm = nn.RMSNorm(d, eps=config.layer_norm_eps)
+            self.k_norm = nn.RMSNorm(d, eps=config.layer_norm_eps)
         self.projects = config.num_attention_heads > 1 or not gated
         if self.projects:
-            self.out_proj = nn.Linear(D, D, bias=not gated)
+            self.out_proj = nn.Linear(inner, D, bias=config.out_proj_bias and not gated)
 
     def forward(
         self,
@@ -128,17 +149,19 @@ class AttentionMixer(nn.Module):
         `rope` are the tables of `rope_of`, from a caller that shares them between layers. Without
         them they are built here, from the position of the cache and the mask.
         """
-        B, T, D = a.shape
+        B, T, _ = a.shape
         d = self.config.head_dim
         q, k, v = (
             project(a).view(B, T, -1, d).transpose(1, 2)  # (B, heads, T, d)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
         if rope is None:
             rope = rope_of(self.config, a, 0 if cache is None else cache.k.length, key_mask)
         if rope is not None:
             q, k = apply_rope(q, rope), apply_rope(k, rope)
         if cache is not None:
             k, v = cache.k.append(k), cache.v.append(v)
-        f = causal_attention(q, k, v, key_mask).transpose(1, 2).reshape(B, T, D)
+        f = causal_attention(q, k, v, key_mask).transpose(1, 2).reshape(B, T, -1)
         return self.out_proj(f) if self.projects else f

@@ -17,14 +17,15 @@ from sessa_torch.feedback import feedback_solve
 class SessaMixer(AttentionMixer):
     """s = (I - diag(gamma) alpha)^-1 f, with f the causal attention of a (section 3 of the paper).
 
-    Forward attention has H heads and RoPE; feedback attention is one head of width D without
-    positions, over the strict past. f is the output of `out_proj` where there is one.
+    Forward attention has H heads and RoPE; feedback attention is one head of width K without
+    positions, over the strict past; K is D unless `feedback_key_dim` says otherwise. f is the
+    output of `out_proj` where there is one.
     """
 
     def __init__(self, config: SessaConfig, *, gated: bool = True) -> None:
         super().__init__(config, gated=gated)
         D = config.hidden_size
-        self.proj_fb = nn.Linear(D, 2 * D)
+        self.proj_fb = nn.Linear(D, 2 * config.feedback_key_dim)
         self.gamma_ctx = nn.Linear(D, 1, bias=False)
         self.gamma_bias = nn.Parameter(torch.ones(()))
 

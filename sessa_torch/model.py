@@ -16,6 +16,7 @@ from sessa_torch.mamba2 import Mamba2Mixer
 from sessa_torch.mixer import SessaMixer
 
 MIXERS = {"attention": AttentionMixer, "sessa": SessaMixer}
+NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
 
 
 class SessaLayer(nn.Module):
@@ -48,15 +49,24 @@ class SessaLayer(nn.Module):
 
 
 class MLP(nn.Module):
-    """down_proj(gelu(up_proj(x))), D -> intermediate_size -> D."""
+    """down_proj(gelu(up_proj(x))), D -> intermediate_size -> D.
+
+    The type "swiglu" is down_proj(silu(gate_proj(x)) * up_proj(x)).
+    """
 
     def __init__(self, config: SessaConfig) -> None:
         super().__init__()
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+        D, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gated = config.mlp_type == "swiglu"
+        if self.gated:
+            self.gate_proj = nn.Linear(D, inner, bias=bias)
+        self.up_proj = nn.Linear(D, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, D, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply to x (B, T, D)."""
+        if self.gated:
+            return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
         return self.down_proj(F.gelu(self.up_proj(x)))
 
 
@@ -68,9 +78,10 @@ class TransformerLayer(nn.Module):
 
     def __init__(self, config: SessaConfig, kind: LayerKind = KINDS["transformer"]) -> None:
         super().__init__()
-        self.ln = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        norm = NORMS[config.norm_type]
+        self.ln = norm(config.hidden_size, eps=config.layer_norm_eps)
         self.mixer = MIXERS[kind.mixer](config, gated=False)
-        self.ln_mlp = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.ln_mlp = norm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = MLP(config)
 
     def forward(
@@ -136,8 +147,7 @@ class SessaModel(nn.Module):
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(new_layer(config, kind) for kind in config.kinds)
-        norm = nn.RMSNorm if config.final_norm == "rms" else nn.LayerNorm
-        self.norm = norm(config.hidden_size, eps=config.layer_norm_eps)
+        self.norm = NORMS[config.final_norm](config.hidden_size, eps=config.layer_norm_eps)
         self.checkpoint_layers = False
 
     def forward(

@@ -16,7 +16,7 @@ LAYOUTS = ("natural", "uniform", "buffer")
 
 
 def require_supported(config: SessaConfig) -> None:
-    """Raise SessaError for a stack with a layer that has no graph."""
+    """Raise SessaError for a stack with a layer that has no graph, or with an option it lacks."""
     for i, kind in enumerate(config.kinds):
         if not kind.exports:
             supported = ", ".join(name for name, known in KINDS.items() if known.exports)
@@ -24,6 +24,14 @@ def require_supported(config: SessaConfig) -> None:
                 f"layer {i} is {kind.name}, which ONNX export does not support; it takes "
                 f"{supported} (run this model with PyTorch or MLX)"
             )
+    options = {name: repr(value) for name, value in config.block_options.items()}
+    if config.rope_scaling is not None:
+        options["rope_scaling"] = config.rope_scaling.rope_type
+    if options:
+        listed = ", ".join(f"{name} {value}" for name, value in options.items())
+        raise SessaError(
+            f"ONNX export does not support {listed} yet (run this model with PyTorch or MLX)"
+        )
 
 
 def layer_pairs(config: SessaConfig, i: int, layout: str = "natural") -> list[tuple[int, int]]:

@@ -26,9 +26,9 @@ Tensors = dict[str, np.ndarray]
 # Files that torch.save wrote.
 TORCH_SUFFIXES = {".pt", ".pth", ".bin", ".ckpt"}
 LAYER = re.compile(
-    r"(?:(?P<prefix>.*?)\.)??(?P<tensor>(?:ln|ln_mlp|W_in|W_out|mlp\.(?:up|down)_proj"
+    r"(?:(?P<prefix>.*?)\.)??(?P<tensor>(?:ln|ln_mlp|W_in|W_out|mlp\.(?:gate|up|down)_proj"
     r"|mixer\.(?:[qkv]_proj|proj_fb|out_proj|conv1d))\.(?:weight|bias)"
-    r"|mixer\.(?:gamma_ctx|in_proj|norm)\.weight|mixer\.(?:gamma_bias|dt_bias|A_log|D)"
+    r"|mixer\.(?:gamma_ctx|in_proj|norm|q_norm|k_norm)\.weight|mixer\.(?:gamma_bias|dt_bias|A_log|D)"
     r"|mixer\.(?:rope_inv_freq|causal_mask_\w+))"
 )
 BUFFER = re.compile(r"mixer\.(?:rope_inv_freq|causal_mask_\w+)")

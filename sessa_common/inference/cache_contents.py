@@ -43,7 +43,7 @@ def cache_shapes(config: SessaConfig, B: int, P: int) -> dict[str, tuple[int, ..
         layer: dict[str, tuple[int, ...]]
         layer = {"k": rows, "v": rows} if kind.attends else {"conv": conv, "state": state}
         if kind.feeds_back:
-            layer |= {"k_fb": (B, P, D), "s": (B, P, D)}
+            layer |= {"k_fb": (B, P, config.feedback_key_dim), "s": (B, P, D)}
         shapes |= {f"layers.{i}.{name}": shape for name, shape in layer.items()}
     return shapes
 

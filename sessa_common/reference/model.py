@@ -30,7 +30,10 @@ from sessa_common.reference.ops import (
     layer_norm,
     layer_norm_backward,
     rms_norm,
+    rms_norm_backward,
     rotate,
+    silu,
+    silu_derivative,
     uniform_kernel,
 )
 
@@ -91,15 +94,15 @@ class SessaLayerCache(NamedTuple):
 
     k: np.ndarray  # (B, G, P, d), after RoPE
     v: np.ndarray  # (B, G, P, d)
-    k_fb: np.ndarray  # (B, P, D)
+    k_fb: np.ndarray  # (B, P, K)
     s: np.ndarray  # (B, P, D)
 
 
 def empty_layer_cache(config: SessaConfig, B: int) -> SessaLayerCache:
     """A cache of zero tokens for B sequences in a layer with attention."""
     heads = np.zeros((B, config.num_key_value_heads, 0, config.head_dim))
-    wide = np.zeros((B, 0, config.hidden_size))
-    return SessaLayerCache(heads, heads, wide, wide)
+    k_fb = np.zeros((B, 0, config.feedback_key_dim))
+    return SessaLayerCache(heads, heads, k_fb, np.zeros((B, 0, config.hidden_size)))
 
 
 def _layer(
@@ -126,8 +129,11 @@ def _layer(
 
 
 def _norm(config: SessaConfig, weights: Weights, name: str, x: np.ndarray) -> np.ndarray:
-    weight, bias = f64(weights[f"{name}.weight"]), f64(weights[f"{name}.bias"])
-    return layer_norm(x, weight, bias, config.layer_norm_eps)
+    """LayerNorm where the norm has a bias, RMSNorm where it has none."""
+    weight, bias = f64(weights[f"{name}.weight"]), weights.get(f"{name}.bias")
+    if bias is None:
+        return rms_norm(x, weight, config.layer_norm_eps)
+    return layer_norm(x, weight, f64(bias), config.layer_norm_eps)
 
 
 def _gated_block(
@@ -147,7 +153,12 @@ def _standard_block(
     c.middle = c.x + c.s
     c.normed_mlp = _norm(config, weights, "ln_mlp", c.middle)
     c.up = _linear(weights, "mlp.up_proj", c.normed_mlp)
-    c.y = c.middle + _linear(weights, "mlp.down_proj", gelu(c.up))
+    if config.mlp_type == "swiglu":
+        c.gate = _linear(weights, "mlp.gate_proj", c.normed_mlp)
+        c.inner = silu(c.gate) * c.up
+    else:
+        c.inner = gelu(c.up)
+    c.y = c.middle + _linear(weights, "mlp.down_proj", c.inner)
 
 
 def _mix(config: SessaConfig, weights: Weights, c: SimpleNamespace, past: SessaLayerCache) -> None:
@@ -166,9 +177,13 @@ def _attention(
     c.q = _split_heads(_linear(weights, "mixer.q_proj", c.mixer_in), config.num_attention_heads)
     k = _split_heads(_linear(weights, "mixer.k_proj", c.mixer_in), config.num_key_value_heads)
     v = _split_heads(_linear(weights, "mixer.v_proj", c.mixer_in), config.num_key_value_heads)
+    c.heads_before_norm = {"q": c.q, "k": k}
+    if config.qk_norm:
+        c.q = _norm(config, weights, "mixer.q_norm", c.q)
+        k = _norm(config, weights, "mixer.k_norm", k)
     if config.use_forward_rope:
-        c.q = rotate(c.q, c.positions, config.rope_theta)
-        k = rotate(k, c.positions, config.rope_theta)
+        c.q = rotate(c.q, c.positions, config.rope_theta, config.rope_scaling)
+        k = rotate(k, c.positions, config.rope_theta, config.rope_scaling)
     c.k, c.v = np.concatenate([past.k, k], axis=2), np.concatenate([past.v, v], axis=2)
     c.heads = _join_heads(attention(c.q, c.k, c.v, c.key_mask))
     projects = "mixer.out_proj.weight" in weights
@@ -253,9 +268,11 @@ def _norm_backward(
     dy: np.ndarray,
     grads: dict[str, np.ndarray],
 ) -> np.ndarray:
-    dx, grads[f"{name}.weight"], grads[f"{name}.bias"] = layer_norm_backward(
-        dy, x, f64(weights[f"{name}.weight"]), config.layer_norm_eps
-    )
+    weight, eps = f64(weights[f"{name}.weight"]), config.layer_norm_eps
+    if f"{name}.bias" not in weights:
+        dx, grads[f"{name}.weight"] = rms_norm_backward(dy, x, weight, eps)
+        return dx
+    dx, grads[f"{name}.weight"], grads[f"{name}.bias"] = layer_norm_backward(dy, x, weight, eps)
     return dx
 
 
@@ -281,10 +298,14 @@ def _standard_backward(
     grads: dict[str, np.ndarray],
 ) -> tuple[np.ndarray, np.ndarray]:
     """Gradients at the residual stream and at the normed input."""
-    dup = _linear_backward(weights, "mlp.down_proj", gelu(c.up), dy, grads)
-    dnormed = _linear_backward(
-        weights, "mlp.up_proj", c.normed_mlp, dup * gelu_derivative(c.up), grads
-    )
+    dinner = _linear_backward(weights, "mlp.down_proj", c.inner, dy, grads)
+    if config.mlp_type == "swiglu":
+        dgate = dinner * c.up * silu_derivative(c.gate)
+        dnormed = _linear_backward(weights, "mlp.gate_proj", c.normed_mlp, dgate, grads)
+        dup = dinner * silu(c.gate)
+    else:
+        dnormed, dup = np.zeros_like(c.normed_mlp), dinner * gelu_derivative(c.up)
+    dnormed += _linear_backward(weights, "mlp.up_proj", c.normed_mlp, dup, grads)
     dmiddle = dy + _norm_backward(config, weights, "ln_mlp", c.middle, dnormed, grads)
     return dmiddle, _mix_backward(config, weights, c, dmiddle, grads)
 
@@ -322,8 +343,12 @@ def _attention_backward(
     dheads = _split_heads(df, config.num_attention_heads)
     dq, dk, dv = attention_backward(dheads, c.q, c.k, c.v, c.key_mask)
     if config.use_forward_rope:
-        dq = rotate(dq, -c.positions, config.rope_theta)
-        dk = rotate(dk, -c.positions, config.rope_theta)
+        dq = rotate(dq, -c.positions, config.rope_theta, config.rope_scaling)
+        dk = rotate(dk, -c.positions, config.rope_theta, config.rope_scaling)
+    if config.qk_norm:
+        before = c.heads_before_norm
+        dq = _norm_backward(config, weights, "mixer.q_norm", before["q"], dq, grads)
+        dk = _norm_backward(config, weights, "mixer.k_norm", before["k"], dk, grads)
     dmixer_in = np.zeros_like(c.mixer_in)
     for name, gradient in (("q_proj", dq), ("k_proj", dk), ("v_proj", dv)):
         joined = _join_heads(gradient)
@@ -387,10 +412,7 @@ def _model(
     if cache:
         cache.mask = mask
         cache.length += T
-    if config.final_norm == "rms":
-        normed = rms_norm(x, f64(weights["model.norm.weight"]), config.layer_norm_eps)
-    else:
-        normed = _norm(config, weights, "model.norm", x)
+    normed = _norm(config, weights, "model.norm", x)
     return SimpleNamespace(x=x, normed=normed, layers=layers)
 
 

@@ -11,6 +11,8 @@ import math
 
 import numpy as np
 
+from sessa_common.rope import RopeScaling
+
 _erf = np.vectorize(math.erf, otypes=[np.float64])
 
 
@@ -123,14 +125,20 @@ def uniform_kernel(gamma: float | np.ndarray, T: int) -> np.ndarray:
     return np.tril(below, -1) + np.eye(T)
 
 
-def rotate(x: np.ndarray, positions: np.ndarray, theta: float) -> np.ndarray:
+def rotate(
+    x: np.ndarray, positions: np.ndarray, theta: float, scaling: RopeScaling | None = None
+) -> np.ndarray:
     """RoPE on x (B, H, T, d): the pairs (0,1), (2,3), ... rotate by position times frequency.
 
-    positions (1 or B, T). The rotation by -positions is the inverse and the transpose.
+    positions (1 or B, T). The rotation by -positions is the transpose, and without the amplitude of
+    a scaling also the inverse.
     """
-    frequencies = theta ** (-np.arange(0, x.shape[-1], 2) / x.shape[-1])
+    if scaling is None:
+        frequencies, amplitude = theta ** (-np.arange(0, x.shape[-1], 2) / x.shape[-1]), 1.0
+    else:
+        frequencies, amplitude = scaling.frequencies(x.shape[-1], theta), scaling.amplitude
     angles = f64(positions)[:, None, :, None] * frequencies
-    cos, sin = np.cos(angles), np.sin(angles)
+    cos, sin = amplitude * np.cos(angles), amplitude * np.sin(angles)
     even, odd = x[..., 0::2], x[..., 1::2]
     return np.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(x.shape)
 
@@ -202,6 +210,12 @@ def silu(x: np.ndarray) -> np.ndarray:
     return x * 0.5 * (1 + np.tanh(x / 2))
 
 
+def silu_derivative(x: np.ndarray) -> np.ndarray:
+    """Slope of `silu`."""
+    share = 0.5 * (1 + np.tanh(x / 2))
+    return share * (1 + x * (1 - share))
+
+
 def softplus(x: np.ndarray) -> np.ndarray:
     """log(1 + exp(x))."""
     return np.logaddexp(0.0, x)
@@ -210,6 +224,16 @@ def softplus(x: np.ndarray) -> np.ndarray:
 def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
     """Divide the last axis by its root mean square, then scale."""
     return x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + eps) * weight
+
+
+def rms_norm_backward(
+    dy: np.ndarray, x: np.ndarray, weight: np.ndarray, eps: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Gradients (dx, dweight) of `rms_norm`."""
+    scale = 1 / np.sqrt((x * x).mean(axis=-1, keepdims=True) + eps)
+    unit, dunit = x * scale, dy * weight
+    dx = scale * (dunit - unit * (dunit * unit).mean(axis=-1, keepdims=True))
+    return dx, (dy * unit).sum(axis=tuple(range(x.ndim - 1)))
 
 
 def layer_norm(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, eps: float) -> np.ndarray:

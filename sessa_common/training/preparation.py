@@ -162,6 +162,8 @@ def override(config: SessaConfig, given: Mapping[str, Any]) -> SessaConfig:
             values.setdefault("num_key_value_heads", 0)
         if config.intermediate_size == 4 * config.hidden_size:
             values.setdefault("intermediate_size", 0)
+        if config.feedback_key_dim == config.hidden_size:
+            values.setdefault("feedback_key_dim", 0)
     return build(SessaConfig, {**dataclasses.asdict(config), **values})
 
 

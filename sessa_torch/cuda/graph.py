@@ -37,6 +37,8 @@ def unavailable_reason(model: SessaForCausalLM) -> str | None:
         return "the weights have different types"
     if reason := device.unavailable_reason(example.device, example.dtype):
         return reason
+    if options := model.config.block_options:
+        return f"its kernels do not know {', '.join(options)}"
     if model.config.head_dim > WIDEST_HEAD:
         return f"heads are wider than {WIDEST_HEAD}"
     if model.config.feeds_back:
@@ -147,7 +149,9 @@ class StepRunner:
             keys = growing[0].buffer
             assert keys is not None
             positions = torch.arange(keys.shape[2], device=example.device)[None]
-            tables = rope_tables(positions, config.head_dim, config.rope_theta, example.dtype)
+            tables = rope_tables(
+                positions, config.head_dim, config.rope_theta, example.dtype, config.rope_scaling
+            )
             rope = (tables[0][0, 0], tables[1][0, 0])
         return Place(
             length=torch.zeros((), dtype=torch.int32, device=example.device),

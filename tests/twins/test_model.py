@@ -23,6 +23,24 @@ BASE = {
     "mamba_d_state": 10,
     "mamba_d_head": 8,
 }
+# The standard block of the Llama family.
+LLAMA = {
+    "layer_kinds": "transformer",
+    "num_key_value_heads": 2,
+    "intermediate_size": 40,
+    "norm_type": "rms",
+    "mlp_type": "swiglu",
+    "qkv_bias": False,
+    "out_proj_bias": False,
+    "mlp_bias": False,
+}
+YARN = {
+    "rope_scaling": {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 32,
+    }
+}
 VARIANTS = {
     "base": {},
     "grouped": {"num_key_value_heads": 2},
@@ -41,6 +59,21 @@ VARIANTS = {
         "num_key_value_heads": 2,
         "intermediate_size": 40,
     },
+    "llama": {**LLAMA, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+    "qwen2": {**LLAMA, "layer_kinds": "sessa_transformer", "qkv_bias": True, **YARN},
+    "qwen3": {
+        **LLAMA,
+        "layer_kinds": ("sessa_transformer", "transformer"),
+        "qk_norm": True,
+        "head_dim": 10,
+        "feedback_key_dim": 7,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "original_max_position_embeddings": 24,
+        },
+    },
+    "narrow-keys": {"feedback_key_dim": 5},
     "mamba2": {"layer_kinds": "mamba2"},
     "hybrid": {"layer_kinds": ("mamba2", "transformer", "sessa"), "num_hidden_layers": 3},
 }
@@ -172,7 +205,8 @@ def float64_gradients(config, weights, ids, mask, dlogits):
 
 @frameworks
 @pytest.mark.parametrize(
-    "variant", ["base", "transformer", "gated", "sessa_transformer", "mamba2", "hybrid"]
+    "variant",
+    ["base", "transformer", "gated", "sessa_transformer", "qwen2", "qwen3", "mamba2", "hybrid"],
 )
 def test_every_gradient_of_the_model(framework, variant):
     model, config, weights = make(framework, variant)
