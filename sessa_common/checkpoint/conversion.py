@@ -31,6 +31,7 @@ from sessa_common.checkpoint.import_weights import (
     map_names,
     read_arrays,
 )
+from sessa_common.checkpoint.llama_names import is_llama_family, llama_config, llama_tensors
 from sessa_common.checkpoint.mamba2_names import mamba2_config, mamba2_names
 from sessa_common.checkpoint.manifest import (
     SAVES,
@@ -140,6 +141,8 @@ def _read_folder(folder: Path, given: Mapping[str, Any]) -> Source:
     settings = read_json(folder / "config.json")
     if settings.get("model_type") == "mamba2":
         return _read_mamba2(folder, settings, given)
+    if is_llama_family(settings):
+        return _read_llama(folder, settings, given)
     settings = with_layer_kinds(settings)
     for key, value in given.items():
         if key not in FOREIGN_KEYS and settings.get(key, value) != value:
@@ -169,10 +172,24 @@ def _read_mamba2(folder: Path, settings: Mapping[str, Any], given: Mapping[str, 
     weights = map_names(mamba2_names(read_tensors(folder)), {}, str(folder)).weights
     if config.tie_word_embeddings:
         weights.pop("lm_head.weight", None)
-    check_weights(config, weights, str(folder))
-    require_finite_weights(weights, str(folder))
     kind = "transformers mamba2 folder"
-    return Source(config=config, weights=weights, kind=kind, notes=notes, folder=folder)
+    return _checked(Source(config=config, weights=weights, kind=kind, notes=notes, folder=folder))
+
+
+def _read_llama(folder: Path, settings: Mapping[str, Any], given: Mapping[str, Any]) -> Source:
+    """A folder of transformers' Llama family."""
+    keys, notes = llama_config(settings, given, str(folder / "config.json"))
+    config = SessaConfig.from_dict(keys, str(folder / "config.json"))
+    weights = llama_tensors(config, read_tensors(folder))
+    kind = f"transformers {settings['model_type']} folder"
+    return _checked(Source(config=config, weights=weights, kind=kind, notes=notes, folder=folder))
+
+
+def _checked(source: Source) -> Source:
+    """The source, after every tensor was found to be there, to fit and to be finite."""
+    check_weights(source.config, source.weights, str(source.folder))
+    require_finite_weights(source.weights, str(source.folder))
+    return source
 
 
 def _settings_beside(path: Path) -> dict[str, Any]:

@@ -170,11 +170,18 @@ def test_left_padded_prompts_equal_single_prompts(framework, variant):
 
 @frameworks
 @pytest.mark.parametrize(
-    ("kind", "without_feedback"),
-    [("sessa", "gated_attention"), ("sessa_transformer", "transformer")],
+    ("kind", "without_feedback", "options"),
+    [
+        ("sessa", "gated_attention", {}),
+        ("sessa_transformer", "transformer", {}),
+        ("sessa_transformer", "transformer", {**LLAMA, "qk_norm": True, "feedback_key_dim": 6}),
+    ],
+    ids=["sessa", "sessa_transformer", "llama"],
 )
-def test_a_gain_of_zero_changes_no_bit(framework, kind, without_feedback):
-    config, plain = (SessaConfig(**BASE, layer_kinds=name) for name in (kind, without_feedback))
+def test_a_gain_of_zero_changes_no_bit(framework, kind, without_feedback, options):
+    config, plain = (
+        SessaConfig(**{**BASE, **options, "layer_kinds": name}) for name in (kind, without_feedback)
+    )
     weights = initial_weights(config, 4)
     for name in weights:
         if "gamma_" in name:

@@ -11,6 +11,7 @@ from sessa_common.config import SessaConfig, parameter_shapes
 from sessa_common.errors import SessaError
 from sessa_common.reference import model as reference
 from sessa_common.reference.ops import masked_softmax
+from sessa_common.rope import RopeScaling
 
 CONFIGS = {
     "mha": SessaConfig(vocab_size=11, hidden_size=12, num_hidden_layers=2, num_attention_heads=3),
@@ -70,6 +71,24 @@ CONFIGS = {
         layer_kinds=("sessa_transformer", "transformer"),
         intermediate_size=20,
         gamma_max=0.9,
+    ),
+    "every_block_option": SessaConfig(
+        vocab_size=11,
+        hidden_size=12,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=6,
+        layer_kinds=("sessa_transformer", "transformer"),
+        intermediate_size=20,
+        norm_type="rms",
+        mlp_type="swiglu",
+        qkv_bias=False,
+        out_proj_bias=False,
+        mlp_bias=False,
+        qk_norm=True,
+        feedback_key_dim=5,
+        rope_scaling=RopeScaling(rope_type="yarn", factor=4.0, original_max_position_embeddings=16),
     ),
 }
 RECURRENT = {

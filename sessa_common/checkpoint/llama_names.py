@@ -1,0 +1,174 @@
+"""Folders of the Llama family as transformers writes them: keys, names and rotary pairs as ours."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from sessa_common.config import SessaConfig
+from sessa_common.errors import SessaError, expect
+from sessa_common.rope import with_rope_scaling
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """What the code of a family fixes, and the keys that a folder of it may leave out.
+
+    A bias of None follows the key `attention_bias`.
+    """
+
+    qkv_bias: bool | None = None
+    out_proj_bias: bool | None = None
+    qk_norm: bool = False
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+
+QWEN = {
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+    "use_sliding_window": False,
+}
+ENDS = {"bos_token_id": 1, "eos_token_id": 2}
+MISTRAL = {
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "sliding_window": 4096,
+    **ENDS,
+}
+FAMILIES = {
+    "llama": Family(defaults=ENDS),
+    "mistral": Family(qkv_bias=False, out_proj_bias=False, defaults=MISTRAL),
+    "qwen2": Family(qkv_bias=True, out_proj_bias=False, defaults=QWEN),
+    "qwen3": Family(qk_norm=True, defaults={**QWEN, "head_dim": 128}),
+}
+# Our key, theirs, and what theirs is when it is null or left out; "" when it must be there.
+KEYS: dict[str, tuple[str, Any]] = {
+    "vocab_size": ("vocab_size", ""),
+    "hidden_size": ("hidden_size", ""),
+    "intermediate_size": ("intermediate_size", ""),
+    "num_hidden_layers": ("num_hidden_layers", ""),
+    "num_attention_heads": ("num_attention_heads", ""),
+    "num_key_value_heads": ("num_key_value_heads", 0),
+    "head_dim": ("head_dim", 0),
+    "max_position_embeddings": ("max_position_embeddings", 2048),
+    "layer_norm_eps": ("rms_norm_eps", 1e-6),
+    "rope_theta": ("rope_theta", 10000.0),
+    "rope_scaling": ("rope_scaling", None),
+    "tie_word_embeddings": ("tie_word_embeddings", False),
+    "mlp_bias": ("mlp_bias", False),
+    "bos_token_id": ("bos_token_id", None),
+    "pad_token_id": ("pad_token_id", None),
+}
+NAMES = {
+    r"model\.layers\.(\d+)\.input_layernorm\.weight": r"model.layers.\1.ln.weight",
+    r"model\.layers\.(\d+)\.post_attention_layernorm\.weight": r"model.layers.\1.ln_mlp.weight",
+    r"model\.layers\.(\d+)\.self_attn\.o_proj\.(.+)": r"model.layers.\1.mixer.out_proj.\2",
+    r"model\.layers\.(\d+)\.self_attn\.(.+)": r"model.layers.\1.mixer.\2",
+}
+ROTATED = re.compile(r".*\.mixer\.(?:[qk]_proj|[qk]_norm)\.(?:weight|bias)")
+
+
+def is_llama_family(settings: Mapping[str, Any]) -> bool:
+    """Return True for the config.json of a family whose block this project has."""
+    return settings.get("model_type") in FAMILIES
+
+
+def llama_config(
+    settings: Mapping[str, Any], given: Mapping[str, Any], where: str
+) -> tuple[dict[str, Any], list[str]]:
+    """Our keys for their config.json with `given` over them, and what had to be assumed.
+
+    Raises SessaError that names the setting for a model that this project does not compute.
+    """
+    try:
+        return _llama_config(settings, given)
+    except SessaError as error:
+        raise SessaError(f"{where}: {error}") from None
+
+
+def _llama_config(
+    settings: Mapping[str, Any], given: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+    name = settings.get("model_type")
+    expect(name in FAMILIES, "model_type", name, f"one of {', '.join(FAMILIES)}")
+    family = FAMILIES[str(name)]
+    settings = with_rope_scaling({**family.defaults, **settings})
+    activation = settings.get("hidden_act", "silu")
+    expect(activation == "silu", "hidden_act", activation, "'silu'")
+    share = settings.get("partial_rotary_factor", 1.0)
+    expect(share == 1, "partial_rotary_factor", share, "1, because all of a head is rotated")
+    _refuse_windows(settings)
+    keys = {}
+    for ours, (theirs, default) in KEYS.items():
+        value = settings.get(theirs)
+        keys[ours] = default if value is None else value
+        expect(keys[ours] != "", theirs, None, "a number")
+    bias = settings.get("attention_bias", False)
+    keys |= {
+        "layer_kinds": "transformer",
+        "norm_type": "rms",
+        "mlp_type": "swiglu",
+        "qkv_bias": bias if family.qkv_bias is None else family.qkv_bias,
+        "out_proj_bias": bias if family.out_proj_bias is None else family.out_proj_bias,
+        "qk_norm": family.qk_norm,
+        "dtype": settings.get("dtype") or settings.get("torch_dtype") or "float32",
+    }
+    ends, notes = settings.get("eos_token_id"), []
+    if isinstance(ends, list):
+        notes.append(f"kept eos_token_id {ends[0]} of {ends}")
+        ends = ends[0]
+    return {**keys, "eos_token_id": ends, **given}, notes
+
+
+def _refuse_windows(settings: Mapping[str, Any]) -> None:
+    """Raise SessaError where a layer sees only the newest tokens."""
+    layers = settings.get("layer_types") or []
+    window, used = settings.get("sliding_window"), settings.get("use_sliding_window", True)
+    # Qwen2 and Qwen3 begin their windows at the layer `max_window_layers`.
+    first = settings.get("max_window_layers", 0)
+    begins = first < settings.get("num_hidden_layers", first + 1)
+    windowed = window is not None and used and begins
+    if any(kind != "full_attention" for kind in layers) or (windowed and not layers):
+        raise SessaError(
+            f"sliding_window is {window}: layers that see only the newest tokens are not "
+            "supported; set use_sliding_window to false if the model was trained without"
+        )
+
+
+def llama_tensors(config: SessaConfig, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Tensors by our names, with the rotary pairs of queries and keys side by side.
+
+    The family rotates the rows i and i + d/2 of a head, this project 2i and 2i + 1. A buffer of
+    frequencies is left out, and so is a head that only repeats the tied embedding.
+    """
+    found = {}
+    for name, value in tensors.items():
+        ours = _rename(name)
+        repeats = ours == "lm_head.weight" and config.tie_word_embeddings
+        if not repeats and not ours.endswith(".rotary_emb.inv_freq"):
+            rotated = ROTATED.fullmatch(ours)
+            found[ours] = interleave_halves(value, config.head_dim) if rotated else value
+    return found
+
+
+def _rename(name: str) -> str:
+    for pattern, ours in NAMES.items():
+        if match := re.fullmatch(pattern, name):
+            return match.expand(ours)
+    return name
+
+
+def interleave_halves(rows: np.ndarray, head_dim: int) -> np.ndarray:
+    """Move the rows i and i + d/2 of every head to 2i and 2i + 1, rows (heads d, ...)."""
+    halves = rows.reshape(-1, 2, head_dim // 2, *rows.shape[1:])
+    return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(rows.shape)
+
+
+def separate_pairs(rows: np.ndarray, head_dim: int) -> np.ndarray:
+    """Undo `interleave_halves`."""
+    pairs = rows.reshape(-1, head_dim // 2, 2, *rows.shape[1:])
+    return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows.shape)
