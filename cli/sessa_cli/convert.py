@@ -19,8 +19,9 @@ def convert(
     source: Annotated[
         Path,
         typer.Argument(
-            help="Checkpoint folder (of this project, quantised by MLX, or Mamba-2 of "
-            "transformers), or a .pt, .pth, .safetensors or .npz file of a model or of layers."
+            help="Checkpoint folder (of this project, quantised by MLX, or Llama, "
+            "Mistral, Qwen2, Qwen3 or Mamba-2 of transformers), or a .pt, .pth, .safetensors or "
+            ".npz file of a model or of layers."
         ),
     ],
     target: Annotated[Path, typer.Argument(help="New checkpoint folder.")],
@@ -68,7 +69,18 @@ def convert(
         int | None,
         typer.Option(help="Vocabulary of a drawn embedding, for weights that have none."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of a drawn embedding.")] = 0,
+    feedback: Annotated[
+        str | None,
+        typer.Option(
+            help="Add feedback with a gain of 0, which changes no answer, to these layers: all, "
+            "every:2, or numbers from 0 such as 3,7."
+        ),
+    ] = None,
+    feedback_key_dim: Annotated[
+        int | None,
+        typer.Option(help="Width of the keys of the added feedback. Default: hidden_size."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of a drawn embedding or feedback.")] = 0,
     config: Annotated[
         Path | None, typer.Option(help="A config.json, or a few of its keys, for a weight file.")
     ] = None,
@@ -88,6 +100,7 @@ def convert(
         "num_key_value_heads": num_key_value_heads,
         "use_forward_rope": use_forward_rope,
         "vocab_size": vocab_size,
+        "feedback_key_dim": feedback_key_dim,
     }
     report = convert_source(
         source,
@@ -98,6 +111,7 @@ def convert(
         group_size=group_size,
         shard_size=shard_size,
         config=config,
+        feedback=feedback,
         seed=seed,
         force=force,
         **{name: value for name, value in fields.items() if value is not None},

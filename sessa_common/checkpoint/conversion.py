@@ -47,6 +47,7 @@ from sessa_common.checkpoint.quantization import (
     quantize_weights,
 )
 from sessa_common.checkpoint.run_files import STATE
+from sessa_common.checkpoint.upcycling import add_feedback, parse_layers
 from sessa_common.config import DTYPES, FOREIGN_KEYS, SessaConfig, parameter_shapes
 from sessa_common.errors import SessaError, expect
 from sessa_common.fields import split_fields
@@ -224,6 +225,7 @@ def convert(
     group_size: int | None = None,
     shard_size: int | str = SHARD_SIZE,
     config: Mapping[str, Any] | Path | str | None = None,
+    feedback: str | None = None,
     seed: int = 0,
     force: bool = False,
     **fields: Any,
@@ -235,7 +237,9 @@ def convert(
     tensor's; bits quantises in MLX's affine format with one scale for group_size numbers (64);
     shard_size is in bytes, or a text such as "500MB". For a weight file, config (or the path of a
     config.json) and further keyword arguments are fields of SessaConfig that the weights do not
-    settle, and seed draws a missing embedding. Raises SessaError before the folder appears.
+    settle, and seed draws a missing embedding. `feedback` ("all", "every:2", "3,7") adds feedback
+    with a gain of 0 to these layers, with `feedback_key_dim` as the width of its keys; seed draws
+    its projections. Raises SessaError before the folder appears.
     """
     target, size = Path(target), parse_size(shard_size)
     expect(framework in (None, *FRAMEWORKS), "`framework`", framework, f"{' or '.join(FRAMEWORKS)}")
@@ -247,10 +251,13 @@ def convert(
     inputs = [Path(name) for name in (source, config) if isinstance(name, (Path, str))]
     inputs = [path for path in inputs if path.resolve() != target.resolve()]
     check_new_folder(target, force=force, inputs=inputs)
+    key_dim = fields.pop("feedback_key_dim", None) if feedback is not None else None
     if not isinstance(source, Source):
         (given,) = split_fields(fields, SessaConfig)
         keys = read_json(Path(config)) if isinstance(config, (Path, str)) else dict(config or {})
         source = read_source(Path(source), keys | given, seed)
+    if feedback is not None:
+        source = _with_feedback(source, feedback, key_dim, seed)
     in_place = source.folder is not None and source.folder.resolve() == target.resolve()
     _refuse_overlap(source.folder, target)
     weights = cast(source.weights, dtype) if dtype else dict(source.weights)
@@ -282,6 +289,14 @@ def convert(
         _, back = load_weights(scratch)
         files = sorted(path.name for path in scratch.iterdir() if path.name not in carried)
     return _report(source, back, stored, files, carried)
+
+
+def _with_feedback(source: Source, feedback: str, key_dim: int | None, seed: int) -> Source:
+    layers = parse_layers(feedback, source.config.num_hidden_layers)
+    config, weights = add_feedback(source.config, source.weights, layers, key_dim, seed)
+    listed = ", ".join(map(str, layers))
+    notes = [*source.notes, f"added feedback with a gain of 0 to the layers {listed}"]
+    return dataclasses.replace(source, config=config, weights=weights, notes=notes)
 
 
 def parse_size(size: int | str) -> int:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from mlx import nn
 from mlx.utils import tree_flatten, tree_unflatten
+from support.block_options import FAMILIES
 from support.mlx_pool import VIEWS, Pool, primitives, replay
 
 from sessa_common.config import SessaConfig
@@ -239,10 +240,13 @@ def test_a_bias_is_added_apart_where_that_is_faster(bits):
     np.testing.assert_allclose(apart, plain, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["sessa", "transformer"])
+STEPS = {name: {"layer_kinds": name} for name in ("sessa", "transformer")} | FAMILIES
+
+
+@pytest.mark.parametrize("kind", STEPS)
 def test_a_compiled_step_equals_the_call_of_the_model(kind):
     """Also with padding, and when the number of rows that are read grows."""
-    config = small_config(layer_kinds=kind, num_key_value_heads=2)
+    config = small_config(**{"num_key_value_heads": 2, **STEPS[kind]})
     model, cache, plain = new_model(config), SessaCache(config), SessaCache(config)
     ids = mx.array(np.random.default_rng(3).integers(0, 60, (2, 270)))
     mask = mx.array(np.arange(250) >= np.array([[0], [7]]))

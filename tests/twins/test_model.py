@@ -6,6 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from support.block_options import FAMILIES, LLAMA
 from support.frameworks import FRAMEWORKS, TORCH
 from support.golden_cases import gradient_errors, relative_error
 
@@ -22,24 +23,6 @@ BASE = {
     "num_attention_heads": 4,
     "mamba_d_state": 10,
     "mamba_d_head": 8,
-}
-# The standard block of the Llama family.
-LLAMA = {
-    "layer_kinds": "transformer",
-    "num_key_value_heads": 2,
-    "intermediate_size": 40,
-    "norm_type": "rms",
-    "mlp_type": "swiglu",
-    "qkv_bias": False,
-    "out_proj_bias": False,
-    "mlp_bias": False,
-}
-YARN = {
-    "rope_scaling": {
-        "rope_type": "yarn",
-        "factor": 4.0,
-        "original_max_position_embeddings": 32,
-    }
 }
 VARIANTS = {
     "base": {},
@@ -59,20 +42,7 @@ VARIANTS = {
         "num_key_value_heads": 2,
         "intermediate_size": 40,
     },
-    "llama": {**LLAMA, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
-    "qwen2": {**LLAMA, "layer_kinds": "sessa_transformer", "qkv_bias": True, **YARN},
-    "qwen3": {
-        **LLAMA,
-        "layer_kinds": ("sessa_transformer", "transformer"),
-        "qk_norm": True,
-        "head_dim": 10,
-        "feedback_key_dim": 7,
-        "rope_scaling": {
-            "rope_type": "llama3",
-            "factor": 8.0,
-            "original_max_position_embeddings": 24,
-        },
-    },
+    **FAMILIES,
     "narrow-keys": {"feedback_key_dim": 5},
     "mamba2": {"layer_kinds": "mamba2"},
     "hybrid": {"layer_kinds": ("mamba2", "transformer", "sessa"), "num_hidden_layers": 3},

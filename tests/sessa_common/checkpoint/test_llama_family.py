@@ -200,3 +200,49 @@ def test_a_config_json_has_only_the_options_that_differ():
     narrow = dataclasses.replace(config, feedback_key_dim=16, qk_norm=True)
     assert narrow.to_dict()["feedback_key_dim"] == 16
     assert SessaConfig.from_dict(narrow.to_dict()) == narrow
+
+
+@pytest.mark.parametrize("backend", ["torch", "mlx"])
+def test_added_feedback_changes_no_bit_of_a_published_model(backend, tmp_path):
+    decoding = pytest.importorskip(f"sessa_{backend}.decoding")
+    with np.load(STORIES / "truth.npz") as truth:
+        ids = truth["ids"]
+    convert(STORIES, tmp_path / "plain")
+    logits = decoding.load_decoder(tmp_path / "plain").logits(ids)
+    for source, name in ((STORIES, "first"), (tmp_path / "plain", "second")):
+        convert(source, tmp_path / name, feedback="every:2", feedback_key_dim=16)
+        found = decoding.load_decoder(tmp_path / name)
+        kinds = ["sessa_transformer" if i in (1, 3) else "transformer" for i in range(5)]
+        assert [kind.name for kind in found.config.kinds] == kinds
+        np.testing.assert_array_equal(found.logits(ids), logits)
+    # With a gain, the feedback has an influence.
+    source = read_source(tmp_path / "first")
+    source.weights["model.layers.3.mixer.gamma_bias"] = np.float32(0.5).reshape(())
+    convert(source, tmp_path / "gain")
+    changed = decoding.load_decoder(tmp_path / "gain").logits(ids)
+    assert relative_error(changed, logits) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"feedback": "some"}, "`feedback` is 'some', expected all, every:2, or layers such as"),
+        ({"feedback": "5"}, "`feedback` is '5', expected layers from 0 to 4"),
+        ({"feedback": "every:0"}, "`feedback` is 'every:0', expected a number from 1 to 5"),
+        ({"feedback": "all", "feedback_key_dim": 0}, "feedback_key_dim is 0, expected above 0"),
+    ],
+)
+def test_feedback_that_cannot_be_added_is_refused(fields, message, tmp_path):
+    with pytest.raises(SessaError, match=message):
+        convert(STORIES, tmp_path / "ours", **fields)
+    assert not (tmp_path / "ours").exists()
+
+
+def test_feedback_is_not_added_twice(tmp_path):
+    convert(STORIES, tmp_path / "some", feedback="0", feedback_key_dim=16)
+    with pytest.raises(SessaError, match="layer 0 is sessa_transformer, to which no feedback"):
+        convert(tmp_path / "some", tmp_path / "all", feedback="all")
+    with pytest.raises(SessaError, match="feedback_key_dim is 32, but the feedback that the model"):
+        convert(tmp_path / "some", tmp_path / "more", feedback="1", feedback_key_dim=32)
+    convert(tmp_path / "some", tmp_path / "more", feedback="1")
+    assert read_source(tmp_path / "more").config.feedback_key_dim == 16
