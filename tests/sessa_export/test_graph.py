@@ -18,6 +18,7 @@ from support.export_models import MAMBA, VARIANTS, lively_weights, small_config,
 import sessa_export.exporter
 import sessa_export.graph
 from sessa_common.checkpoint.folder import load_weights
+from sessa_common.config import SessaConfig
 from sessa_common.errors import SessaError
 from sessa_common.inference.generation import left_pad
 from sessa_common.reference import model as reference
@@ -172,6 +173,24 @@ def test_mamba2_is_refused_before_anything_is_written(tmp_path: Path, variant: s
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
     with pytest.raises(SessaError, match="not support"):
         build_model(config, weights)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"norm_type": "rms", "qk_norm": True}, "does not support norm_type 'rms', qk_norm True"),
+        ({"feedback_key_dim": 8}, "does not support feedback_key_dim 8"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "does not support rope_scaling"),
+    ],
+)
+def test_options_without_a_graph_are_refused(tmp_path: Path, options, message: str) -> None:
+    config = SessaConfig(hidden_size=32, layer_kinds="sessa_transformer", **options)
+    with pytest.raises(SessaError, match=message):
+        build_model(config, {})
+    write_checkpoint(tmp_path / "checkpoint", config)
+    with pytest.raises(SessaError, match=message):
+        export_checkpoint(tmp_path / "checkpoint", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("opset", OPSETS)
