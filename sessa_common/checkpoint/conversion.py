@@ -178,11 +178,15 @@ def _read_mamba2(folder: Path, settings: Mapping[str, Any], given: Mapping[str, 
 
 
 def _read_llama(folder: Path, settings: Mapping[str, Any], given: Mapping[str, Any]) -> Source:
-    """A folder of transformers' Llama family."""
+    """A folder of transformers' Llama family, also quantised by mlx-lm."""
     keys, notes = llama_config(settings, given, str(folder / "config.json"))
     config = SessaConfig.from_dict(keys, str(folder / "config.json"))
-    weights = llama_tensors(config, read_tensors(folder))
-    kind = f"transformers {settings['model_type']} folder"
+    tensors, kind = read_tensors(folder), f"transformers {settings['model_type']} folder"
+    if is_quantized(tensors):
+        kind = f"MLX-quantised {settings['model_type']} folder"
+        quantization = settings.get("quantization")
+        tensors = dequantize_weights(tensors, quantization, config.hidden_size, str(folder))
+    weights = llama_tensors(config, tensors)
     return _checked(Source(config=config, weights=weights, kind=kind, notes=notes, folder=folder))
 
 

@@ -12,7 +12,9 @@ import pytest
 from support.golden_cases import relative_error
 
 from sessa_common.checkpoint.conversion import convert, read_source
+from sessa_common.checkpoint.folder import read_safetensors, write_safetensors
 from sessa_common.checkpoint.llama_names import interleave_halves, llama_config, separate_pairs
+from sessa_common.checkpoint.quantization import dequantize_weights, quantize_weights
 from sessa_common.config import SessaConfig
 from sessa_common.errors import SessaError
 from sessa_common.reference.model import model_logits
@@ -104,6 +106,24 @@ def test_a_published_model_gives_its_logits_and_its_story(tmp_path):
             told.append(logits[0].argmax())
             logits = decoder.step(np.array([[told[-1]]]))
         assert told == greedy.tolist()
+
+
+def test_a_folder_quantised_by_mlx_is_read(tmp_path):
+    tensors = read_safetensors(STORIES / "model.safetensors")
+    # The columns of down_proj do not divide into groups.
+    chosen = {k: v for k, v in tensors.items() if "down_proj" not in k}
+    packed = tensors | quantize_weights(chosen, 4, 32)
+    quantization = {"group_size": 32, "bits": 4}
+    floats = dequantize_weights(packed, quantization, 64, "packed")
+    for name, stored in (("packed", packed), ("floats", floats)):
+        (tmp_path / name).mkdir()
+        extra = {"quantization": quantization} if name == "packed" else {}
+        (tmp_path / name / "config.json").write_text(json.dumps({**SETTINGS, **extra}))
+        write_safetensors(tmp_path / name / "model.safetensors", stored)
+    found, want = (read_source(tmp_path / name) for name in ("packed", "floats"))
+    assert found.kind == "MLX-quantised llama folder" and found.config == want.config
+    for name, value in want.weights.items():
+        np.testing.assert_array_equal(found.weights[name], value)
 
 
 def test_old_and_new_spelling_of_rope_are_one():
