@@ -215,9 +215,8 @@ class SessaConfig:
         K = self.feedback_key_dim
         expect(_is_count(K), "feedback_key_dim", K, "0 or more")
         scaling = rope_scaling(self.rope_scaling)
-        if scaling is not None and scaling.original_max_position_embeddings is None:
-            length = self.max_position_embeddings
-            scaling = dataclasses.replace(scaling, original_max_position_embeddings=length)
+        if scaling is not None:
+            scaling = scaling.with_context(self.max_position_embeddings)
         object.__setattr__(self, "rope_scaling", scaling)
 
     @property
@@ -293,8 +292,10 @@ class SessaConfig:
                 del keys[name]
         if "feedback_key_dim" not in self.block_options:
             del keys["feedback_key_dim"]
-        if self.rope_scaling is None:
+        if (scaling := self.rope_scaling) is None:
             del keys["rope_scaling"]
+        else:
+            keys["rope_scaling"] = scaling.to_dict()
         return {"architectures": ["SessaForCausalLM"], **keys, "torch_dtype": self.dtype}
 
 

@@ -71,6 +71,21 @@ class RopeScaling:
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         expect(number and 0 < value < math.inf, name, value, "a number above 0")
 
+    def with_context(self, length: int) -> RopeScaling:
+        """The scaling with this trained context if it needs one and has none."""
+        if self.rope_type == "linear" or self.original_max_position_embeddings is not None:
+            return self
+        return dataclasses.replace(self, original_max_position_embeddings=length)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The keys that are needed to read it again, and those that transformers insists on."""
+        always = ("low_freq_factor", "high_freq_factor") if self.rope_type == "llama3" else ()
+        return {
+            field.name: value
+            for field in dataclasses.fields(self)
+            if (value := getattr(self, field.name)) != field.default or field.name in always
+        }
+
     @property
     def amplitude(self) -> float:
         """The number by which cosines and sines are multiplied."""

@@ -28,7 +28,9 @@ def convert(
     framework: Annotated[
         str | None,
         typer.Option(
-            "--to", help="Framework: torch or mlx. Default: mlx with --quantize, else torch."
+            "--to",
+            help="Framework: torch, mlx, or llama for a folder of transformers. Default: mlx with "
+            "--quantize, else torch.",
         ),
     ] = None,
     dtype: Annotated[str | None, typer.Option(help=f"Cast to {', '.join(DTYPES)}.")] = None,

@@ -31,7 +31,13 @@ from sessa_common.checkpoint.import_weights import (
     map_names,
     read_arrays,
 )
-from sessa_common.checkpoint.llama_names import is_llama_family, llama_config, llama_tensors
+from sessa_common.checkpoint.llama_names import (
+    is_llama_family,
+    llama_config,
+    llama_tensors,
+    their_config,
+    their_tensors,
+)
 from sessa_common.checkpoint.mamba2_names import mamba2_config, mamba2_names
 from sessa_common.checkpoint.manifest import (
     SAVES,
@@ -47,16 +53,16 @@ from sessa_common.checkpoint.quantization import (
     quantize_weights,
 )
 from sessa_common.checkpoint.run_files import STATE
-from sessa_common.checkpoint.upcycling import add_feedback, parse_layers
+from sessa_common.checkpoint.upcycling import add_feedback, parse_layers, remove_feedback
 from sessa_common.config import DTYPES, FOREIGN_KEYS, SessaConfig, parameter_shapes
 from sessa_common.errors import SessaError, expect
 from sessa_common.fields import split_fields
 from sessa_common.input_files import require_regular
 from sessa_common.json_files import read_json
 from sessa_common.layer_kinds import with_layer_kinds
-from sessa_common.storage import MANIFEST, check_new_folder, new_folder
+from sessa_common.storage import MANIFEST, check_new_folder, new_folder, write_json
 
-FRAMEWORKS = {"torch": "pt", "mlx": "mlx"}
+FRAMEWORKS = {"torch": "pt", "mlx": "mlx", "llama": "pt"}
 UNITS = {"GB": 10**9, "MB": 10**6, "KB": 10**3, "B": 1, "": 1}
 
 
@@ -237,7 +243,8 @@ def convert(
     """Write `source` as a checkpoint folder, read it back and compare it with the source.
 
     The source is a checkpoint folder or a weight file. framework is "torch" or "mlx", which decides
-    the layout of convolutions (by default mlx with `bits`, else torch); dtype None keeps each
+    the layout of convolutions (by default mlx with `bits`, else torch), or "llama" for a folder of
+    transformers' Llama family; dtype None keeps each
     tensor's; bits quantises in MLX's affine format with one scale for group_size numbers (64);
     shard_size is in bytes, or a text such as "500MB". For a weight file, config (or the path of a
     config.json) and further keyword arguments are fields of SessaConfig that the weights do not
@@ -262,6 +269,8 @@ def convert(
         source = read_source(Path(source), keys | given, seed)
     if feedback is not None:
         source = _with_feedback(source, feedback, key_dim, seed)
+    if framework == "llama":
+        source = _without_feedback(source)
     in_place = source.folder is not None and source.folder.resolve() == target.resolve()
     _refuse_overlap(source.folder, target)
     weights = cast(source.weights, dtype) if dtype else dict(source.weights)
@@ -278,8 +287,11 @@ def convert(
     if framework == "mlx":
         stored = channels_last(stored)
     stored_config = dataclasses.replace(source.config, dtype=dtype or source.config.dtype)
+    if framework == "llama":
+        theirs, stored = their_config(stored_config), their_tensors(stored_config, weights)
     with new_folder(target, force=force, inputs=inputs) as scratch:
-        carried = _carry_files(source, scratch, with_state=not changed, with_saves=in_place)
+        with_state = not changed and framework != "llama"
+        carried = _carry_files(source, scratch, with_state=with_state, with_saves=in_place)
         save_weights(
             scratch,
             stored_config,
@@ -290,7 +302,11 @@ def convert(
             more_files=[name for name in carried if name == STATE],
         )
         _compare_stored(read_tensors(scratch), stored, target)
-        _, back = load_weights(scratch)
+        if framework == "llama":
+            write_json(scratch / "config.json", theirs)
+            back = _read_llama(scratch, theirs, {}).weights
+        else:
+            _, back = load_weights(scratch)
         files = sorted(path.name for path in scratch.iterdir() if path.name not in carried)
     return _report(source, back, stored, files, carried)
 
@@ -300,6 +316,14 @@ def _with_feedback(source: Source, feedback: str, key_dim: int | None, seed: int
     config, weights = add_feedback(source.config, source.weights, layers, key_dim, seed)
     listed = ", ".join(map(str, layers))
     notes = [*source.notes, f"added feedback with a gain of 0 to the layers {listed}"]
+    return dataclasses.replace(source, config=config, weights=weights, notes=notes)
+
+
+def _without_feedback(source: Source) -> Source:
+    config, weights = remove_feedback(source.config, source.weights)
+    notes = list(source.notes)
+    if source.config.feeds_back:
+        notes.append("left out the feedback, whose gain is 0 in every layer")
     return dataclasses.replace(source, config=config, weights=weights, notes=notes)
 
 

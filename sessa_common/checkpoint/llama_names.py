@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from sessa_common.config import SessaConfig
-from sessa_common.errors import SessaError, expect
+from sessa_common.errors import SessaError, expect, require
 from sessa_common.rope import with_rope_scaling
 
 
@@ -69,6 +69,13 @@ NAMES = {
     r"model\.layers\.(\d+)\.self_attn\.o_proj\.(.+)": r"model.layers.\1.mixer.out_proj.\2",
     r"model\.layers\.(\d+)\.self_attn\.(.+)": r"model.layers.\1.mixer.\2",
 }
+THEIR_NAMES = {
+    r"model\.layers\.(\d+)\.ln\.weight": r"model.layers.\1.input_layernorm.weight",
+    r"model\.layers\.(\d+)\.ln_mlp\.weight": r"model.layers.\1.post_attention_layernorm.weight",
+    r"model\.layers\.(\d+)\.mixer\.out_proj\.(.+)": r"model.layers.\1.self_attn.o_proj.\2",
+    r"model\.layers\.(\d+)\.mixer\.(.+)": r"model.layers.\1.self_attn.\2",
+}
+CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 ROTATED = re.compile(r".*\.mixer\.(?:[qk]_proj|[qk]_norm)\.(?:weight|bias)")
 
 
@@ -147,7 +154,7 @@ def llama_tensors(config: SessaConfig, tensors: Mapping[str, np.ndarray]) -> dic
     """
     found = {}
     for name, value in tensors.items():
-        ours = _rename(name)
+        ours = _rename(name, NAMES)
         repeats = ours == "lm_head.weight" and config.tie_word_embeddings
         if not repeats and not ours.endswith(".rotary_emb.inv_freq"):
             rotated = ROTATED.fullmatch(ours)
@@ -155,10 +162,67 @@ def llama_tensors(config: SessaConfig, tensors: Mapping[str, np.ndarray]) -> dic
     return found
 
 
-def _rename(name: str) -> str:
-    for pattern, ours in NAMES.items():
+def their_tensors(config: SessaConfig, weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Weights by the names of the family, with its rotary halves; undoes `llama_tensors`."""
+    return {
+        _rename(name, THEIR_NAMES): separate_pairs(value, config.head_dim)
+        if ROTATED.fullmatch(name)
+        else value
+        for name, value in weights.items()
+    }
+
+
+def their_config(config: SessaConfig) -> dict[str, Any]:
+    """The config.json of the family that computes this model; undoes `llama_config`.
+
+    Raises SessaError that names the first thing which no family has.
+    """
+    for name, expected in (
+        ("layer_kinds", "transformer"),
+        ("norm_type", "rms"),
+        ("mlp_type", "swiglu"),
+        ("use_forward_rope", True),
+    ):
+        value = getattr(config, name)
+        require(
+            value == expected,
+            f"{name} is {value!r}, which the Llama family does not have; expected {expected!r}",
+        )
+    family = _family_of(config)
+    keys = {theirs: getattr(config, ours) for ours, (theirs, _) in KEYS.items()}
+    scaling, theta = keys.pop("rope_scaling"), keys.pop("rope_theta")
+    rope = {"rope_type": "default"} if scaling is None else scaling.to_dict()
+    return {
+        "architectures": [CLASSES[family]],
+        "model_type": family,
+        **keys,
+        "rope_parameters": {"rope_theta": theta, **rope},
+        "eos_token_id": config.eos_token_id,
+        "hidden_act": "silu",
+        "attention_bias": config.qkv_bias,
+        "dtype": config.dtype,
+    }
+
+
+def _family_of(config: SessaConfig) -> str:
+    same, name = config.qkv_bias == config.out_proj_bias, "llama"
+    if config.qk_norm:
+        name = "qwen3"
+    elif config.qkv_bias and not config.out_proj_bias:
+        same, name = True, "qwen2"
+    fits = same and not (config.mlp_bias and name != "llama")
+    require(
+        fits,
+        f"no member of the Llama family has qkv_bias {config.qkv_bias}, out_proj_bias "
+        f"{config.out_proj_bias}, mlp_bias {config.mlp_bias} and qk_norm {config.qk_norm} together",
+    )
+    return name
+
+
+def _rename(name: str, names: Mapping[str, str]) -> str:
+    for pattern, replacement in names.items():
         if match := re.fullmatch(pattern, name):
-            return match.expand(ours)
+            return match.expand(replacement)
     return name
 
 

@@ -71,3 +71,28 @@ def add_feedback(
         found[prefix + "gamma_ctx.weight"] = np.zeros((1, D), dtype)
         found[prefix + "gamma_bias"] = np.zeros((), dtype)
     return dataclasses.replace(config, layer_kinds=tuple(kinds), feedback_key_dim=K), found
+
+
+def remove_feedback(
+    config: SessaConfig, weights: Mapping[str, np.ndarray]
+) -> tuple[SessaConfig, dict[str, np.ndarray]]:
+    """Return the model without its feedback, which undoes `add_feedback`.
+
+    Raises SessaError that names the first layer whose gain is not 0.
+    """
+    without = {name: plain for plain, name in WITH_FEEDBACK.items()}
+    kinds, found = [kind.name for kind in config.kinds], dict(weights)
+    for i, kind in enumerate(config.kinds):
+        if not kind.feeds_back:
+            continue
+        prefix = f"model.layers.{i}.mixer."
+        gains = [found.pop(prefix + name) for name in ("gamma_ctx.weight", "gamma_bias")]
+        if any(np.any(gain != 0) for gain in gains):
+            raise SessaError(
+                f"layer {i} has feedback with a gain other than 0, which the Llama family does not "
+                "have; only a model whose gains are all 0 can be converted"
+            )
+        kinds[i] = without[kind.name]
+        for part in ("weight", "bias"):
+            del found[f"{prefix}proj_fb.{part}"]
+    return dataclasses.replace(config, layer_kinds=tuple(kinds), feedback_key_dim=0), found

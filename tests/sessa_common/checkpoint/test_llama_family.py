@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from support.golden_cases import relative_error
 
-from sessa_common.checkpoint.conversion import convert, read_source
+from sessa_common.checkpoint.conversion import Source, convert, read_source
 from sessa_common.checkpoint.folder import read_safetensors, write_safetensors
+from sessa_common.checkpoint.initialization import initial_weights
 from sessa_common.checkpoint.llama_names import interleave_halves, llama_config, separate_pairs
 from sessa_common.checkpoint.quantization import dequantize_weights, quantize_weights
 from sessa_common.config import SessaConfig
@@ -88,6 +89,39 @@ def test_every_family_gives_the_logits_of_transformers(folder, tmp_path):
         decoding = pytest.importorskip(f"sessa_{backend}.decoding")
         decoder = decoding.load_decoder(tmp_path / "ours")
         assert relative_error(decoder.logits(ids), want) <= 1e-5
+
+
+def test_every_family_returns_bit_for_bit(folder, tmp_path):
+    path, ids, want = folder
+    convert(path, tmp_path / "ours", feedback="all", feedback_key_dim=6)
+    report = convert(tmp_path / "ours", tmp_path / "back", framework="llama")
+    assert report.exact and "left out the feedback, whose gain is 0 in every layer" in report.notes
+    before, after = (read_safetensors(x / "model.safetensors") for x in (path, tmp_path / "back"))
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        np.testing.assert_array_equal(after[name], value)
+    assert read_source(tmp_path / "back").config == read_source(path).config
+    import torch
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back").double()
+    with torch.no_grad():
+        np.testing.assert_array_equal(model(torch.tensor(ids)).logits.numpy(), want)
+
+
+def test_a_model_with_a_gain_does_not_become_a_llama(tmp_path):
+    convert(STORIES, tmp_path / "ours", feedback="2")
+    source = read_source(tmp_path / "ours")
+    source.weights["model.layers.2.mixer.gamma_ctx.weight"][0, 5] = 1e-3
+    with pytest.raises(SessaError, match="layer 2 has feedback with a gain other than 0"):
+        convert(source, tmp_path / "back", framework="llama")
+    options = {"norm_type": "rms", "mlp_type": "swiglu", "layer_kinds": "transformer"}
+    for change, message in (({"mlp_type": "gelu"}, "mlp_type"), ({"qkv_bias": False}, "no member")):
+        config = SessaConfig(**{**options, **change}, num_hidden_layers=1)
+        plain = Source(config=config, weights=initial_weights(config, 0), kind="made")
+        with pytest.raises(SessaError, match=message):
+            convert(plain, tmp_path / "back", framework="llama")
+    assert not (tmp_path / "back").exists()
 
 
 def test_a_published_model_gives_its_logits_and_its_story(tmp_path):
