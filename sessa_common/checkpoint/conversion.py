@@ -244,9 +244,9 @@ def convert(
 
     The source is a checkpoint folder or a weight file. framework is "torch" or "mlx", which decides
     the layout of convolutions (by default mlx with `bits`, else torch), or "llama" for a folder of
-    transformers' Llama family; dtype None keeps each
-    tensor's; bits quantises in MLX's affine format with one scale for group_size numbers (64);
-    shard_size is in bytes, or a text such as "500MB". For a weight file, config (or the path of a
+    transformers' Llama family; dtype None keeps each tensor's; bits quantises in MLX's affine
+    format with one scale for group_size numbers (64); shard_size is in bytes, or a text such as
+    "500MB". For a weight file, config (or the path of a
     config.json) and further keyword arguments are fields of SessaConfig that the weights do not
     settle, and seed draws a missing embedding. `feedback` ("all", "every:2", "3,7") adds feedback
     with a gain of 0 to these layers, with `feedback_key_dim` as the width of its keys; seed draws
@@ -274,23 +274,12 @@ def convert(
     in_place = source.folder is not None and source.folder.resolve() == target.resolve()
     _refuse_overlap(source.folder, target)
     weights = cast(source.weights, dtype) if dtype else dict(source.weights)
-    if framework == "mlx" and any(value.dtype == np.float64 for value in weights.values()):
-        raise SessaError("MLX cannot read float64 from safetensors; choose `dtype` float32")
-    extra = {k: v for k, v in source.settings.items() if k in FOREIGN_KEYS and k not in _REWRITTEN}
-    stored, changed = weights, dtype is not None
-    if bits:
-        if framework != "mlx":
-            raise SessaError("quantised weights are MLX's format; choose `framework` mlx")
-        stored, changed = quantize_weights(weights, bits, group_size), True
-        settings = {"group_size": group_size, "bits": bits, "mode": "affine"}
-        extra |= {"quantization": settings, "quantization_config": settings}
-    if framework == "mlx":
-        stored = channels_last(stored)
     stored_config = dataclasses.replace(source.config, dtype=dtype or source.config.dtype)
-    if framework == "llama":
-        theirs, stored = their_config(stored_config), their_tensors(stored_config, weights)
+    theirs = their_config(stored_config) if framework == "llama" else None
+    stored, quantization = _as_stored(stored_config, weights, framework, bits, group_size)
+    extra = {k: v for k, v in source.settings.items() if k in FOREIGN_KEYS and k not in _REWRITTEN}
     with new_folder(target, force=force, inputs=inputs) as scratch:
-        with_state = not changed and framework != "llama"
+        with_state = not (dtype or bits or theirs or feedback)
         carried = _carry_files(source, scratch, with_state=with_state, with_saves=in_place)
         save_weights(
             scratch,
@@ -298,15 +287,13 @@ def convert(
             stored,
             shard_size=size,
             framework=FRAMEWORKS[framework],
-            extra_config=extra,
+            extra_config=extra | quantization,
             more_files=[name for name in carried if name == STATE],
         )
         _compare_stored(read_tensors(scratch), stored, target)
-        if framework == "llama":
+        if theirs:
             write_json(scratch / "config.json", theirs)
-            back = _read_llama(scratch, theirs, {}).weights
-        else:
-            _, back = load_weights(scratch)
+        back = _read_llama(scratch, theirs, {}).weights if theirs else load_weights(scratch)[1]
         files = sorted(path.name for path in scratch.iterdir() if path.name not in carried)
     return _report(source, back, stored, files, carried)
 
@@ -325,6 +312,23 @@ def _without_feedback(source: Source) -> Source:
     if source.config.feeds_back:
         notes.append("left out the feedback, whose gain is 0 in every layer")
     return dataclasses.replace(source, config=config, weights=weights, notes=notes)
+
+
+def _as_stored(
+    config: SessaConfig, weights: Tensors, framework: str, bits: int | None, group_size: int
+) -> tuple[Tensors, dict[str, Any]]:
+    """The tensors of the new folder, and what its config.json says of their quantisation."""
+    if framework == "mlx" and any(value.dtype == np.float64 for value in weights.values()):
+        raise SessaError("MLX cannot read float64 from safetensors; choose `dtype` float32")
+    if bits and framework != "mlx":
+        raise SessaError("quantised weights are MLX's format; choose `framework` mlx")
+    if framework != "mlx":
+        return their_tensors(config, weights) if framework == "llama" else weights, {}
+    if not bits:
+        return channels_last(weights), {}
+    settings = {"group_size": group_size, "bits": bits, "mode": "affine"}
+    packed = channels_last(quantize_weights(weights, bits, group_size))
+    return packed, {"quantization": settings, "quantization_config": settings}
 
 
 def parse_size(size: int | str) -> int:
