@@ -25,8 +25,8 @@ from measure import machine, save, table
 
 from sessa_common.checkpoint.folder import save_weights
 from sessa_common.checkpoint.initialization import initial_weights
-from sessa_common.config import PRESETS
 from sessa_common.inference.generation import Decoder
+from sessa_common.presets import PRESETS
 from sessa_common.reference.parity import TOLERANCE
 from sessa_export import native
 from sessa_export.exporter import Options, export_checkpoint

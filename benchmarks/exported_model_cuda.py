@@ -25,7 +25,7 @@ import onnxruntime
 from measure import machine, save, table
 
 from sessa_common.checkpoint.initialization import initial_weights
-from sessa_common.config import PRESETS
+from sessa_common.presets import PRESETS
 from sessa_common.reference.parity import TOLERANCE
 from sessa_export import sessions
 from sessa_export.exporter import Options, write_model

@@ -26,9 +26,9 @@ import numpy as np
 import torch
 from measure import RESULTS, machine, save, table
 
-from sessa_common.config import PRESETS
 from sessa_common.inference.generation import generate, prefill
 from sessa_common.inference.sampling import SamplingConfig
+from sessa_common.presets import PRESETS
 from sessa_torch.decoding import Decoder
 from sessa_torch.model import SessaForCausalLM
 

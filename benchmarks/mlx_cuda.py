@@ -37,11 +37,12 @@ from mlx.utils import tree_flatten
 import sessa_mlx
 from sessa_common.checkpoint.folder import save_weights
 from sessa_common.checkpoint.initialization import initial_weights
-from sessa_common.config import SessaConfig, TrainConfig
+from sessa_common.config import SessaConfig
 from sessa_common.data.batches import next_token_batch
 from sessa_common.inference.generation import generate
 from sessa_common.inference.sampling import SamplingConfig
 from sessa_common.reference.ops import feedback_solve, feedback_solve_backward
+from sessa_common.train_config import TrainConfig
 from sessa_mlx import checkpoint as mlx_checkpoint
 from sessa_mlx import decoding as mlx_generate
 from sessa_mlx import feedback as mlx_feedback

@@ -37,9 +37,11 @@ from mlx import nn, optimizers
 from mlx.utils import tree_flatten
 
 from sessa_common.checkpoint.initialization import initial_weights
-from sessa_common.config import PRESETS, SessaConfig, TrainConfig
+from sessa_common.config import SessaConfig
 from sessa_common.data.batches import next_token_batch
 from sessa_common.inference.sampling import SamplingConfig
+from sessa_common.presets import PRESETS
+from sessa_common.train_config import TrainConfig
 from sessa_common.training.metrics import read_metrics, tokens_per_second
 from sessa_mlx._step import held_arrays
 from sessa_mlx.checkpoint import build_model

@@ -19,8 +19,9 @@ from measure import machine, save, table, wall_ms
 from torch.profiler import ProfilerActivity, profile
 
 from sessa_common.checkpoint.initialization import initial_weights
-from sessa_common.config import PRESETS, TrainConfig
 from sessa_common.data.batches import Batch, next_token_batch
+from sessa_common.presets import PRESETS
+from sessa_common.train_config import TrainConfig
 from sessa_torch.training import TrainBackend
 
 VOCABULARY, LEARNING_RATE = 613, 1e-3

@@ -19,8 +19,9 @@ import numpy as np
 from measure import machine, save, table
 
 from sessa_common.checkpoint.initialization import initial_weights
-from sessa_common.config import PRESETS, TrainConfig
 from sessa_common.data.batches import Batch, next_token_batch
+from sessa_common.presets import PRESETS
+from sessa_common.train_config import TrainConfig
 from sessa_mlx.training import TrainBackend, _arrays
 
 LEARNING_RATE, AGREE_STEPS, AGREE = 1e-3, 3, 1e-4

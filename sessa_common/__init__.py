@@ -13,15 +13,17 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from sessa_common.checkpoint.conversion import convert
-    from sessa_common.config import SessaConfig, TrainConfig
+    from sessa_common.config import SessaConfig
     from sessa_common.errors import SessaError
+    from sessa_common.train_config import TrainConfig
 else:
     __getattr__ = lazy_attributes(
         __name__,
         {
             "sessa_common.checkpoint.conversion": ("convert",),
-            "sessa_common.config": ("SessaConfig", "TrainConfig"),
+            "sessa_common.config": ("SessaConfig",),
             "sessa_common.errors": ("SessaError",),
+            "sessa_common.train_config": ("TrainConfig",),
         },
     )
 

@@ -1,4 +1,4 @@
-"""Model and training configuration: the only place where defaults are written down."""
+"""Architecture of a model: the only place where its defaults are written down."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sessa_common.errors import SessaError, expect, require
+from sessa_common.errors import SessaError, expect, is_count, require
+from sessa_common.fields import read_fields
 from sessa_common.layer_kinds import KINDS, LayerKind, with_layer_kinds
 from sessa_common.rope import RopeScaling, rope_scaling, with_rope_scaling
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-PRECISIONS = ("auto", "float32", "bfloat16")
-CHECKPOINTS = ("none", "layers")
 NORM_TYPES = ("layer", "rms")
 MLP_TYPES = ("gelu", "swiglu")
 # Options of the standard block, with the values by which it is the block of the presets. A
@@ -47,20 +46,6 @@ FOREIGN_KEYS = frozenset(
         "use_cache",
     }
 )
-
-
-def _known_fields(cls: type, given: Mapping[str, Any], where: str) -> dict[str, Any]:
-    names = {f.name for f in dataclasses.fields(cls)}
-    unknown = sorted(set(given) - names - FOREIGN_KEYS)
-    if unknown:
-        raise SessaError(
-            f"{where}: unknown key {', '.join(unknown)}; known: {', '.join(sorted(names))}"
-        )
-    return {name: given[name] for name in given if name in names}
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +116,7 @@ class SessaConfig:
             "mamba_d_head",
         ):
             value = getattr(self, name)
-            expect(_is_count(value), name, value, "a positive integer")
+            expect(is_count(value), name, value, "a positive integer")
         expect(
             self.num_hidden_layers <= MOST_LAYERS,
             "num_hidden_layers",
@@ -153,9 +138,9 @@ class SessaConfig:
             require(D % H == 0, f"num_attention_heads {H} does not divide hidden_size {D}")
             object.__setattr__(self, "head_dim", D // H)
         kv, d = self.num_key_value_heads, self.head_dim
-        divides = _is_count(kv) and H % kv == 0
+        divides = is_count(kv) and H % kv == 0
         require(divides, f"num_key_value_heads {kv} does not divide num_attention_heads {H}")
-        expect(_is_count(d), "head_dim", d, "0 or more")
+        expect(is_count(d), "head_dim", d, "0 or more")
         self._check_layers()
         self._check_options()
         require(
@@ -185,7 +170,7 @@ class SessaConfig:
         if self.intermediate_size == 0:
             object.__setattr__(self, "intermediate_size", 4 * self.hidden_size)
         F = self.intermediate_size
-        require(_is_count(F), f"intermediate_size is {F!r}, expected 0 or more")
+        require(is_count(F), f"intermediate_size is {F!r}, expected 0 or more")
         inner, P = self.mamba_expand * self.hidden_size, self.mamba_d_head
         require(
             KINDS["mamba2"] not in self.kinds or inner % P == 0,
@@ -213,7 +198,7 @@ class SessaConfig:
         if self.feedback_key_dim == 0:
             object.__setattr__(self, "feedback_key_dim", D)
         K = self.feedback_key_dim
-        expect(_is_count(K), "feedback_key_dim", K, "0 or more")
+        expect(is_count(K), "feedback_key_dim", K, "0 or more")
         scaling = rope_scaling(self.rope_scaling)
         if scaling is not None:
             scaling = scaling.with_context(self.max_position_embeddings)
@@ -272,13 +257,7 @@ class SessaConfig:
         # transformers before version 5 and mlx-lm write the dtype under its older name.
         if "dtype" not in given and isinstance(given.get("torch_dtype"), str):
             given["dtype"] = given["torch_dtype"]
-        known = _known_fields(cls, given, where)
-        try:
-            return cls(**known)
-        except TypeError as error:
-            raise SessaError(f"{where}: a value has the wrong type ({error})") from error
-        except SessaError as error:
-            raise SessaError(f"{where}: {error}") from None
+        return read_fields(cls, given, where, FOREIGN_KEYS)
 
     def to_dict(self) -> dict[str, Any]:
         """The keys of config.json that this stack reads, and those that only other tools read."""
@@ -297,216 +276,6 @@ class SessaConfig:
         else:
             keys["rope_scaling"] = scaling.to_dict()
         return {"architectures": ["SessaForCausalLM"], **keys, "torch_dtype": self.dtype}
-
-
-def _sizes(
-    name: str,
-    D: int,
-    H: int,
-    sessa: int,
-    transformer: int,
-    deep: tuple[int, int],
-    mamba2: tuple[int, int, int],
-) -> dict[str, SessaConfig]:
-    """The models of one size, from the layers of each kind.
-
-    `deep` has the layers and the MLP width of a Transformer as deep as Sessa, `mamba2` the layers,
-    head width P and state size N of Mamba-2.
-    """
-
-    def config(kind: str, layers: int, **rest: Any) -> SessaConfig:
-        return SessaConfig(
-            hidden_size=D, num_attention_heads=H, num_hidden_layers=layers, layer_kinds=kind, **rest
-        )
-
-    L, P, N = mamba2
-    return {
-        f"sessa-{name}": config("sessa", sessa),
-        f"transformer-{name}": config("transformer", transformer),
-        f"transformer-{name}-deep": config("transformer", deep[0], intermediate_size=deep[1]),
-        f"mamba2-{name}": config("mamba2", L, mamba_d_head=P, mamba_d_state=N),
-        # The feedback projection has as many weights as a quarter of the MLP.
-        f"sessa_transformer-{name}": config(
-            "sessa_transformer", transformer, intermediate_size=3 * D
-        ),
-    }
-
-
-# "demo" is what `sessa train` trains when no model is named. The models of one size differ by less
-# than 1 % in parameters; "-deep" has Sessa's number of layers and a narrower MLP.
-PRESETS: dict[str, SessaConfig] = {
-    "demo": SessaConfig(vocab_size=2048, max_position_embeddings=256),
-    **_sizes("400k", 64, 4, 4, 3, (4, 160), (5, 32, 32)),
-    **_sizes("1m", 128, 4, 4, 3, (4, 320), (5, 16, 64)),
-    **_sizes("9m", 320, 5, 8, 6, (8, 800), (11, 16, 64)),
-    **_sizes("10m", 256, 4, 16, 12, (16, 640), (22, 64, 64)),
-    **_sizes("30m", 512, 8, 12, 9, (12, 1280), (17, 32, 64)),
-    **_sizes("131m", 768, 12, 24, 18, (24, 1920), (35, 64, 64)),
-}
-
-
-# Names that fields of TrainConfig had before version 0.2, for training.json files of that time.
-RENAMED_FIELDS = {
-    "accumulation": "gradient_accumulation_steps",
-    "clip_norm": "max_grad_norm",
-    "window": "sequence_length",
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """Everything that decides a training run besides the model and the device.
-
-    The defaults are the demonstration run of `sessa train`. Raises SessaError for values that
-    cannot train. `tokenizer` is None (a byte-level BPE of the model's vocab_size), a size, "bytes"
-    or a path; `sequence_length` is the number of tokens in a training row, 0 for the model's
-    max_position_embeddings; a step uses batch_size *
-    gradient_accumulation_steps rows; the learning rate rises
-    linearly over warmup_steps and falls along a cosine to min_lr_ratio of itself; an interval of 0
-    means "only at the end"; the last keep_checkpoints saves are kept, and the best by validation
-    loss. `task` is "symbolsoup", "diffuse-mqar" or a folder of `sessa data`, to
-    train on instead of text; `task_options` are "name=value" texts for its fields. `compile` lets
-    the framework compile the training step, with the same numbers but for rounding; None compiles
-    with MLX on a GPU and nowhere else. `checkpoint_activations` is "none" or
-    "layers": the backward pass computes each layer again, which takes time and saves memory.
-    """
-
-    task: str | None = None
-    task_options: tuple[str, ...] = ()
-    data: tuple[str, ...] = ("pydoc",)
-    validation_data: tuple[str, ...] = ()
-    validation_fraction: float = 0.05
-    text_field: str = "text"
-    split: str = "train"
-    subset: str | None = None
-    max_documents: int = 0
-    tokenizer: str | None = None
-    parse_special_tokens: bool = False
-    sequence_length: int = 0
-    steps: int = 800
-    batch_size: int = 4
-    gradient_accumulation_steps: int = 1
-    learning_rate: float = 3e-3
-    min_lr_ratio: float = 0.1
-    warmup_steps: int = 80
-    weight_decay: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.95
-    adam_eps: float = 1e-8
-    max_grad_norm: float = 1.0
-    precision: str = "auto"
-    compile: bool | None = None
-    checkpoint_activations: str = "none"
-    seed: int = 0
-    evaluate_every: int = 100
-    evaluate_batches: int = 8
-    checkpoint_every: int = 200
-    keep_checkpoints: int = 2
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "gradient_accumulation_steps", "evaluate_batches",
-                     "keep_checkpoints"):  # fmt: skip
-            value = getattr(self, name)
-            expect(_is_count(value), name, value, "a positive integer")
-        for name in (
-            "sequence_length",
-            "max_documents",
-            "warmup_steps",
-            "seed",
-            "evaluate_every",
-            "checkpoint_every",
-        ):
-            value = getattr(self, name)
-            none = isinstance(value, int) and not isinstance(value, bool) and value == 0
-            expect(none or _is_count(value), name, value, "0 or more")
-        for name in ("learning_rate", "adam_eps", "max_grad_norm"):
-            value = self._as_float(name)
-            expect(0 < value < math.inf, name, value, "above 0")
-        for name in ("min_lr_ratio", "weight_decay"):
-            value = self._as_float(name)
-            expect(0 <= value <= 1, name, value, "from 0 to 1")
-        for name in ("beta1", "beta2", "validation_fraction"):
-            value = self._as_float(name)
-            expect(0 <= value < 1, name, value, "from 0 to below 1")
-        require(
-            self.task is not None or not self.task_options,
-            "task options are given without a task; give `task` too",
-        )
-        require(len(self.data) > 0, "data is empty, expected at least one file, folder or name")
-        expect(self.precision in PRECISIONS, "precision", self.precision, ", ".join(PRECISIONS))
-        expect(
-            self.checkpoint_activations in CHECKPOINTS,
-            "checkpoint_activations",
-            self.checkpoint_activations,
-            " or ".join(CHECKPOINTS),
-        )
-        for name in ("compile", "parse_special_tokens"):
-            value = getattr(self, name)
-            chosen = isinstance(value, bool) or (name == "compile" and value is None)
-            expect(chosen, name, value, "true or false")
-        self._check_texts()
-
-    def _as_float(self, name: str) -> float:
-        # A file may write 0 for 0.0, which PyTorch's optimizer does not take.
-        value = getattr(self, name)
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        expect(number, name, value, "a number")
-        object.__setattr__(self, name, float(value))
-        return float(value)
-
-    def _check_texts(self) -> None:
-        for name in ("text_field", "split"):
-            value = getattr(self, name)
-            expect(isinstance(value, str), name, value, "a text")
-        for name in ("task", "tokenizer", "subset"):
-            value = getattr(self, name)
-            require(
-                value is None or isinstance(value, str),
-                f'{name} is {value!r}, expected a text such as "{value}"',
-            )
-        for name in ("data", "validation_data", "task_options"):
-            values = getattr(self, name)
-            require(
-                all(isinstance(value, str) for value in values),
-                f"{name} is {list(values)!r}, expected a list of texts",
-            )
-
-    @classmethod
-    def for_task(cls, task: str) -> TrainConfig:
-        """The defaults of training on a task: more and larger steps than the demonstration's."""
-        return cls(
-            task=task,
-            steps=4000,
-            batch_size=32,
-            learning_rate=1e-3,
-            warmup_steps=200,
-            evaluate_every=250,
-            evaluate_batches=16,
-            checkpoint_every=1000,
-        )
-
-    @classmethod
-    def from_dict(cls, given: Mapping[str, Any], where: str = "training config") -> TrainConfig:
-        """Read the keys of a training.json; an unknown key is an error that names it."""
-        given = {RENAMED_FIELDS.get(name, name): value for name, value in given.items()}
-        known = _known_fields(cls, given, where)
-        for name in ("data", "validation_data", "task_options"):
-            if name in known:
-                require(
-                    isinstance(known[name], (list, tuple)),
-                    f"{where}: {name} is {known[name]!r}, expected a list",
-                )
-                known[name] = tuple(known[name])
-        try:
-            return cls(**known)
-        except TypeError as error:
-            raise SessaError(f"{where}: a value has the wrong type ({error})") from error
-        except SessaError as error:
-            raise SessaError(f"{where}: {error}") from None
-
-    def to_dict(self) -> dict[str, Any]:
-        """The keys of training.json."""
-        return dataclasses.asdict(self)
 
 
 def parameter_shapes(config: SessaConfig) -> dict[str, tuple[int, ...]]:

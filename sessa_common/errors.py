@@ -26,6 +26,11 @@ def expect(ok: bool, name: str, value: object, expected: str) -> None:
     require(ok, f"{name} is {value!r}, expected {expected}")
 
 
+def is_count(value: object) -> bool:
+    """Return True for a positive integer; True and False are none."""
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
 def check_text(text: str, where: str) -> str:
     """Return the text; SessaError when it holds half of a surrogate pair, which UTF-8 cannot."""
     try:

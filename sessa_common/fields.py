@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,6 +39,25 @@ def _as_field(value: Any, kind: str) -> Any:
         value = str(value)
     is_list = kind.startswith(("tuple", "Sequence"))
     return (value,) if is_list and isinstance(value, str) else value
+
+
+def read_fields(
+    cls: type[Config], given: Mapping[str, Any], where: str, ignored: Collection[str] = ()
+) -> Config:
+    """Make a configuration from the keys of a file, which every error names with `where`.
+
+    An unknown key is a SessaError, unless it is one of `ignored`.
+    """
+    names = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    unknown = sorted(set(given) - names - set(ignored))
+    if unknown:
+        raise SessaError(
+            f"{where}: unknown key {', '.join(unknown)}; known: {', '.join(sorted(names))}"
+        )
+    try:
+        return build(cls, {name: value for name, value in given.items() if name in names})
+    except SessaError as error:
+        raise SessaError(f"{where}: {error}") from error.__cause__
 
 
 def build(cls: type[Config], fields: Mapping[str, Any]) -> Config:

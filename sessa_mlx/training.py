@@ -16,8 +16,9 @@ import numpy as np
 from mlx import optimizers
 from mlx.utils import tree_flatten, tree_unflatten
 
-from sessa_common.config import SessaConfig, TrainConfig
+from sessa_common.config import SessaConfig
 from sessa_common.data.batches import Batch
+from sessa_common.train_config import TrainConfig
 from sessa_common.training.backend import MOMENTS, decays
 from sessa_common.training.preparation import TrainRequest
 from sessa_common.training.processes import own_rows

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sessa_common.config import SessaConfig, TrainConfig
+from sessa_common.config import SessaConfig
 from sessa_common.data.batches import Batch
+from sessa_common.train_config import TrainConfig
 from sessa_common.training.backend import MOMENTS, decays
 from sessa_common.training.preparation import TrainRequest
 from sessa_common.training.session import TrainResult, run_session

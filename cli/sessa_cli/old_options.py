@@ -85,8 +85,9 @@ def _layer_kinds(old: dict[str, str], options: Sequence[str]) -> Sequence[str]:
 def _base(options: Sequence[str]) -> SessaConfig:
     """The model that the options of `sessa train` name, whose layers an old option changes."""
     from sessa_common.checkpoint.folder import load_config
-    from sessa_common.config import PRESETS, SessaConfig
+    from sessa_common.config import SessaConfig
     from sessa_common.json_files import read_json
+    from sessa_common.presets import PRESETS
 
     words = [word for option in options for word in option.split("=", 1)]
     named = dict(pairwise(words))

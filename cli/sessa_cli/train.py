@@ -13,11 +13,13 @@ from sessa_cli.common import INTERRUPTED, Stopwatch, given_fields, make_console,
 from sessa_cli.progress import TerminalReporter
 from sessa_cli.terminal import for_output
 from sessa_common.checkpoint.run_files import LOSS_PICTURE, RESULT
-from sessa_common.config import PRESETS, SessaConfig, TrainConfig
+from sessa_common.config import SessaConfig
 from sessa_common.data.task_registry import TASKS
 from sessa_common.errors import SessaError
 from sessa_common.frameworks import choose_backend, framework
 from sessa_common.layer_kinds import KINDS
+from sessa_common.presets import PRESETS
+from sessa_common.train_config import TrainConfig
 
 if TYPE_CHECKING:
     from sessa_common.training.session import TrainResult

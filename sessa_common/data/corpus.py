@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 from tokenizers import Tokenizer
 
-from sessa_common.config import SessaConfig, TrainConfig
+from sessa_common.config import SessaConfig
 from sessa_common.data.batches import Batch, RowOrder, next_token_batch
 from sessa_common.data.sources import ReadCounts, TextSource, read_documents
 from sessa_common.data.tokenizer import DroppedText, encode_documents
 from sessa_common.errors import SessaError
 from sessa_common.memory import require_memory
+from sessa_common.train_config import TrainConfig
 
 # Receives a few words about what goes on.
 Tell = Callable[[str], None]

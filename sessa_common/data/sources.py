@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from sessa_common.checkpoint.run_files import TRAINING
-from sessa_common.config import TrainConfig
 from sessa_common.data.formats import EXPECTED, Row, decode, field_of, format_of, read_rows
 from sessa_common.errors import SessaError
 from sessa_common.input_files import reason, require_regular
+from sessa_common.train_config import TrainConfig
 
 HUB_PREFIX = "hf:"
 HUB_SECONDS = 20

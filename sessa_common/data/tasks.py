@@ -16,10 +16,11 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 
 from sessa_common.checkpoint.folder import read_safetensors, write_safetensors
-from sessa_common.config import SessaConfig, TrainConfig
+from sessa_common.config import SessaConfig
 from sessa_common.data.batches import Batch
 from sessa_common.errors import SessaError
 from sessa_common.storage import new_folder, write_json
+from sessa_common.train_config import TrainConfig
 
 SPLITS = ("train", "validation", "test")
 TASK = "task.json"

@@ -9,12 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sessa_common.config import PRESETS, SessaConfig, TrainConfig, check_matched
+from sessa_common.config import SessaConfig, check_matched
 from sessa_common.data.sources import check_names
 from sessa_common.data.task_registry import TASKS, read_task
 from sessa_common.errors import SessaError, expect
 from sessa_common.json_files import read_json
+from sessa_common.presets import PRESETS
 from sessa_common.storage import write_json
+from sessa_common.train_config import TrainConfig
 
 PLAN = "plan.json"
 

@@ -15,7 +15,7 @@ import numpy as np
 from sessa_common.checkpoint.folder import load_weights, save_weights
 from sessa_common.checkpoint.initialization import initial_weights
 from sessa_common.checkpoint.quantization import GROUP_SIZE, quantize_weights
-from sessa_common.config import SessaConfig, TrainConfig
+from sessa_common.config import SessaConfig
 from sessa_common.data.batches import Batch, next_token_batch
 from sessa_common.frameworks import framework
 from sessa_common.inference.evaluation import token_losses
@@ -23,6 +23,7 @@ from sessa_common.reference.model import model_logits
 from sessa_common.selftest.rows import Row, judge, skipped
 from sessa_common.selftest.solve import TF32_LIMIT
 from sessa_common.selftest.twin import MemoryUse, Twin
+from sessa_common.train_config import TrainConfig
 
 # A head of 64, the narrowest that MLX's fused attention takes; kinds with and without feedback.
 CONFIG = SessaConfig(

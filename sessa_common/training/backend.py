@@ -8,8 +8,8 @@ from typing import Protocol
 
 import numpy as np
 
-from sessa_common.config import TrainConfig
 from sessa_common.data.batches import Batch
+from sessa_common.train_config import TrainConfig
 
 # Adam's first and second moment, by their names in a training state.
 MOMENTS = ("m", "v")

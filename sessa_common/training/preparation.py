@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from sessa_common.checkpoint.folder import load_config, load_weights
 from sessa_common.checkpoint.initialization import initial_weights
 from sessa_common.checkpoint.run_files import STATE, TRAINING
-from sessa_common.config import PRESETS, SessaConfig, TrainConfig
+from sessa_common.config import SessaConfig
 from sessa_common.data.batches import BatchSource
 from sessa_common.data.corpus import (
     Tell,
@@ -41,7 +41,9 @@ from sessa_common.data.tokenizer import (
 from sessa_common.errors import SessaError
 from sessa_common.fields import build, split_fields
 from sessa_common.json_files import read_json
+from sessa_common.presets import PRESETS
 from sessa_common.storage import check_new_folder
+from sessa_common.train_config import TrainConfig
 from sessa_common.training.run_folder import Run
 
 DEFAULT_FOLDER = Path("runs/pydoc")

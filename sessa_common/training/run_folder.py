@@ -26,17 +26,13 @@ from sessa_common.checkpoint.manifest import is_undamaged, verify, write_manifes
 from sessa_common.checkpoint.run_files import RESULT, STATE, TRAINING
 from sessa_common.checkpoint.saves import add_save, finish_save, list_saves
 from sessa_common.checkpoint.stored_types import as_stored
-from sessa_common.config import (
-    SessaConfig,
-    TrainConfig,
-    parameter_count,
-    parameter_shapes,
-)
+from sessa_common.config import SessaConfig, parameter_count, parameter_shapes
 from sessa_common.data.batches import BatchSource
 from sessa_common.data.tokenizer import write_tokenizer
 from sessa_common.errors import SessaError
 from sessa_common.json_files import parse_json, read_json
 from sessa_common.storage import lock_folder, new_folder, write_json
+from sessa_common.train_config import TrainConfig
 from sessa_common.training.backend import MOMENTS, TrainBackend
 from sessa_common.training.metrics import last_metrics, read_metrics, tokens_per_second
 

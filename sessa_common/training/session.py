@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from sessa_common.config import SessaConfig, TrainConfig, parameter_count
+from sessa_common.config import SessaConfig, parameter_count
 from sessa_common.data.tasks import TaskBatches, options_of
 from sessa_common.errors import SessaError
+from sessa_common.train_config import TrainConfig
 from sessa_common.training.backend import TrainBackend
 from sessa_common.training.metrics import last_metrics, read_metrics
 from sessa_common.training.preparation import TrainRequest, prepare

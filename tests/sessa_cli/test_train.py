@@ -14,12 +14,13 @@ from support.in_process import fails, sessa
 
 from sessa_common.checkpoint.folder import load_weights
 from sessa_common.checkpoint.initialization import initial_weights
-from sessa_common.config import SessaConfig, TrainConfig
+from sessa_common.config import SessaConfig
 from sessa_common.data.tokenizer import read_tokenizer
 from sessa_common.errors import SessaError
 from sessa_common.frameworks import choose_backend, framework
 from sessa_common.inference.evaluation import score_documents, token_losses, windows
 from sessa_common.storage import MANIFEST
+from sessa_common.train_config import TrainConfig
 from sessa_common.training.metrics import read_metrics
 
 BACKENDS = ("torch", "mlx")

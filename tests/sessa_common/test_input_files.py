@@ -8,9 +8,10 @@ import pytest
 from sessa_common import input_files, memory
 from sessa_common.checkpoint.import_weights import read_arrays
 from sessa_common.checkpoint.initialization import initial_weights
-from sessa_common.config import SessaConfig, TrainConfig
+from sessa_common.config import SessaConfig
 from sessa_common.errors import SessaError
 from sessa_common.input_files import require_modest_archive
+from sessa_common.train_config import TrainConfig
 
 
 def test_an_archive_that_unpacks_to_far_more_than_its_size_is_refused(tmp_path, monkeypatch):

@@ -6,8 +6,9 @@ import dataclasses
 
 import pytest
 
-from sessa_common.config import PRESETS, SessaConfig, check_matched, parameter_count
+from sessa_common.config import SessaConfig, check_matched, parameter_count
 from sessa_common.errors import SessaError
+from sessa_common.presets import PRESETS
 
 SIZES = ("400k", "1m", "9m", "10m", "30m", "131m")
 FAMILIES = (

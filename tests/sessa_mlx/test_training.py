@@ -16,8 +16,10 @@ import pytest
 from mlx.utils import tree_flatten
 
 from sessa_common.checkpoint.initialization import initial_weights
-from sessa_common.config import PRESETS, SessaConfig, TrainConfig
+from sessa_common.config import SessaConfig
 from sessa_common.data.batches import Batch, next_token_batch
+from sessa_common.presets import PRESETS
+from sessa_common.train_config import TrainConfig
 from sessa_mlx.training import TrainBackend, _arrays
 
 SMALL = SessaConfig(

@@ -13,9 +13,10 @@ from support.trainers import open_trainer
 
 from sessa_common.checkpoint.initialization import initial_weights
 from sessa_common.checkpoint.run_files import STATE, TRAINING
-from sessa_common.config import SessaConfig, TrainConfig
+from sessa_common.config import SessaConfig
 from sessa_common.data.batches import Batch
 from sessa_common.errors import SessaError
+from sessa_common.train_config import TrainConfig
 
 SETTINGS = TrainConfig(
     steps=9,

@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 
-from sessa_common.config import PRESETS
+from sessa_common.presets import PRESETS
 
 p = argparse.ArgumentParser()
 p.add_argument("--task-option", action="append", default=[])

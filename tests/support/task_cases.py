@@ -4,9 +4,10 @@ import dataclasses
 
 import numpy as np
 
-from sessa_common.config import SessaConfig, TrainConfig
+from sessa_common.config import SessaConfig
 from sessa_common.data.task_registry import new_task, parse_options
 from sessa_common.data.tasks import TaskBatches, make_data
+from sessa_common.train_config import TrainConfig
 
 BACKENDS = ("torch", "mlx")
 

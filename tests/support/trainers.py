@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sessa_common.config import SessaConfig, TrainConfig
+from sessa_common.config import SessaConfig
 from sessa_common.data.batches import BatchSource
 from sessa_common.data.tokenizer import BYTES_END_ID, byte_tokenizer
+from sessa_common.train_config import TrainConfig
 from sessa_common.training.backend import TrainBackend
 from sessa_common.training.run_folder import Run, create_run_folder, restore_run
 from sessa_common.training.trainer import Trainer

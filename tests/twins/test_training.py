@@ -13,8 +13,9 @@ import pytest
 from support.frameworks import FRAMEWORKS
 
 from sessa_common.checkpoint.initialization import initial_weights
-from sessa_common.config import SessaConfig, TrainConfig
+from sessa_common.config import SessaConfig
 from sessa_common.data.batches import Batch
+from sessa_common.train_config import TrainConfig
 
 B, T, D, V = 2, 9, 6, 11
 CONFIG = SessaConfig(

@@ -23,9 +23,10 @@ from sessa_common.checkpoint.folder import (
 )
 from sessa_common.checkpoint.initialization import initial_weights
 from sessa_common.checkpoint.quantization import quantize_weights
-from sessa_common.config import PRESETS, SessaConfig, parameter_count
+from sessa_common.config import SessaConfig, parameter_count
 from sessa_common.errors import SessaError
 from sessa_common.inspection import describe
+from sessa_common.presets import PRESETS
 from sessa_common.reference import model as reference
 from sessa_common.storage import write_json
 

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from sessa_common.config import SessaConfig, TrainConfig
+from sessa_common.config import SessaConfig
 from sessa_common.data.batches import RowOrder, next_token_batch
 from sessa_common.data.corpus import TextBatches, pack, read_text_batches, told
 from sessa_common.data.tokenizer import byte_tokenizer
 from sessa_common.errors import SessaError
+from sessa_common.train_config import TrainConfig
 
 
 def test_pack_ends_every_document_and_shuffles_by_the_seed():

@@ -1,0 +1,172 @@
+"""Settings of a training run: the only place where their defaults are written down."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sessa_common.errors import expect, is_count, require
+from sessa_common.fields import read_fields
+
+PRECISIONS = ("auto", "float32", "bfloat16")
+CHECKPOINTS = ("none", "layers")
+# Names that fields of TrainConfig had before version 0.2, for training.json files of that time.
+RENAMED_FIELDS = {
+    "accumulation": "gradient_accumulation_steps",
+    "clip_norm": "max_grad_norm",
+    "window": "sequence_length",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything that decides a training run besides the model and the device.
+
+    The defaults are the demonstration run of `sessa train`. Raises SessaError for values that
+    cannot train. `tokenizer` is None (a byte-level BPE of the model's vocab_size), a size, "bytes"
+    or a path; `sequence_length` is the number of tokens in a training row, 0 for the model's
+    max_position_embeddings; a step uses batch_size *
+    gradient_accumulation_steps rows; the learning rate rises
+    linearly over warmup_steps and falls along a cosine to min_lr_ratio of itself; an interval of 0
+    means "only at the end"; the last keep_checkpoints saves are kept, and the best by validation
+    loss. `task` is "symbolsoup", "diffuse-mqar" or a folder of `sessa data`, to
+    train on instead of text; `task_options` are "name=value" texts for its fields. `compile` lets
+    the framework compile the training step, with the same numbers but for rounding; None compiles
+    with MLX on a GPU and nowhere else. `checkpoint_activations` is "none" or
+    "layers": the backward pass computes each layer again, which takes time and saves memory.
+    """
+
+    task: str | None = None
+    task_options: tuple[str, ...] = ()
+    data: tuple[str, ...] = ("pydoc",)
+    validation_data: tuple[str, ...] = ()
+    validation_fraction: float = 0.05
+    text_field: str = "text"
+    split: str = "train"
+    subset: str | None = None
+    max_documents: int = 0
+    tokenizer: str | None = None
+    parse_special_tokens: bool = False
+    sequence_length: int = 0
+    steps: int = 800
+    batch_size: int = 4
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 3e-3
+    min_lr_ratio: float = 0.1
+    warmup_steps: int = 80
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    adam_eps: float = 1e-8
+    max_grad_norm: float = 1.0
+    precision: str = "auto"
+    compile: bool | None = None
+    checkpoint_activations: str = "none"
+    seed: int = 0
+    evaluate_every: int = 100
+    evaluate_batches: int = 8
+    checkpoint_every: int = 200
+    keep_checkpoints: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "gradient_accumulation_steps", "evaluate_batches",
+                     "keep_checkpoints"):  # fmt: skip
+            value = getattr(self, name)
+            expect(is_count(value), name, value, "a positive integer")
+        for name in (
+            "sequence_length",
+            "max_documents",
+            "warmup_steps",
+            "seed",
+            "evaluate_every",
+            "checkpoint_every",
+        ):
+            value = getattr(self, name)
+            none = isinstance(value, int) and not isinstance(value, bool) and value == 0
+            expect(none or is_count(value), name, value, "0 or more")
+        for name in ("learning_rate", "adam_eps", "max_grad_norm"):
+            value = self._as_float(name)
+            expect(0 < value < math.inf, name, value, "above 0")
+        for name in ("min_lr_ratio", "weight_decay"):
+            value = self._as_float(name)
+            expect(0 <= value <= 1, name, value, "from 0 to 1")
+        for name in ("beta1", "beta2", "validation_fraction"):
+            value = self._as_float(name)
+            expect(0 <= value < 1, name, value, "from 0 to below 1")
+        require(
+            self.task is not None or not self.task_options,
+            "task options are given without a task; give `task` too",
+        )
+        require(len(self.data) > 0, "data is empty, expected at least one file, folder or name")
+        expect(self.precision in PRECISIONS, "precision", self.precision, ", ".join(PRECISIONS))
+        expect(
+            self.checkpoint_activations in CHECKPOINTS,
+            "checkpoint_activations",
+            self.checkpoint_activations,
+            " or ".join(CHECKPOINTS),
+        )
+        for name in ("compile", "parse_special_tokens"):
+            value = getattr(self, name)
+            chosen = isinstance(value, bool) or (name == "compile" and value is None)
+            expect(chosen, name, value, "true or false")
+        self._check_texts()
+
+    def _as_float(self, name: str) -> float:
+        # A file may write 0 for 0.0, which PyTorch's optimizer does not take.
+        value = getattr(self, name)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        expect(number, name, value, "a number")
+        object.__setattr__(self, name, float(value))
+        return float(value)
+
+    def _check_texts(self) -> None:
+        for name in ("text_field", "split"):
+            value = getattr(self, name)
+            expect(isinstance(value, str), name, value, "a text")
+        for name in ("task", "tokenizer", "subset"):
+            value = getattr(self, name)
+            require(
+                value is None or isinstance(value, str),
+                f'{name} is {value!r}, expected a text such as "{value}"',
+            )
+        for name in ("data", "validation_data", "task_options"):
+            values = getattr(self, name)
+            require(
+                all(isinstance(value, str) for value in values),
+                f"{name} is {list(values)!r}, expected a list of texts",
+            )
+
+    @classmethod
+    def for_task(cls, task: str) -> TrainConfig:
+        """The defaults of training on a task: more and larger steps than the demonstration's."""
+        return cls(
+            task=task,
+            steps=4000,
+            batch_size=32,
+            learning_rate=1e-3,
+            warmup_steps=200,
+            evaluate_every=250,
+            evaluate_batches=16,
+            checkpoint_every=1000,
+        )
+
+    @classmethod
+    def from_dict(cls, given: Mapping[str, Any], where: str = "training config") -> TrainConfig:
+        """Read the keys of a training.json; an unknown key is an error that names it."""
+        given = {RENAMED_FIELDS.get(name, name): value for name, value in given.items()}
+        known = dict(given)
+        for name in ("data", "validation_data", "task_options"):
+            if name in known:
+                require(
+                    isinstance(known[name], (list, tuple)),
+                    f"{where}: {name} is {known[name]!r}, expected a list",
+                )
+                known[name] = tuple(known[name])
+        return read_fields(cls, known, where)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The keys of training.json."""
+        return dataclasses.asdict(self)
