@@ -84,22 +84,18 @@ def is_llama_family(settings: Mapping[str, Any]) -> bool:
     return settings.get("model_type") in FAMILIES
 
 
-def llama_config(
-    settings: Mapping[str, Any], given: Mapping[str, Any], where: str
-) -> tuple[dict[str, Any], list[str]]:
-    """Our keys for their config.json with `given` over them, and what had to be assumed.
+def llama_config(settings: Mapping[str, Any], where: str) -> tuple[dict[str, Any], list[str]]:
+    """Our keys for their config.json, and what had to be assumed.
 
     Raises SessaError that names the setting for a model that this project does not compute.
     """
     try:
-        return _llama_config(settings, given)
+        return _llama_config(settings)
     except SessaError as error:
         raise SessaError(f"{where}: {error}") from None
 
 
-def _llama_config(
-    settings: Mapping[str, Any], given: Mapping[str, Any]
-) -> tuple[dict[str, Any], list[str]]:
+def _llama_config(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     name = settings.get("model_type")
     expect(name in FAMILIES, "model_type", name, f"one of {', '.join(FAMILIES)}")
     family = FAMILIES[str(name)]
@@ -128,7 +124,7 @@ def _llama_config(
     if isinstance(ends, list):
         notes.append(f"kept eos_token_id {ends[0]} of {ends}")
         ends = ends[0]
-    return {**keys, "eos_token_id": ends, **given}, notes
+    return {**keys, "eos_token_id": ends}, notes
 
 
 def _refuse_windows(settings: Mapping[str, Any]) -> None:

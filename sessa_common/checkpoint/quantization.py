@@ -87,27 +87,45 @@ def quantize_weights(
 ) -> dict[str, np.ndarray]:
     """Quantise the embedding and every Linear but the gain (D -> 1), as mlx-lm does.
 
-    Raises SessaError when the width cannot be cut into groups.
+    A matrix whose columns do not divide into groups stays as it is. Raises SessaError for bits or
+    groups that MLX lacks, and when no matrix at all divides.
     """
     if bits not in BITS or group_size not in GROUP_SIZES:
         raise SessaError(
             f"cannot quantise to {bits} bits in groups of {group_size}: MLX has "
             f"bits {_either(BITS)} and groups of {_either(GROUP_SIZES)}"
         )
+    matrices = [name for name, value in weights.items() if _is_matrix(name, value)]
+    kept = set(undivided(weights, group_size))
+    if matrices and len(kept) == len(matrices):
+        name = matrices[0]
+        raise SessaError(
+            f"{name} has {weights[name].shape[-1]} columns, which do not divide into groups of "
+            f"{group_size}, nor does any other matrix; choose another group size "
+            f"({_either(GROUP_SIZES)})"
+        )
     out: dict[str, np.ndarray] = {}
     for name, value in weights.items():
-        if value.ndim != 2 or name.endswith("gamma_ctx.weight"):
+        if name in kept or not _is_matrix(name, value):
             out[name] = value
             continue
-        if value.shape[-1] % group_size:
-            raise SessaError(
-                f"{name} has {value.shape[-1]} columns, which do not divide into groups of "
-                f"{group_size}; choose another group size ({_either(GROUP_SIZES)})"
-            )
         path = name.removesuffix(".weight")
         packed = quantize(value, bits, group_size)
         out |= dict(zip((name, f"{path}.scales", f"{path}.biases"), packed, strict=True))
     return out
+
+
+def undivided(weights: Mapping[str, np.ndarray], group_size: int) -> list[str]:
+    """Names of the matrices that `quantize_weights` leaves as they are."""
+    return [
+        name
+        for name, value in weights.items()
+        if _is_matrix(name, value) and value.shape[-1] % group_size
+    ]
+
+
+def _is_matrix(name: str, value: np.ndarray) -> bool:
+    return value.ndim == 2 and not name.endswith("gamma_ctx.weight")
 
 
 def dequantize_weights(

@@ -75,8 +75,10 @@ class ChatTemplate:
     def encode(self, tokenizer: ModelTokenizer, messages: Sequence[Message]) -> list[int]:
         """Token ids of `render`; a Jinja template's names of special tokens become the tokens."""
         text = self.render(messages)
+        if self.source is None:
+            return tokenizer.encode(text)
         plain = tokenizer.tokenizer.encode_special_tokens
-        tokenizer.tokenizer.encode_special_tokens = self.source is None and plain
+        tokenizer.tokenizer.encode_special_tokens = False
         try:
             return encode_prompt(tokenizer.tokenizer, text, tokenizer.config)
         finally:

@@ -53,8 +53,34 @@ class ModelTokenizer:
         return cls(tokenizer=tokenizer, config=config, folder=folder)
 
     @property
+    def prefix_ids(self) -> list[int]:
+        """The ids that the tokenizer puts before every text, such as Llama's bos token.
+
+        `add_bos_token` of tokenizer_config.json decides; without this key it is the tokenizer's
+        post-processor.
+        """
+        path = None if self.folder is None else self.folder / "tokenizer_config.json"
+        settings = read_json(path) if path is not None and path.is_file() else {}
+        adds = settings.get("add_bos_token")
+        if adds is None:
+            encoding = self.tokenizer.encode("a", add_special_tokens=True)
+            plain = self.tokenizer.encode("a", add_special_tokens=False).ids
+            before = encoding.special_tokens_mask.index(0) if plain else 0
+            return encoding.ids[:before]
+        if not adds:
+            return []
+        if self.config.bos_token_id is None:
+            raise SessaError(f"{path}: add_bos_token is true, but the model has no bos_token_id")
+        return [self.config.bos_token_id]
+
+    @property
     def start_id(self) -> int:
-        """The end token that precedes every document in training; SessaError when none is named."""
+        """The token before the first of a text: the tokenizer's own, else the end token.
+
+        Raises SessaError when neither is named.
+        """
+        if begin := self.prefix_ids:
+            return begin[-1]
         if self.config.eos_token_id is not None:
             return self.config.eos_token_id
         if self.folder is None:
@@ -67,8 +93,9 @@ class ModelTokenizer:
         return stop_tokens(self.folder, self.config)
 
     def encode(self, prompt: str) -> list[int]:
-        """Token ids of a prompt; see `encode_prompt`."""
-        return encode_prompt(self.tokenizer, prompt, self.config)
+        """Token ids of a prompt behind `prefix_ids`; see `encode_prompt`."""
+        ids = encode_prompt(self.tokenizer, prompt, self.config)
+        return [*self.prefix_ids, *ids] if prompt else ids
 
 
 def stop_tokens(folder: Path | None, config: SessaConfig) -> frozenset[int]:

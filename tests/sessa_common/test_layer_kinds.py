@@ -13,8 +13,9 @@ from support.export_models import small_config, write_checkpoint
 from support.golden_cases import relative_error
 from support.in_process import sessa
 
-from sessa_common.checkpoint.conversion import convert, read_source
+from sessa_common.checkpoint.conversion import convert
 from sessa_common.checkpoint.folder import load_config, load_weights, read_safetensors
+from sessa_common.checkpoint.sources import read_source
 from sessa_common.config import SessaConfig, parameter_shapes
 from sessa_common.errors import SessaError
 from sessa_common.layer_kinds import KINDS, OLD_KEYS, infer_kind

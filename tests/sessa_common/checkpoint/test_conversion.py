@@ -15,7 +15,7 @@ from support.golden_cases import golden_case, relative_error
 from support.in_process import fails
 
 from sessa_common.checkpoint import conversion as module
-from sessa_common.checkpoint.conversion import convert, parse_size, read_source
+from sessa_common.checkpoint.conversion import convert, parse_size
 from sessa_common.checkpoint.folder import (
     INDEX,
     NUMPY_DTYPES,
@@ -24,6 +24,7 @@ from sessa_common.checkpoint.folder import (
 )
 from sessa_common.checkpoint.initialization import initial_weights
 from sessa_common.checkpoint.quantization import quantize_weights
+from sessa_common.checkpoint.sources import read_source
 from sessa_common.config import SessaConfig, parameter_shapes
 from sessa_common.errors import SessaError
 from sessa_common.inspection import describe
@@ -526,6 +527,8 @@ def test_options_that_contradict_a_folder_are_refused(tmp_path):
     folder = make_folder(tmp_path / "one", weights_in("float32"))
     with pytest.raises(SessaError, match="num_attention_heads 4, given 8"):
         read(folder, num_attention_heads=8)
+    with pytest.raises(SessaError, match="feedback_key_dim 64, given 16"):
+        read(folder, feedback_key_dim=16)
 
 
 @pytest.mark.parametrize(

@@ -14,15 +14,16 @@ from support.golden_cases import relative_error
 from typer.testing import CliRunner
 
 from sessa_cli.main import app
-from sessa_common.checkpoint.conversion import convert, read_source
+from sessa_common.checkpoint.conversion import convert
 from sessa_common.checkpoint.folder import (
     NUMPY_DTYPES,
     load_weights,
     read_safetensors,
+    read_tensors,
     save_weights,
 )
 from sessa_common.checkpoint.initialization import initial_weights
-from sessa_common.checkpoint.quantization import quantize_weights
+from sessa_common.checkpoint.sources import Source, read_source
 from sessa_common.config import SessaConfig, parameter_count
 from sessa_common.errors import SessaError
 from sessa_common.inspection import describe
@@ -158,10 +159,18 @@ def test_every_linear_is_quantised_and_nothing_else(tmp_path, kind):
     assert_same(load_weights(tmp_path / "three")[1], load_weights(tmp_path / "two")[1])
 
 
-def test_a_width_of_the_mlp_that_no_group_divides_is_named():
+MLP = "model.layers.0.mlp"
+
+
+def test_a_width_of_the_mlp_that_no_group_divides_stays_as_it_is(tmp_path):
     config = config_of("attention", intermediate_size=80)
-    with pytest.raises(SessaError, match=r"down_proj\.weight has 80 columns, .*groups of 32"):
-        quantize_weights(weights_of(config), 4, 32)
+    source = Source(config=config, weights=weights_of(config), kind="made")
+    report = convert(source, tmp_path / "out", bits=4, group_size=32)
+    assert any("do not divide into groups of 32: 2 matrices" in note for note in report.notes)
+    stored = read_tensors(tmp_path / "out")
+    assert f"{MLP}.up_proj.scales" in stored and f"{MLP}.down_proj.scales" not in stored
+    name = f"{MLP}.down_proj.weight"
+    np.testing.assert_array_equal(stored[name], source.weights[name])
 
 
 @kinds

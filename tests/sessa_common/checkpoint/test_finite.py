@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from sessa_common.checkpoint import finite
-from sessa_common.checkpoint.conversion import read_source
 from sessa_common.checkpoint.finite import require_finite
 from sessa_common.checkpoint.folder import NUMPY_DTYPES, load_weights, save_weights
 from sessa_common.checkpoint.initialization import initial_weights
+from sessa_common.checkpoint.sources import read_source
 from sessa_common.config import SessaConfig
 from sessa_common.errors import SessaError
 

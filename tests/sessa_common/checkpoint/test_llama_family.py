@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from support.golden_cases import relative_error
 
-from sessa_common.checkpoint.conversion import Source, convert, read_source
+from sessa_common.checkpoint.conversion import convert
 from sessa_common.checkpoint.folder import read_safetensors, write_safetensors
 from sessa_common.checkpoint.initialization import initial_weights
 from sessa_common.checkpoint.llama_names import interleave_halves, llama_config, separate_pairs
 from sessa_common.checkpoint.quantization import dequantize_weights, quantize_weights
+from sessa_common.checkpoint.sources import Source, read_source
 from sessa_common.config import SessaConfig
 from sessa_common.errors import SessaError
 from sessa_common.reference.model import model_logits
@@ -164,9 +165,9 @@ def test_old_and_new_spelling_of_rope_are_one():
     old = {k: v for k, v in SETTINGS.items() if k != "rope_parameters"} | {"rope_theta": 500.0}
     found = []
     for spelled in ({"type": "linear", "factor": 2.0}, {"rope_type": "linear", "factor": 2.0}):
-        found.append(llama_config({**old, "rope_scaling": spelled}, {}, "config")[0])
+        found.append(llama_config({**old, "rope_scaling": spelled}, "config")[0])
     parameters = {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}
-    found.append(llama_config({**SETTINGS, "rope_parameters": parameters}, {}, "config")[0])
+    found.append(llama_config({**SETTINGS, "rope_parameters": parameters}, "config")[0])
     first, *rest = (SessaConfig.from_dict(keys) for keys in found)
     assert first.rope_theta == 500.0 and first.rope_scaling is not None
     assert first.rope_scaling.factor == 2.0
@@ -215,7 +216,7 @@ def test_what_cannot_be_computed_is_refused_by_name(change, message, tmp_path):
     ],
 )
 def test_windows_that_are_switched_off_are_accepted(off):
-    keys, _ = llama_config({**SETTINGS, **off}, {}, "config")
+    keys, _ = llama_config({**SETTINGS, **off}, "config")
     assert SessaConfig.from_dict(keys).num_hidden_layers == 5
 
 

@@ -14,6 +14,7 @@ from sessa_common.checkpoint.quantization import (
     pack,
     quantize,
     quantize_weights,
+    undivided,
     unpack,
 )
 from sessa_common.errors import SessaError
@@ -142,3 +143,10 @@ def test_parts_that_do_not_fit_are_named(change, settings, message):
 def test_what_mlx_cannot_hold_is_refused(bits, group_size):
     with pytest.raises(SessaError, match="groups of"):
         quantize_weights(model_tensors(), bits, group_size)
+
+
+def test_a_matrix_that_does_not_divide_into_groups_stays_as_it_is():
+    tensors = {**model_tensors(), "odd.weight": np.ones((4, 33), np.float32)}
+    packed = quantize_weights(tensors, 4, 32)
+    assert packed["odd.weight"] is tensors["odd.weight"] and "odd.scales" not in packed
+    assert undivided(tensors, 32) == ["odd.weight"]
