@@ -39,7 +39,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(train)
-app.command()(data)
+app.add_typer(data, name="data")
 app.command()(compare)
 app.command()(influence)
 app.command()(generate)
@@ -105,9 +105,12 @@ def _command() -> Any:
 
 def _options(arguments: list[str]) -> dict[str, str]:
     """The options of the command that was called, by field."""
-    commands = getattr(_command(), "commands", {})
-    command = commands.get(arguments[0]) if arguments else None
-    return {} if command is None else options_of(command)
+    command = _command()
+    for word in arguments:
+        if not hasattr(command, "commands"):
+            break
+        command = command.commands.get(word, command)
+    return options_of(command)
 
 
 def _refuse(message: str, code: int = BAD_INPUT) -> NoReturn:

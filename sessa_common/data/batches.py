@@ -8,21 +8,34 @@ from typing import Protocol
 
 import numpy as np
 
+ALL_ROWS = slice(None)
+
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows to learn from: inputs, targets int32 (B, T); weights float32 (B, T), 0 for no loss."""
+    """Rows to learn from: inputs, targets int32 (B, T); weights float32 (B, T), 0 for no loss.
+
+    `starts` int32 (B, T) is, for each position, the first position of its document in the row; None
+    where the documents of a row read each other.
+    """
 
     inputs: np.ndarray
     targets: np.ndarray
     weights: np.ndarray
+    starts: np.ndarray | None = None
+
+    def rows(self, rows: slice) -> Batch:
+        """The batch of some of the rows."""
+        starts = None if self.starts is None else self.starts[rows]
+        return Batch(self.inputs[rows], self.targets[rows], self.weights[rows], starts)
 
 
 class BatchSource(Protocol):
     """The data of a training run.
 
-    `batch(i)` depends on i alone, so one integer stores how far a run has read its data;
-    `validation()` gives the same rows every time; `fingerprint` changes when any row does.
+    `batch(i)` depends on i alone, so one integer stores how far a run has read its data; its rows
+    are those of all processes, of which each may ask for its part alone. `validation()` gives the
+    same rows every time; `fingerprint` changes when any row does.
     """
 
     fingerprint: str
@@ -35,8 +48,8 @@ class BatchSource(Protocol):
     def notes(self) -> Sequence[str]:
         """Sentences about text that was left out."""
 
-    def batch(self, index: int) -> Batch:
-        """The training batch of that number, from 0; there is no last one."""
+    def batch(self, index: int, rows: slice = ALL_ROWS) -> Batch:
+        """The training batch of that number, from 0, or some of its rows; there is no last one."""
 
     def validation(self) -> Sequence[Batch]:
         """The held-out batches, empty when nothing is held out."""
@@ -45,32 +58,23 @@ class BatchSource(Protocol):
         """Entries of a validation record besides the loss, from the ids (B, T) of each batch."""
 
 
-def next_token_batch(rows: np.ndarray) -> Batch:
-    """Inputs and shifted targets of token rows (B, T+1), every position counted."""
+def next_token_batch(rows: np.ndarray, end_id: int | None = None) -> Batch:
+    """Inputs and shifted targets of token rows (B, T+1), every position counted.
+
+    With `end_id` the documents that this token ends are separate: the first token of a document is
+    no target.
+    """
     rows = rows.astype(np.int32)
     inputs, targets = rows[:, :-1], rows[:, 1:]
-    return Batch(inputs, targets, np.ones(targets.shape, np.float32))
+    weights = np.ones(targets.shape, np.float32)
+    if end_id is None:
+        return Batch(inputs, targets, weights)
+    weights[inputs == end_id] = 0
+    return Batch(inputs, targets, weights, document_starts(inputs, end_id))
 
 
-class RowOrder:
-    """The order in which a run reads rows of sequence_length+1 tokens from a packed sequence.
-
-    An epoch reads adjoining rows in shuffled order; neighbours share one token, the last target of
-    the one and the first input of the other. Each epoch begins its rows at another offset, so that
-    no row comes twice.
-    """
-
-    def __init__(self, length: int, sequence_length: int, seed: int) -> None:
-        self.sequence_length, self.seed = sequence_length, seed
-        self.count = max((length - 1) // sequence_length - 1, 1)
-        self.slack = length - 1 - self.count * sequence_length
-        self._epoch = -1
-
-    def start(self, index: int) -> int:
-        """The place in the packed sequence where the run's row of that number begins."""
-        epoch, place = divmod(index, self.count)
-        if self._epoch != epoch:
-            rng = np.random.default_rng([self.seed, epoch])
-            self._epoch, self._offset = epoch, int(rng.integers(self.slack + 1))
-            self._order = rng.permutation(self.count)
-        return self._offset + int(self._order[place]) * self.sequence_length
+def document_starts(ids: np.ndarray, end_id: int) -> np.ndarray:
+    """The first position int32 (B, T) of the document of each position of rows (B, T)."""
+    starts = np.zeros(ids.shape, np.int32)
+    starts[:, 1:] = np.where(ids[:, :-1] == end_id, np.arange(1, ids.shape[1]), 0)
+    return np.maximum.accumulate(starts, axis=1)

@@ -6,7 +6,9 @@ import functools
 import glob
 import importlib
 import importlib.util
+import math
 import os
+import re
 import stat
 import sys
 from collections import deque
@@ -19,6 +21,7 @@ from typing import Any
 
 from sessa_common.checkpoint.run_files import TRAINING
 from sessa_common.data.formats import EXPECTED, Row, decode, field_of, format_of, read_rows
+from sessa_common.data.token_shards import TokenShards, is_token_folder
 from sessa_common.errors import SessaError
 from sessa_common.input_files import reason, require_regular
 from sessa_common.train_config import TrainConfig
@@ -26,6 +29,8 @@ from sessa_common.train_config import TrainConfig
 HUB_PREFIX = "hf:"
 HUB_SECONDS = 20
 STANDARD_INPUT = "-"
+# A name with its weight in a mixture.
+WEIGHTED = re.compile(r"(.+):(\d+(?:\.\d*)?|\.\d+)")
 
 Reader = Callable[[], Iterator[Row]]
 
@@ -108,10 +113,36 @@ def read_documents(
 def local_paths(names: Iterable[str]) -> list[Path]:
     """Files and folders of this machine that `read_documents` would read for these names."""
     paths: list[Path] = []
-    for name in names:
+    for name, _ in map(_split_weight, names):
         pattern = os.path.expanduser(name.removeprefix(HUB_PREFIX))
         paths += [Path(pattern), *map(Path, glob.glob(pattern, recursive=True))]
     return [path for path in paths if path.exists()]
+
+
+def split_weights(names: Sequence[str]) -> tuple[list[str], list[float] | None]:
+    """Split names such as "books:0.7" into names and weights, which are None where none has one.
+
+    A file of the whole name counts as a name. Raises SessaError when only some names have a weight,
+    or one is not above 0.
+    """
+    pairs = [_split_weight(name) for name in names]
+    weights = [weight for _, weight in pairs if weight is not None]
+    if weights and len(weights) < len(pairs):
+        bare = next(name for name, weight in pairs if weight is None)
+        raise SessaError(
+            f"`data` has a weight for some names, but none for {bare}; write {bare}:WEIGHT, or "
+            "leave all weights out"
+        )
+    if any(not 0 < weight < math.inf for weight in weights):
+        raise SessaError(f"`data` has a weight of {min(weights):g}, expected a number above 0")
+    return [name for name, _ in pairs], weights or None
+
+
+def _split_weight(name: str) -> tuple[str, float | None]:
+    found = WEIGHTED.fullmatch(name)
+    if found is None or os.path.lexists(os.path.expanduser(name)):
+        return name, None
+    return found[1], float(found[2])
 
 
 def check_names(names: Iterable[str]) -> None:
@@ -119,10 +150,13 @@ def check_names(names: Iterable[str]) -> None:
 
     Nothing is read; the names of data sets on the hub are not looked up.
     """
-    for name in names:
+    for name in split_weights(list(names))[0]:
         if name == STANDARD_INPUT:
             raise SessaError("standard input ('-') can be read by one run only; name a file")
-        _readers(name, TextSource())
+        if is_token_folder(name):
+            TokenShards(name)
+        else:
+            _readers(name, TextSource())
 
 
 def _documents(readers: Iterable[Reader], counts: ReadCounts) -> Iterator[str]:
@@ -145,6 +179,8 @@ def _readers(name: str, source: TextSource) -> list[Reader]:
     if name.startswith(HUB_PREFIX):
         return [lambda: _hub_rows(name.removeprefix(HUB_PREFIX), source)]
     path = Path(os.path.expanduser(name))
+    if is_token_folder(path):
+        raise SessaError(f"{path}: holds tokens, which only training reads; name the text here")
     if (mode := _mode(path)) is not None:
         files = _text_files(path) if stat.S_ISDIR(mode) else [path]
     elif glob.has_magic(name):

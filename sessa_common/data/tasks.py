@@ -17,7 +17,7 @@ import numpy as np
 
 from sessa_common.checkpoint.folder import read_safetensors, write_safetensors
 from sessa_common.config import SessaConfig
-from sessa_common.data.batches import Batch
+from sessa_common.data.batches import ALL_ROWS, Batch
 from sessa_common.errors import SessaError
 from sessa_common.storage import new_folder, write_json
 from sessa_common.train_config import TrainConfig
@@ -235,15 +235,15 @@ class TaskBatches:
         count = "endless" if self.data.train is None else f"{len(self.data.train.tokens):,}"
         return f"{self.data.task.name}, {count} training examples"
 
-    def batch(self, index: int) -> Batch:
+    def batch(self, index: int, rows: slice = ALL_ROWS) -> Batch:
         """Return batch `index` of the run's shuffled order; an endless task draws it anew."""
         task, train = self.data.task, self.data.train
         if train is None:
-            return as_batch(
-                task.make("train", self.batch_size, [task.data_seed, 0, self.seed, index])
-            )
+            made = task.make("train", self.batch_size, [task.data_seed, 0, self.seed, index])
+            return as_batch(made, rows)
         first = index * self.batch_size
-        return as_batch(train, [self._row(i) for i in range(first, first + self.batch_size)])
+        numbers = range(first, first + self.batch_size)[rows]
+        return as_batch(train, [self._row(i) for i in numbers])
 
     def validation(self) -> Sequence[Batch]:
         """Return the first `evaluate_batches` batches of the held-out examples."""

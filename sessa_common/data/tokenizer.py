@@ -28,6 +28,8 @@ KNOWN_ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>", "[S
 SMALLEST_BPE = 257
 # Training a BPE reserves memory for its whole size at once; no vocabulary in use is as large.
 LARGEST_BPE = 2**20
+# A BPE is trained on the first characters of the data; more of them hardly change it.
+BPE_CHARACTERS = 100_000_000
 LARGEST_FILE = 256 * 2**20
 # The embedding has a row for every id, so ids with few tokens between them waste memory.
 MOST_UNUSED_IDS = 2**16
@@ -232,6 +234,15 @@ def choose_tokenizer(
     if spec.lstrip("-").isdigit():
         return train_bpe(texts, int(spec), show_progress=show_progress), BPE_END_ID
     return read_tokenizer(spec), end_token_id(spec)
+
+
+def first_characters(texts: Iterable[str], count: int = BPE_CHARACTERS) -> Iterator[str]:
+    """Yield the texts up to so many characters, from which a BPE is trained."""
+    for text in texts:
+        yield text[:count]
+        count -= len(text)
+        if count <= 0:
+            return
 
 
 def end_token_id(path: Path | str) -> int:

@@ -26,13 +26,15 @@ from sessa_common.data.corpus import (
     told,
     training_sequence_length,
 )
-from sessa_common.data.sources import TextSource, local_paths, read_documents
+from sessa_common.data.sources import TextSource, local_paths, read_documents, split_weights
 from sessa_common.data.task_registry import load_data
 from sessa_common.data.tasks import TaskBatches
+from sessa_common.data.token_shards import TokenShards, is_token_folder
 from sessa_common.data.tokenizer import (
     check_fits,
     choose_tokenizer,
     end_token_id,
+    first_characters,
     parse_special_tokens,
     read_tokenizer,
     vocabulary_size,
@@ -74,8 +76,6 @@ TEXT_SETTINGS = (
     "parse_special_tokens",
     "sequence_length",
 )
-# A BPE is trained on the first characters of the data; more of them hardly change it.
-BPE_CHARACTERS = 100_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,8 +186,11 @@ def _text_run(
 ) -> Run:
     """A new run on text; the embedding gets the tokenizer's size unless the vocabulary is fixed."""
     training_sequence_length(config, settings)
+    tokens = next(filter(is_token_folder, split_weights(settings.data)[0]), None)
     if init is not None and settings.tokenizer is None:
         tokenizer, end = read_tokenizer(init), end_token_id(init)
+    elif tokens is not None and settings.tokenizer is None:
+        tokenizer, end = read_tokenizer(tokens), TokenShards(tokens).end_id
     else:
         spec = settings.tokenizer or str(config.vocab_size)
         tokenizer, end = choose_tokenizer(spec, _bpe_sample(settings, tell))
@@ -302,11 +305,6 @@ def _float32_weights(folder: Path) -> dict[str, np.ndarray]:
 
 
 def _bpe_sample(settings: TrainConfig, tell: Tell) -> Iterator[str]:
-    left = BPE_CHARACTERS
-    texts = read_documents(settings.data, TextSource.of(settings))
-    for text in told(texts, "reading text for the tokenizer", tell):
-        yield text[:left]
-        left -= len(text)
-        if left <= 0:
-            break
+    texts = read_documents(split_weights(settings.data)[0], TextSource.of(settings))
+    yield from first_characters(told(texts, "reading text for the tokenizer", tell))
     tell("training the tokenizer")

@@ -70,8 +70,7 @@ def own_rows(batch: Batch, processes: Processes) -> Batch:
     if processes.size == 1:
         return batch
     count = len(batch.inputs) // processes.size
-    rows = slice(processes.rank * count, (processes.rank + 1) * count)
-    return Batch(batch.inputs[rows], batch.targets[rows], batch.weights[rows])
+    return batch.rows(slice(processes.rank * count, (processes.rank + 1) * count))
 
 
 def wait_for_all(processes: Processes) -> None:

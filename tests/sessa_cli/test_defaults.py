@@ -10,15 +10,24 @@ from sessa_cli.main import app
 from sessa_common import SessaConfig, TrainConfig, convert
 from sessa_common.checkpoint.conversion import parse_size
 from sessa_common.data.simplestories import write_stories
+from sessa_common.data.tokenization import TokenizeRequest
 from sessa_common.experiments.comparison import Comparison
 from sessa_torch import evaluate
 
 COMMANDS = typer.main.get_command(app).commands
-LIBRARY = {"compare": Comparison, "convert": convert, "data": write_stories, "eval": evaluate}
+LIBRARY = {
+    "compare": Comparison,
+    "convert": convert,
+    "data simplestories": write_stories,
+    "data tokenize": TokenizeRequest,
+    "eval": evaluate,
+}
 
 
 def _options(command):
-    return {param.name: param.default for param in COMMANDS[command].params}
+    name, *rest = command.split()
+    found = COMMANDS[name].commands[rest[0]] if rest else COMMANDS[name]
+    return {param.name: param.default for param in found.params}
 
 
 @pytest.mark.parametrize("command", LIBRARY)

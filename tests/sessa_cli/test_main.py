@@ -43,7 +43,7 @@ def test_short_help_is_the_long_one(command, capsys):
     short = capsys.readouterr().out
     assert sessa(*arguments, "--help") == 0
     assert short == capsys.readouterr().out and "Usage: sessa" in short
-    if command:
+    if command and command != "data":  # which has commands of its own
         assert f"Example: sessa {command}" in " ".join(short.split())
 
 

@@ -316,12 +316,9 @@ def test_simplestories_from_files_to_a_model(kind, tmp_path):
     [
         (("diffuse-mqar",), "is endless: give the number of --examples"),
         (("diffuse-mqar", "--examples", 0), "--examples is 0, expected 1 or more"),
-        (("diffuse-mqar", "--data", "x.jsonl"), "--data goes with simplestories"),
         (("symbolsoup", "--examples", 5), "set its size with the task option train_examples=5"),
         (("symbolsoup", "--task-option", "lag=5"), "unknown option lag"),
-        (("sudoku",), "task is 'sudoku'"),
         (("simplestories",), "simplestories needs --data"),
-        (("simplestories", "--examples", 5), "do not go with simplestories"),
         (("simplestories", "--data", "gone.jsonl"), "gone.jsonl: no such file"),
         (("simplestories", "--data", "other.jsonl"), "no field 'story'; it has text"),
         (("simplestories", "--data", "other.parquet"), "no column 'story'; it has text"),
@@ -343,3 +340,14 @@ def test_data_refuses_bad_input(arguments, message, tmp_path, capsys, monkeypatc
     before = sorted(tmp_path.iterdir())
     assert message in fails(capsys, "data", *arguments, "--out", "made")
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("sudoku",), ("diffuse-mqar", "--data", "x"), ("simplestories", "--examples", 5)],
+    ids=lambda arguments: arguments[0],
+)
+def test_data_has_commands_with_options_of_their_own(arguments, tmp_path, capsys):
+    assert sessa("data", *arguments, "--out", tmp_path / "made") == 2
+    assert "No such" in capsys.readouterr().err
+    assert not (tmp_path / "made").exists()

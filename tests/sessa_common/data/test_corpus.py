@@ -7,8 +7,9 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from sessa_common.config import SessaConfig
-from sessa_common.data.batches import RowOrder, next_token_batch
+from sessa_common.data.batches import next_token_batch
 from sessa_common.data.corpus import TextBatches, pack, read_text_batches, told
+from sessa_common.data.row_order import RowOrder
 from sessa_common.data.tokenizer import byte_tokenizer
 from sessa_common.errors import SessaError
 from sessa_common.train_config import TrainConfig
@@ -128,7 +129,7 @@ def test_notes_say_what_was_left_out_of_training(tmp_path):
     config = SessaConfig(vocab_size=3, max_position_embeddings=3)
     settings = TrainConfig(data=(str(tmp_path),), validation_fraction=0.0)
     source = read_text_batches(tokenizer, 2, config, settings)
-    assert sorted(source.tokens.tolist()) == [0, 0, 0, 1, 1, 1, 1, 2, 2]
+    assert sorted(source.training[0].tokens.tolist()) == [0, 0, 0, 1, 1, 1, 1, 2, 2]
     assert list(source.notes) == [
         "the training text: skipped 1 row whose text is null, the first in "
         f"{tmp_path}/rows.jsonl, line 2",
