@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
@@ -129,9 +130,11 @@ def _run(layer: nn.Module, x: Tensor, **rest: Any) -> Tensor:
     return y
 
 
-def _checkpointed(layer: nn.Module, x: Tensor, **rest: Any) -> Tensor:
+def _checkpointed(layer: nn.Module, x: Tensor, preserve_rng_state: bool, **rest: Any) -> Tensor:
     """`_run`, which the backward pass repeats instead of keeping what the layer computes."""
-    y: Tensor = checkpoint(layer, x, use_reentrant=False, preserve_rng_state=False, **rest)
+    y: Tensor = checkpoint(
+        layer, x, use_reentrant=False, preserve_rng_state=preserve_rng_state, **rest
+    )
     return y
 
 
@@ -149,23 +152,27 @@ class SessaModel(nn.Module):
         self.layers = nn.ModuleList(new_layer(config, kind) for kind in config.kinds)
         self.norm = NORMS[config.final_norm](config.hidden_size, eps=config.layer_norm_eps)
         self.checkpoint_layers = False
+        # Sessa draws no random numbers; an adapter's dropout must be the same when it is repeated.
+        self._preserve_rng_state = False
 
     def forward(
         self,
-        input_ids: Tensor,  # (B, T)
+        input_ids: Tensor,  # (B, T), or (B, T, D)
         *,
         cache: SessaCache | None = None,
         attention_mask: Tensor | None = None,  # (B, P+T)
     ) -> Tensor:
-        """Hidden states (B, T, D) after the final norm."""
-        x = self.embed_tokens(input_ids)
+        """Hidden states (B, T, D) after the final norm, for token ids or for their embeddings."""
+        x = input_ids if input_ids.is_floating_point() else self.embed_tokens(input_ids)
         past = cache.length if cache is not None else 0
         if cache is not None:
-            mask = cache.extend(input_ids.shape[1], attention_mask)
+            mask = cache.extend(x.shape[1], attention_mask)
         else:
             mask = None if attention_mask is None else attention_mask.bool()
         rope = rope_of(self.config, x, past, mask) if self.config.rotates else None
-        run = _checkpointed if self.checkpoint_layers and cache is None else _run
+        run = _run
+        if self.checkpoint_layers and cache is None:
+            run = partial(_checkpointed, preserve_rng_state=self._preserve_rng_state)
         for i, layer in enumerate(self.layers):
             layer_cache = cache.layers[i] if cache is not None else None
             x = run(layer, x, rope=rope, cache=layer_cache, key_mask=mask)

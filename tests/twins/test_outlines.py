@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 # writes pickles. PyTorch's custom kernels need no other way on CUDA and choose TF32 by product.
 # Only MLX decodes by a compiled step, in the files whose names begin with _step. PyTorch's own
 # attention has a gradient in O(T) memory, MLX's has not, and only MLX's exp is slow on a CPU
-# and its one-row products with a bias on CUDA.
+# and its one-row products with a bias on CUDA. transformers has no models in MLX.
 ONE_SIDED = {
     "_exp.py",
     "_linear.py",
@@ -26,6 +26,7 @@ ONE_SIDED = {
     "feedback/gpu.py",
     "feedback/outputs.py",
     "feedback/products.py",
+    "hf",
     "state_dict_file.py",
 }
 # The name of a module's call differs between the frameworks.

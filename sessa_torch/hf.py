@@ -1,0 +1,213 @@
+"""Sessa in transformers: configuration and language model over the modules of this package.
+
+Importing this module registers both with AutoConfig and AutoModelForCausalLM. The names of the
+parameters are those of the checkpoint, so a checkpoint folder is read and written as it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Cache,
+    DynamicCache,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.generation import GenerationConfig, GenerationMode
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+
+from sessa_common import config as shared
+from sessa_common.checkpoint.initialization import initial_weights
+from sessa_common.checkpoint.remote_code import AUTO_MAP, write_remote_code
+from sessa_common.checkpoint.stored_types import EXACT
+from sessa_common.errors import SessaError
+from sessa_common.inference.cache_contents import is_trimmable
+from sessa_common.layer_kinds import OLD_KEYS
+from sessa_torch.checkpoint import to_tensor
+from sessa_torch.hf_cache import adopt, advance, view, visible_mask
+from sessa_torch.model import SessaModel
+
+FIELDS = tuple(field.name for field in dataclasses.fields(shared.SessaConfig))
+
+
+class SessaConfig(PreTrainedConfig):
+    """The keys of `sessa_common.config.SessaConfig`, with its defaults and its checks.
+
+    Further keys are kept as transformers keeps them.
+    """
+
+    model_type = "sessa"
+    use_cache = True
+
+    def __init__(self, **given: Any) -> None:
+        dtype = given.pop("torch_dtype", None)
+        given["dtype"] = str(given.get("dtype") or dtype or "float32").removeprefix("torch.")
+        keys = {name: given.pop(name) for name in (*FIELDS, *OLD_KEYS) if name in given}
+        checked = shared.SessaConfig.from_dict(keys)
+        super().__init__(**given, **dataclasses.asdict(checked))
+
+    @property
+    def architecture(self) -> shared.SessaConfig:
+        """The configuration that the modules of `sessa_torch` take."""
+        keys = {name: getattr(self, name) for name in FIELDS}
+        return shared.SessaConfig(**{**keys, "dtype": str(self.dtype).removeprefix("torch.")})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The keys of config.json, without those of kinds of layers that the model has not."""
+        keys = super().to_dict()
+        unused = set(FIELDS) - self.architecture.to_dict().keys()
+        return {name: value for name, value in keys.items() if name not in unused}
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
+        """Do nothing: saving writes a short file that imports this module, not a copy of it."""
+
+
+class SessaForCausalLM(PreTrainedModel, GenerationMixin):
+    """A Sessa language model that transformers, PEFT and TRL can load, train and generate with."""
+
+    config_class = SessaConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    gradient_checkpointing = False
+    _supports_sdpa = True
+    _no_split_modules = ("SessaLayer", "TransformerLayer", "Mamba2Layer")
+    _keep_in_fp32_modules_strict = EXACT
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    # Buffers of the author's layer that hold no weights.
+    _keys_to_ignore_on_load_unexpected = (r"rope_inv_freq", r"causal_mask_")
+
+    def __init__(self, config: SessaConfig) -> None:
+        super().__init__(config)
+        self.architecture = config.architecture
+        self._is_stateful = not is_trimmable(self.architecture)
+        self.model = SessaModel(self.architecture)
+        self.model._preserve_rng_state = True  # Adapters such as LoRA may have dropout.
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """Draw the parameters that no file gave, as `initial_weights` does, by torch's seed."""
+        missing = {
+            name: parameter
+            for name, parameter in self.named_parameters()
+            if not getattr(parameter, "_is_hf_initialized", False) and not parameter.is_meta
+        }
+        if not missing:
+            return
+        weights = initial_weights(self.architecture, int(torch.randint(2**31, ())))
+        for name, parameter in missing.items():
+            if name in weights:
+                parameter.copy_(to_tensor(weights[name]))
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,  # (B, T)
+        attention_mask: Tensor | None = None,  # (B, P+T)
+        position_ids: Tensor | None = None,  # (B, T)
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,  # (B, T, D)
+        labels: Tensor | None = None,  # (B, T)
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits (B, T, V) of token ids or of embeddings, and the loss of labels where given.
+
+        Positions follow from the mask; `position_ids` may only confirm them. Raises SessaError for
+        other positions, a mask that is not (B, P+T), and outputs that the model does not keep.
+        """
+        for name in ("output_attentions", "output_hidden_states"):
+            if kwargs.pop(name, None) or getattr(self.config, name, None):
+                raise SessaError(f"{name} is true; Sessa's layers do not return them")
+        if (input_ids is None) == (inputs_embeds is None):
+            raise SessaError("give either input_ids or inputs_embeds")
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache()
+        seen = visible_mask(attention_mask)
+        _require_consecutive(position_ids, seen)
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        x = self._hidden_states(given, seen, past_key_values)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(x[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+
+    def _hidden_states(self, given: Tensor, seen: Tensor | None, past: Cache | None) -> Tensor:
+        """Hidden states (B, T, D) for token ids or embeddings; a cache is extended by them."""
+        self.model.checkpoint_layers = self.gradient_checkpointing and self.training
+        if past is None:
+            return self.model(given, attention_mask=seen)
+        adopt(past, self.architecture)
+        x = self.model(given, cache=view(past, self.architecture), attention_mask=seen)
+        advance(past, given.shape[1])
+        return x
+
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any
+    ) -> None:
+        """Let transformers choose a cache, and put Sessa's layers into it before it is asked."""
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        if model_kwargs.get("past_key_values") is not None:
+            adopt(model_kwargs["past_key_values"], self.architecture)
+
+    def _validate_generation_mode(
+        self, mode: GenerationMode, generation_config: GenerationConfig, others: dict[str, Any]
+    ) -> None:
+        drafts = getattr(others.get("assistant_model"), "_is_stateful", False)
+        if mode == GenerationMode.ASSISTED_GENERATION and (self._is_stateful or drafts):
+            whose = "the model" if self._is_stateful else "the assistant model"
+            raise SessaError(
+                f"{whose} has a Mamba-2 layer, whose state cannot be rolled back when a drafted "
+                "token is refused; generate without assistant_model and prompt_lookup_num_tokens"
+            )
+        super()._validate_generation_mode(mode, generation_config, others)
+
+    def save_pretrained(self, save_directory: str | PathLike[str], **kwargs: Any) -> None:
+        """Save as transformers does, with the file by which other programs find this class."""
+        self.config.auto_map = dict(AUTO_MAP)
+        super().save_pretrained(save_directory, **kwargs)
+        write_remote_code(Path(save_directory))
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
+        """Do nothing: saving writes a short file that imports this module, not a copy of it."""
+
+
+def _require_consecutive(position_ids: Tensor | None, seen: Tensor | None) -> None:
+    """Raise SessaError unless visible tokens are numbered one after another.
+
+    A constant added to all positions changes nothing, because rotary positions are relative and
+    the feedback has none.
+    """
+    if position_ids is None or position_ids.shape[-1] < 2 or torch.compiler.is_compiling():
+        return
+    right = position_ids.diff(dim=-1) == 1
+    if seen is not None:
+        new = seen[:, -position_ids.shape[-1] :]
+        right = right | ~(new[:, 1:] & new[:, :-1])
+    if not bool(right.all()):
+        raise SessaError(
+            "position_ids do not rise by 1: several sequences in one row, or gaps, would see each "
+            "other; give one sequence a row, padded, with attention_mask"
+        )
+
+
+AutoConfig.register("sessa", SessaConfig, exist_ok=True)
+AutoModelForCausalLM.register(SessaConfig, SessaForCausalLM, exist_ok=True)
