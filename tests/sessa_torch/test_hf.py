@@ -186,15 +186,29 @@ def test_exact_parameters_stay_in_float32_in_a_bfloat16_model(folders):
 
 
 @pytest.mark.parametrize("kind", ["untied", "mamba2_hybrid"])
-def test_a_new_model_starts_as_sessa_starts(kind):
+def test_a_new_model_starts_as_sessa_starts(kind, monkeypatch):
+    seeds = []
+
+    def draw(config, seed):
+        seeds.append(seed)
+        return initial_weights(config, seed)
+
+    def new_weights(seed):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config)
+        return {name: p.detach().numpy() for name, p in model.named_parameters()}
+
+    monkeypatch.setattr(sessa_torch.hf, "initial_weights", draw)
     config = sessa_torch.hf.SessaConfig(**small_config(kind).to_dict())
-    torch.manual_seed(3)
-    model = AutoModelForCausalLM.from_config(config)
-    torch.manual_seed(3)
-    weights = initial_weights(small_config(kind), int(torch.randint(2**31, ())))
-    found = dict(model.named_parameters())
-    assert found.keys() == weights.keys()
-    assert all(np.array_equal(found[n].detach().numpy(), weights[n]) for n in weights)
+    first, again, other = new_weights(3), new_weights(3), new_weights(4)
+    weights = initial_weights(small_config(kind), seeds[0])
+    assert first.keys() == weights.keys()
+    assert all(np.array_equal(first[name], weights[name]) for name in weights)
+    assert seeds[0] == seeds[1] != seeds[2]
+    assert all(np.array_equal(first[name], again[name]) for name in weights)
+    assert not np.array_equal(
+        first["model.embed_tokens.weight"], other["model.embed_tokens.weight"]
+    )
 
 
 @pytest.mark.parametrize("kind", ["hybrid", "mamba2_hybrid"])
