@@ -33,6 +33,7 @@ from sessa_common.checkpoint.stored_types import EXACT
 from sessa_common.errors import SessaError
 from sessa_common.inference.cache_contents import is_trimmable
 from sessa_common.layer_kinds import OLD_KEYS
+from sessa_common.storage import is_ours
 from sessa_torch.checkpoint import to_tensor
 from sessa_torch.hf_cache import adopt, advance, view, visible_mask
 from sessa_torch.model import SessaModel
@@ -66,7 +67,16 @@ class SessaConfig(PreTrainedConfig):
         """The keys of config.json, without those of kinds of layers that the model has not."""
         keys = super().to_dict()
         unused = set(FIELDS) - self.architecture.to_dict().keys()
-        return {name: value for name, value in keys.items() if name not in unused}
+        used = {name: value for name, value in keys.items() if name not in unused}
+        return {**used, "auto_map": dict(AUTO_MAP)}
+
+    def save_pretrained(
+        self, save_directory: str | PathLike[str], *args: Any, **kwargs: Any
+    ) -> None:
+        """Save as transformers does, with the file that `auto_map` names."""
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        write_remote_code(Path(save_directory))
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
@@ -81,11 +91,9 @@ class SessaForCausalLM(PreTrainedModel, GenerationMixin):
     supports_gradient_checkpointing = True
     gradient_checkpointing = False
     _supports_sdpa = True
-    _no_split_modules = ("SessaLayer", "TransformerLayer", "Mamba2Layer")
-    _keep_in_fp32_modules_strict = EXACT
+    _no_split_modules = ["SessaLayer", "TransformerLayer", "Mamba2Layer"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = list(EXACT)
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
-    # Buffers of the author's layer that hold no weights.
-    _keys_to_ignore_on_load_unexpected = (r"rope_inv_freq", r"causal_mask_")
 
     def __init__(self, config: SessaConfig) -> None:
         super().__init__(config)
@@ -132,7 +140,8 @@ class SessaForCausalLM(PreTrainedModel, GenerationMixin):
         for name in ("output_attentions", "output_hidden_states"):
             if kwargs.pop(name, None) or getattr(self.config, name, None):
                 raise SessaError(f"{name} is true; Sessa's layers do not return them")
-        if (input_ids is None) == (inputs_embeds is None):
+        given = inputs_embeds if input_ids is None else input_ids
+        if given is None or (input_ids is not None and inputs_embeds is not None):
             raise SessaError("give either input_ids or inputs_embeds")
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
@@ -140,7 +149,6 @@ class SessaForCausalLM(PreTrainedModel, GenerationMixin):
             past_key_values = DynamicCache()
         seen = visible_mask(attention_mask)
         _require_consecutive(position_ids, seen)
-        given = input_ids if inputs_embeds is None else inputs_embeds
         x = self._hidden_states(given, seen, past_key_values)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(x[:, kept])
@@ -159,11 +167,11 @@ class SessaForCausalLM(PreTrainedModel, GenerationMixin):
         advance(past, given.shape[1])
         return x
 
-    def _prepare_cache_for_generation(
+    def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any
     ) -> None:
         """Let transformers choose a cache, and put Sessa's layers into it before it is asked."""
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)  # type: ignore[misc]
         if model_kwargs.get("past_key_values") is not None:
             adopt(model_kwargs["past_key_values"], self.architecture)
 
@@ -177,13 +185,19 @@ class SessaForCausalLM(PreTrainedModel, GenerationMixin):
                 f"{whose} has a Mamba-2 layer, whose state cannot be rolled back when a drafted "
                 "token is refused; generate without assistant_model and prompt_lookup_num_tokens"
             )
-        super()._validate_generation_mode(mode, generation_config, others)
+        super()._validate_generation_mode(mode, generation_config, others)  # type: ignore[misc]
 
-    def save_pretrained(self, save_directory: str | PathLike[str], **kwargs: Any) -> None:
-        """Save as transformers does, with the file by which other programs find this class."""
-        self.config.auto_map = dict(AUTO_MAP)
-        super().save_pretrained(save_directory, **kwargs)
-        write_remote_code(Path(save_directory))
+    def save_pretrained(
+        self, save_directory: str | PathLike[str], *args: Any, **kwargs: Any
+    ) -> None:
+        """Save as transformers does.
+
+        Raises SessaError for a folder that this project wrote: its manifest would name the old
+        weights.
+        """
+        if is_ours(Path(save_directory)):
+            raise SessaError(f"{save_directory}: holds a checkpoint of sessa; save into another")
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -96,6 +96,7 @@ def adopt(cache: Cache, config: SessaConfig) -> None:
                 f"past_key_values has a {type(layer).__name__}, expected an empty DynamicCache; "
                 "quantised and sliding caches cannot hold Sessa's feedback"
             )
+        assert isinstance(layer, CacheLayerMixin)
         if layer.is_initialized and int(layer.get_seq_length()) > 0:
             raise SessaError(
                 "past_key_values was filled by another model; give an empty DynamicCache"
@@ -107,16 +108,21 @@ def adopt(cache: Cache, config: SessaConfig) -> None:
 def view(cache: Cache, config: SessaConfig) -> SessaCache:
     """The rows of a cache that `adopt` filled as the cache that `SessaModel` takes."""
     found = SessaCache(config)
-    found.layers = [layer.held for layer in cache.layers]
+    found.layers = [layer.held for layer in _layers(cache)]
     found.length = cache.get_seq_length()
     return found
 
 
 def advance(cache: Cache, count: int) -> None:
     """Count the positions that the model has just appended to the rows."""
-    for layer in cache.layers:
+    for layer in _layers(cache):
         layer.length += count
         layer.is_initialized = True
+
+
+def _layers(cache: Cache) -> list[CacheLayer]:
+    """The layers that `adopt` put into the cache."""
+    return cast(list[CacheLayer], cache.layers)
 
 
 def visible_mask(mask: Tensor | None) -> Tensor | None:

@@ -14,6 +14,18 @@ from sessa_torch.cache import SessaLayerCache
 from sessa_torch.feedback import feedback_solve
 
 
+class _GainRow(nn.Linear):
+    """<a, w> in float32 at least; a module that is called, so that adapters and offloading apply.
+
+    Adapters wrap a module's call, and offloading loads its weights for a call.
+    """
+
+    def forward(self, a: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, 1)."""
+        work = torch.promote_types(a.dtype, torch.float32)
+        return (a * self.weight[0].to(work)).sum(-1, keepdim=True)
+
+
 class SessaMixer(AttentionMixer):
     """s = (I - diag(gamma) alpha)^-1 f, with f the causal attention of a (section 3 of the paper).
 
@@ -26,7 +38,7 @@ class SessaMixer(AttentionMixer):
         super().__init__(config, gated=gated)
         D = config.hidden_size
         self.proj_fb = nn.Linear(D, 2 * config.feedback_key_dim)
-        self.gamma_ctx = nn.Linear(D, 1, bias=False)
+        self.gamma_ctx = _GainRow(D, 1, bias=False)
         self.gamma_bias = nn.Parameter(torch.ones(()))
 
     def forward(
@@ -52,6 +64,5 @@ class SessaMixer(AttentionMixer):
 
     def gain(self, a: Tensor) -> Tensor:
         """gamma (B, T) = gamma_max tanh(<a, w> + b), in float32 at least and under any autocast."""
-        work = torch.promote_types(a.dtype, torch.float32)
-        logits = (a * self.gamma_ctx.weight[0].to(work)).sum(-1)
-        return self.config.gamma_max * torch.tanh(logits + self.gamma_bias.to(work))
+        logits = self.gamma_ctx(a)[..., 0]
+        return self.config.gamma_max * torch.tanh(logits + self.gamma_bias.to(logits.dtype))

@@ -29,6 +29,7 @@ from sessa_common.checkpoint.quantization import (
     quantize_weights,
     undivided,
 )
+from sessa_common.checkpoint.remote_code import REMOTE_CODE
 from sessa_common.checkpoint.run_files import STATE
 from sessa_common.checkpoint.sources import Source, read_llama, read_source, state_file
 from sessa_common.checkpoint.upcycling import add_feedback, parse_layers, remove_feedback
@@ -227,7 +228,8 @@ def _carry_files(source: Source, scratch: Path, *, with_state: bool, with_saves:
     """
     if (folder := source.folder) is None:
         return []
-    kept = {STATE: with_state, SAVES: with_saves, MANIFEST: False, "config.json": False}
+    written_anew = dict.fromkeys((MANIFEST, REMOTE_CODE, "config.json"), False)
+    kept = {STATE: with_state, SAVES: with_saves, **written_anew}
     carried = []
     for path in sorted(folder.iterdir()):
         weights = is_model_file(path.name) or path.match("*weight*.npz")

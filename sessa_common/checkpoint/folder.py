@@ -30,6 +30,7 @@ from sessa_common.checkpoint.quantization import (
     is_quantized,
     packings,
 )
+from sessa_common.checkpoint.remote_code import write_config
 from sessa_common.config import SessaConfig, parameter_shapes
 from sessa_common.errors import SessaError
 from sessa_common.input_files import require_regular
@@ -291,7 +292,7 @@ def save_weights(
     Weight files of an earlier save are removed.
     """
     names = write_weights(folder, weights, shard_size=shard_size, framework=framework)
-    write_json(folder / "config.json", {**config.to_dict(), **(extra_config or {})})
+    write_config(folder, config, extra_config)
     write_manifest(folder, [*names, *more_files])
     for path in folder.iterdir():
         if is_model_file(path.name) and path.name not in names:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+from sessa_common.config import SessaConfig
+from sessa_common.storage import write_json, write_text
 
 REMOTE_CODE = "modeling_sessa.py"
 AUTO_MAP = {
@@ -27,6 +32,13 @@ __all__ = ["SessaConfig", "SessaForCausalLM"]
 '''
 
 
+def write_config(folder: Path, config: SessaConfig, extra: Mapping[str, Any] | None = None) -> None:
+    """Write config.json with `extra` keys, and beside it the file that `AUTO_MAP` names."""
+    write_remote_code(folder)
+    keys = {**config.to_dict(), **(extra or {}), "auto_map": AUTO_MAP}
+    write_json(folder / "config.json", keys)
+
+
 def write_remote_code(folder: Path) -> None:
     """Write the file that `AUTO_MAP` names into a folder."""
-    (folder / REMOTE_CODE).write_text(TEXT, encoding="utf-8")
+    write_text(folder / REMOTE_CODE, TEXT)

@@ -25,10 +25,17 @@ from sessa_common.checkpoint.manifest import (
     verify,
     write_manifest,
 )
+from sessa_common.checkpoint.remote_code import REMOTE_CODE
 from sessa_common.storage import atomic_path, new_folder, remove_folder, sweep
 
 # Files of a checkpoint folder that say how to use the weights; every save has its own copy.
-BESIDE = ("config.json", "generation_config.json", "tokenizer*.json", "training.json")
+BESIDE = (
+    "config.json",
+    "generation_config.json",
+    REMOTE_CODE,
+    "tokenizer*.json",
+    "training.json",
+)
 
 
 def add_save(

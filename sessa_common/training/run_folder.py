@@ -23,6 +23,7 @@ from sessa_common.checkpoint.folder import (
     write_weights,
 )
 from sessa_common.checkpoint.manifest import is_undamaged, verify, write_manifest
+from sessa_common.checkpoint.remote_code import write_config
 from sessa_common.checkpoint.run_files import RESULT, STATE, TRAINING
 from sessa_common.checkpoint.saves import add_save, finish_save, list_saves
 from sessa_common.checkpoint.stored_types import as_stored
@@ -71,7 +72,7 @@ def create_run_folder(
     config = dataclasses.replace(run.config, dtype=dtype)
     with new_folder(run.folder, force=force, lock_until=lock_until) as scratch:
         write_tokenizer(scratch, run.tokenizer, run.end_id, run.config.max_position_embeddings)
-        write_json(scratch / "config.json", config.to_dict())
+        write_config(scratch, config)
         write_json(scratch / TRAINING, run.settings.to_dict())
         write_manifest(scratch, _write_save(scratch, run, backend, 0, dtype), step=0)
 

@@ -72,6 +72,7 @@ def test_train_leaves_a_checkpoint_that_loads_and_a_paragraph(backend, text, tmp
     assert names == {
         "config.json",
         "model.safetensors",
+        "modeling_sessa.py",
         "tokenizer.json",
         "tokenizer_config.json",
         "generation_config.json",

@@ -176,6 +176,13 @@ def test_a_saved_folder_is_a_checkpoint_of_this_project(kind, models, folders, t
     assert all(np.array_equal(before[name], after[name]) for name in before)
 
 
+def test_a_folder_with_a_manifest_is_not_overwritten(models, folders):
+    before = {path.name: path.read_bytes() for path in folders["grouped"].iterdir()}
+    with pytest.raises(SessaError, match="save into another"):
+        models["grouped"].save_pretrained(folders["grouped"])
+    assert before == {path.name: path.read_bytes() for path in folders["grouped"].iterdir()}
+
+
 def test_exact_parameters_stay_in_float32_in_a_bfloat16_model(folders):
     model = AutoModelForCausalLM.from_pretrained(folders["mamba2_hybrid"], dtype="bfloat16")
     kept = {n for n, p in model.named_parameters() if p.dtype == torch.float32}
