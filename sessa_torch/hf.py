@@ -92,7 +92,7 @@ class SessaForCausalLM(PreTrainedModel, GenerationMixin):
     gradient_checkpointing = False
     _supports_sdpa = True
     _no_split_modules = ["SessaLayer", "TransformerLayer", "Mamba2Layer"]  # noqa: RUF012
-    _keep_in_fp32_modules_strict = list(EXACT)
+    _keep_in_fp32_modules_strict = list(EXACT)  # noqa: RUF012
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
     def __init__(self, config: SessaConfig) -> None:

@@ -290,6 +290,51 @@ def test_without_the_package_the_message_says_how_to_install_it(models, tmp_path
     assert "pip install 'sessa-toolchain[transformers]'" in answer.stderr
 
 
+@pytest.mark.parametrize("kind", ["hybrid", "mamba2_hybrid"])
+def test_offloaded_layers_give_the_same_logits(kind, folders, models, tmp_path):
+    pytest.importorskip("accelerate")
+    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
+    places |= {f"model.layers.{i}": "cpu" for i in range(3)}
+    model = AutoModelForCausalLM.from_pretrained(
+        folders[kind],
+        device_map={**places, "model.layers.0": "disk", "model.layers.2": "disk"},
+        offload_folder=tmp_path,
+    )
+    with torch.no_grad():
+        assert torch.equal(model(PROMPTS).logits, models[kind](PROMPTS).logits)
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize("kind", ["hybrid", "mamba2_hybrid"])
+def test_an_adapter_trains_and_its_merged_folder_is_a_checkpoint(kind, dora, folders, tmp_path):
+    peft = pytest.importorskip("peft")
+
+    def load():
+        return AutoModelForCausalLM.from_pretrained(folders[kind])
+
+    torch.manual_seed(0)
+    options = {"target_modules": "all-linear", "r": 4, "lora_dropout": 0.1, "use_dora": dora}
+    model = peft.get_peft_model(load(), peft.LoraConfig(task_type="CAUSAL_LM", **options)).train()
+    model.gradient_checkpointing_enable()
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimizer, losses = torch.optim.AdamW(weights, 1e-2), []
+    for _ in range(4):
+        losses.append(model(PROMPTS, labels=PROMPTS).loss)
+        losses[-1].backward()
+        assert all(p.grad is not None for p in weights)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < 0.9 * losses[0]
+    model.save_pretrained(tmp_path / "adapter")
+    adapted = peft.PeftModel.from_pretrained(load(), tmp_path / "adapter").eval()
+    with torch.no_grad():
+        logits = model.eval()(PROMPTS).logits
+        assert torch.equal(adapted(PROMPTS).logits, logits)
+        adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+        merged = load_model(tmp_path / "merged", device="cpu")(PROMPTS)
+    assert torch.allclose(merged, logits, atol=1e-4)
+
+
 def test_trainer_takes_steps_and_resumes(folders, tmp_path):
     pytest.importorskip("accelerate")
     from transformers import Trainer, TrainingArguments
