@@ -15,6 +15,7 @@ PAGES = (
     "docs/operator.md",
     "docs/inference.md",
     "docs/checkpoints-and-conversion.md",
+    "docs/transformers.md",
 )
 
 
