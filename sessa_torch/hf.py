@@ -44,13 +44,19 @@ FIELDS = tuple(field.name for field in dataclasses.fields(shared.SessaConfig))
 class SessaConfig(PreTrainedConfig):
     """The keys of `sessa_common.config.SessaConfig`, with its defaults and its checks.
 
-    Further keys are kept as transformers keeps them.
+    Further keys are kept as transformers keeps them. Raises SessaError for a folder that MLX has
+    quantised.
     """
 
     model_type = "sessa"
     use_cache = True
 
     def __init__(self, **given: Any) -> None:
+        if "quantization" in given:
+            raise SessaError(
+                "the weights are quantised by MLX, which transformers cannot read; convert the "
+                "folder with `framework` torch first"
+            )
         dtype = given.pop("torch_dtype", None)
         given["dtype"] = str(given.get("dtype") or dtype or "float32").removeprefix("torch.")
         keys = {name: given.pop(name) for name in (*FIELDS, *OLD_KEYS) if name in given}

@@ -20,6 +20,7 @@ from transformers import (
     pipeline,
 )
 
+import sessa_common
 import sessa_torch
 import sessa_torch.hf
 from sessa_common.checkpoint.folder import load_config
@@ -181,6 +182,20 @@ def test_a_folder_with_a_manifest_is_not_overwritten(models, folders):
     with pytest.raises(SessaError, match="save into another"):
         models["grouped"].save_pretrained(folders["grouped"])
     assert before == {path.name: path.read_bytes() for path in folders["grouped"].iterdir()}
+
+
+def test_a_folder_quantised_by_mlx_is_refused_and_its_conversion_loads(tmp_path):
+    source, _ = write_checkpoint(tmp_path / "model", small_config("heads", hidden_size=64))
+    sessa_common.convert(source, tmp_path / "packed", bits=4, group_size=32)
+    with pytest.raises(SessaError, match="convert the folder with `framework` torch"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "packed")
+    assert tokenizer.decode(tokenizer("solve")["input_ids"]) == "solve"
+    sessa_common.convert(tmp_path / "packed", tmp_path / "plain", framework="torch")
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    expected = load_model(tmp_path / "packed", device="cpu")
+    with torch.no_grad():
+        assert torch.equal(found(PROMPTS).logits, expected(PROMPTS))
 
 
 def test_exact_parameters_stay_in_float32_in_a_bfloat16_model(folders):
