@@ -16,8 +16,9 @@ from sessa_common.config import SessaConfig
 from sessa_common.data.sources import local_paths
 from sessa_common.errors import SessaError
 from sessa_common.fields import build, split_fields
+from sessa_common.json_files import read_json
 from sessa_common.reference.parity import Result, compare, make_cases, require_ok, tolerance_of
-from sessa_common.storage import new_folder
+from sessa_common.storage import new_folder, write_json
 from sessa_export.cache_layout import require_supported
 from sessa_export.perplexity import Cost, Document, measure_cost, read_text, require_cost
 from sessa_export.runtime import MODEL_FILE, load_decoder, require_onnx
@@ -138,10 +139,7 @@ def _write_folder(
     library = native.build() if options.native else None
     path = clients.model_path(asked, options.dtype)
     write_model(folder / path, config, weights, options)
-    for pattern in COPIED:
-        for file in filter(Path.is_file, source.glob(pattern)):
-            require_own_file(source, file)
-            shutil.copyfile(file, folder / file.name)
+    _copy_files(source, folder)
     if library:
         shutil.copyfile(library, folder / library.name)
     exported = clients.Exported(
@@ -153,6 +151,20 @@ def _write_folder(
         library=library.name if library else None,
     )
     clients.write_client_files(folder, asked, exported)
+
+
+def _copy_files(source: Path, folder: Path) -> None:
+    """Copy what clients read beside the graph; config.json without the keys that name a program.
+
+    The programs load weights, which an exported folder has not.
+    """
+    for pattern in COPIED:
+        for file in filter(Path.is_file, source.glob(pattern)):
+            require_own_file(source, file)
+            shutil.copyfile(file, folder / file.name)
+    settings = read_json(folder / "config.json")
+    kept = {key: value for key, value in settings.items() if key not in ("auto_map", "model_file")}
+    write_json(folder / "config.json", kept)
 
 
 def _judge(

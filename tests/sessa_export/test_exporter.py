@@ -238,6 +238,8 @@ def test_only_what_was_asked_for(tmp_path: Path, checkpoint: Path) -> None:
     for client, files in expected.items():
         export_checkpoint(checkpoint, tmp_path / client, Options(clients=(client,)))
         assert {f.name for f in (tmp_path / client).iterdir()} == always | files
+        assert "auto_map" not in read(tmp_path / client / "config.json")
+    assert "auto_map" in read(checkpoint / "config.json")
 
 
 def test_checkpoints_without_text_tools(tmp_path: Path, checkpoint: Path) -> None:
