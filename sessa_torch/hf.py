@@ -59,15 +59,24 @@ class SessaConfig(PreTrainedConfig):
             )
         dtype = given.pop("torch_dtype", None)
         given["dtype"] = str(given.get("dtype") or dtype or "float32").removeprefix("torch.")
-        keys = {name: given.pop(name) for name in (*FIELDS, *OLD_KEYS) if name in given}
+        names = (*FIELDS, *OLD_KEYS, "rope_parameters")
+        keys = {name: given.pop(name) for name in names if name in given}
         checked = shared.SessaConfig.from_dict(keys)
-        super().__init__(**given, **dataclasses.asdict(checked))
+        fields = dataclasses.asdict(checked)
+        # transformers keeps the scaling, with its base, under another name.
+        del fields["rope_scaling"]
+        if (scaling := checked.rope_scaling) is not None:
+            base = {"rope_theta": checked.rope_theta}
+            given["rope_parameters"] = {**scaling.to_dict(), **base}
+        super().__init__(**given, **fields)
 
     @property
     def architecture(self) -> shared.SessaConfig:
         """The configuration that the modules of `sessa_torch` take."""
-        keys = {name: getattr(self, name) for name in FIELDS}
-        return shared.SessaConfig(**{**keys, "dtype": str(self.dtype).removeprefix("torch.")})
+        names = {*FIELDS, "rope_parameters"} - {"rope_scaling"}
+        keys = {name: getattr(self, name) for name in names if hasattr(self, name)}
+        keys["dtype"] = str(self.dtype).removeprefix("torch.")
+        return shared.SessaConfig.from_dict(keys)
 
     def to_dict(self) -> dict[str, Any]:
         """The keys of config.json, without those of kinds of layers that the model has not."""

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
+from support.block_options import FAMILIES
 from support.export_models import MAMBA, VARIANTS, small_config, write_checkpoint
 from transformers import (
     AutoConfig,
@@ -175,6 +176,16 @@ def test_a_saved_folder_is_a_checkpoint_of_this_project(kind, models, folders, t
     before, after = (model_weights(load_model(f, device="cpu")) for f in (folders[kind], tmp_path))
     assert before.keys() == after.keys()
     assert all(np.array_equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_options_of_the_block_are_kept(family, tmp_path):
+    config = small_config("grouped", hidden_size=24, **FAMILIES[family])
+    folder, _ = write_checkpoint(tmp_path / "model", config)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert np.array_equal(continued(model), greedy(folder, PROMPTS.numpy()))
+    model.save_pretrained(tmp_path / "saved")
+    assert load_config(tmp_path / "saved") == load_config(folder) == config
 
 
 def test_a_folder_with_a_manifest_is_not_overwritten(models, folders):
