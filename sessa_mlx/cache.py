@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import mlx.core as mx
+import numpy as np
 
 from sessa_common.config import SessaConfig
-from sessa_common.inference.cache_contents import require_trimmable
+from sessa_common.inference.cache_contents import position_axis, require_trimmable
 from sessa_mlx._step_cache import hide_rows
 
 # A buffer has room for a multiple of this number of rows.
@@ -258,6 +259,40 @@ class SessaCache:
         mask = None if self.mask is None else self.mask[chosen]
         self.mask = None if mask is None or mask.all().item() else mask
 
+    def fork(self, rows: Sequence[int]) -> SessaCache:
+        """A copy of these sequences, without leading positions that are padding in all of them."""
+        found = SessaCache(self.config)
+        if len(rows):
+            chosen = mx.array(list(rows))
+            mask = self._whole_mask()[chosen]
+            start = np.array(mask.any(0)).argmax().item()
+            copied = {name: held[chosen] for name, held in self.tensors().items()}
+            found.load(
+                {name: _skip(name, held, start) for name, held in copied.items()}, mask[:, start:]
+            )
+        return found
+
+    def join(self, other: SessaCache) -> None:
+        """Append the sequences of another cache; the shorter ones get padding on the left."""
+        length = max(self.length, other.length)
+        (mine, seen), (more, seen_more) = self._padded(length), other._padded(length)
+        joined = {name: mx.concatenate([held, more[name]]) for name, held in mine.items()}
+        self.load(joined, mx.concatenate([seen, seen_more]))
+
+    def _padded(self, length: int) -> tuple[dict[str, mx.array], mx.array]:
+        """The arrays and the mask with padding on the left, `length` positions long."""
+        count = length - self.length
+        padded = {name: _pad(name, held, count) for name, held in self.tensors().items()}
+        return padded, mx.pad(self._whole_mask(), [(0, 0), (count, 0)])
+
+    def _whole_mask(self) -> mx.array:
+        """The mask (B, P) also where there is no padding."""
+        mask = self._full_mask(self.length)
+        if mask is None:
+            B = len(next(iter(self.tensors().values())))
+            mask = mx.ones((B, self.length), dtype=mx.bool_)
+        return mask
+
     def tensors(self) -> dict[str, mx.array]:
         """The tensors of all layers as `cache_contents.cache_shapes` names them, without mask."""
         return {
@@ -276,3 +311,17 @@ class SessaCache:
             if isinstance(layer, SessaLayerCache) and self.mask is not None:
                 own = {name: hide_rows(rows, mask) for name, rows in own.items()}
             layer.load(own)
+
+
+def _skip(name: str, held: mx.array, count: int) -> mx.array:
+    """An array without its first `count` positions."""
+    axis = position_axis(name)
+    return held if axis is None else held[(slice(None),) * axis + (slice(count, None),)]
+
+
+def _pad(name: str, held: mx.array, count: int) -> mx.array:
+    """An array with `count` positions of zeros before its first."""
+    axis = position_axis(name)
+    if axis is None:
+        return held
+    return mx.pad(held, [(count if i == axis else 0, 0) for i in range(held.ndim)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -113,14 +114,24 @@ class Decoder:
         self.cache.keep(rows)
         self.last = None
 
+    def fork(self, rows: Sequence[int] = ()) -> Decoder:
+        """Another decoder of the model, which holds a copy of these rows, or no rows."""
+        found = copy.copy(self)
+        found.cache, found.last = self.cache.fork(rows), None
+        mx.eval(held_arrays(found.cache))
+        return found
+
+    def join(self, other: Decoder) -> None:
+        """Append the rows of another decoder of the model; the shorter get padding on the left."""
+        self.cache.join(other.cache)
+        self.last = None
+        mx.eval(held_arrays(self.cache))
+
     def cache_arrays(self) -> dict[str, np.ndarray]:
         """Copy the cache into arrays, named as in `cache_contents.cache_shapes`."""
         arrays = {name: to_numpy(held).copy() for name, held in self.cache.tensors().items()}
-        if not arrays:
-            return {}
-        B = len(next(iter(arrays.values())))
-        mask = self.cache._full_mask(self.length)
-        arrays[MASK] = np.ones((B, self.length), bool) if mask is None else to_numpy(mask)
+        if arrays:
+            arrays[MASK] = to_numpy(self.cache._whole_mask()).copy()
         return arrays
 
     def restore_cache(self, arrays: Mapping[str, np.ndarray]) -> None:

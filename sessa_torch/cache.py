@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sessa_common.config import SessaConfig
-from sessa_common.inference.cache_contents import require_trimmable
+from sessa_common.inference.cache_contents import position_axis, require_trimmable
 
 CHUNK = 256
 
@@ -198,6 +199,38 @@ class SessaCache:
         if self.mask is not None:
             self._set_mask(self.mask[list(rows)])
 
+    def fork(self, rows: Sequence[int]) -> SessaCache:
+        """A copy of these sequences, without leading positions that are padding in all of them."""
+        found = SessaCache(self.config)
+        if len(rows):
+            mask = self._whole_mask()[list(rows)]
+            start = int(mask.any(0).int().argmax())
+            copied = {name: held[list(rows)] for name, held in self.tensors().items()}
+            found.load(
+                {name: _skip(name, held, start) for name, held in copied.items()}, mask[:, start:]
+            )
+        return found
+
+    def join(self, other: SessaCache) -> None:
+        """Append the sequences of another cache; the shorter ones get padding on the left."""
+        length = max(self.length, other.length)
+        (mine, seen), (more, seen_more) = self._padded(length), other._padded(length)
+        joined = {name: torch.cat([held, more[name]]) for name, held in mine.items()}
+        self.load(joined, torch.cat([seen, seen_more]))
+
+    def _padded(self, length: int) -> tuple[dict[str, Tensor], Tensor]:
+        """The tensors and the mask with padding on the left, `length` positions long."""
+        count = length - self.length
+        padded = {name: _pad(name, held, count) for name, held in self.tensors().items()}
+        return padded, F.pad(self._whole_mask(), (count, 0))
+
+    def _whole_mask(self) -> Tensor:
+        """The mask (B, P) also where there is no padding."""
+        if self.mask is not None:
+            return self.mask
+        held = next(iter(self.tensors().values()))
+        return held.new_ones(len(held), self.length, dtype=torch.bool)
+
     def tensors(self) -> dict[str, Tensor]:
         """The tensors of all layers as `cache_contents.cache_shapes` names them, without mask."""
         return {
@@ -219,3 +252,17 @@ class SessaCache:
     def _set_mask(self, mask: Tensor) -> None:
         self.seen = GrowingBuffer(1)
         self.mask = None if bool(mask.all()) else self.seen.append(mask)
+
+
+def _skip(name: str, held: Tensor, count: int) -> Tensor:
+    """A tensor without its first `count` positions."""
+    axis = position_axis(name)
+    return held if axis is None else held.narrow(axis, count, held.shape[axis] - count)
+
+
+def _pad(name: str, held: Tensor, count: int) -> Tensor:
+    """A tensor with `count` positions of zeros before its first."""
+    axis = position_axis(name)
+    if axis is None:
+        return held
+    return F.pad(held, [0, 0] * (held.ndim - axis - 1) + [count, 0])

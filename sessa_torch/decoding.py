@@ -128,14 +128,25 @@ class Decoder:
         self.cache.keep(rows)
         self._changed()
 
+    @torch.inference_mode()
+    def fork(self, rows: Sequence[int] = ()) -> Decoder:
+        """Another decoder of the model, which holds a copy of these rows, or no rows."""
+        found = Decoder(self.model)
+        found.graphs = self.graphs
+        found.cache = self.cache.fork(rows)
+        return found
+
+    @torch.inference_mode()
+    def join(self, other: Decoder) -> None:
+        """Append the rows of another decoder of the model; the shorter get padding on the left."""
+        self.cache.join(other.cache)
+        self._changed()
+
     def cache_arrays(self) -> dict[str, np.ndarray]:
         """Copy the cache into arrays, named as in `cache_contents.cache_shapes`."""
         arrays = {name: to_numpy(held).copy() for name, held in self.cache.tensors().items()}
-        if not arrays:
-            return {}
-        B = len(next(iter(arrays.values())))
-        mask = self.cache.mask
-        arrays[MASK] = np.ones((B, self.length), bool) if mask is None else to_numpy(mask)
+        if arrays:
+            arrays[MASK] = to_numpy(self.cache._whole_mask()).copy()
         return arrays
 
     @torch.inference_mode()

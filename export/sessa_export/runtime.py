@@ -112,6 +112,32 @@ class Decoder:
             self.caches.load([array[list(rows)] for array in self.caches.arrays()])
         self.fed = False
 
+    def fork(self, rows: Sequence[int] = ()) -> Decoder:
+        """Another decoder of the session, which holds a copy of these rows, or no rows."""
+        found = Decoder(self.session, self.config)
+        if self.mask is not None and len(rows):
+            mask = self.mask[list(rows)]
+            start = int(mask.any(axis=0).argmax())
+            found.mask = mask[:, start:]
+            found.caches.load([array[list(rows), :, start:] for array in self.caches.arrays()])
+        return found
+
+    def join(self, other: Decoder) -> None:
+        """Append the rows of another decoder; the shorter get padding on the left."""
+        assert self.mask is not None and other.mask is not None
+        length = max(self.length, other.length)
+        mine, more = self._padded(length), other._padded(length)
+        self.mask, *joined = map(np.concatenate, zip(mine, more, strict=True))
+        self.caches.load(joined)
+        self.fed = False
+
+    def _padded(self, length: int) -> list[np.ndarray]:
+        """The mask (B, length) and the caches (B, heads, length, width), padded on the left."""
+        assert self.mask is not None
+        more = (length - self.length, 0)
+        rows = [np.pad(held, ((0, 0), (0, 0), more, (0, 0))) for held in self.caches.arrays()]
+        return [np.pad(self.mask, ((0, 0), more)), *rows]
+
     def cache_arrays(self) -> dict[str, np.ndarray]:
         """Copy the cache into arrays, named as in `cache_contents.cache_shapes`."""
         if self.mask is None or not self.length:

@@ -48,6 +48,11 @@ def cache_shapes(config: SessaConfig, B: int, P: int) -> dict[str, tuple[int, ..
     return shapes
 
 
+def position_axis(name: str) -> int | None:
+    """Return the axis of positions of an array in the cache, None for a state."""
+    return {MASK: 1, "k": 2, "v": 2, "k_fb": 1, "s": 1}.get(name.rpartition(".")[2])
+
+
 def check_cache_arrays(config: SessaConfig, arrays: Mapping[str, np.ndarray], dtype: str) -> None:
     """Raise SessaError unless the arrays are a cache of this model in `dtype`, not empty.
 

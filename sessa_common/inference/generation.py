@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol, Self, runtime_checkable
 
 import numpy as np
 
@@ -71,6 +71,19 @@ class Decoder(Protocol):
 
     def keep(self, rows: Sequence[int]) -> None:
         """Keep only these rows of the batch, in this order; feed a token before the next draw."""
+
+    def fork(self, rows: Sequence[int] = ()) -> Self:
+        """Return another decoder of the same model that holds a copy of these rows, or no rows.
+
+        A row may be named several times. Leading positions that are padding in all of them are
+        left out. Feed a token to the new decoder before its next draw.
+        """
+
+    def join(self, other: Self) -> None:
+        """Append the rows of another decoder of the same model; feed a token before the next draw.
+
+        Neither may be empty. The shorter rows get padding on the left.
+        """
 
     def cache_arrays(self) -> dict[str, np.ndarray]:
         """Copy the cache into arrays of the names and shapes of `cache_contents.cache_shapes`.

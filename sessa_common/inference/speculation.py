@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -168,6 +168,14 @@ class SpeculativeDecoder:
     def keep(self, rows: Sequence[int]) -> None:
         """Keep the only row."""
         self.decoder.keep(rows)
+
+    def fork(self, rows: Sequence[int] = ()) -> Self:
+        """Refuse: the guesser cannot be copied; fork the decoder of the model."""
+        raise SessaError("a decoder that speculates cannot be copied")
+
+    def join(self, other: Self) -> None:
+        """Refuse: speculative decoding continues one prompt."""
+        raise SessaError("speculative decoding continues one prompt, so no rows can join it")
 
     def cache_arrays(self) -> dict[str, np.ndarray]:
         """Copy the cache of the model; the guesser is no part of it."""

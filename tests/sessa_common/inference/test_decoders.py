@@ -120,6 +120,58 @@ def test_draw_goes_on_after_rows_have_left(decoder) -> None:
     np.testing.assert_array_equal(rest, [column[rows] for column in whole[4:]])
 
 
+def test_rows_join_and_leave_a_running_batch(decoder) -> None:
+    """Every row goes on as alone, whatever is beside it, longer or shorter."""
+    alone = {}
+    for prompt in PROMPTS:
+        decoder.reset()
+        decoder.feed(np.array([prompt]))
+        alone[bytes(prompt)] = [ids[0] for ids in decoder.draw(SamplingConfig(temperature=0), 9)]
+    decoder.reset()
+    batch, written = decoder.fork(), {}
+    for turn, prompt in enumerate(PROMPTS):  # 12, 4 and 12 ids: each side is once the longer one
+        new = decoder.fork()
+        new.feed(np.array([prompt]))
+        written[bytes(prompt)] = []
+        if turn:
+            batch.join(new)
+        else:
+            batch = new
+        write(batch, written, alone, 2)
+    batch, gone = batch.fork([2, 1]), written.pop(bytes(PROMPTS[0]))
+    assert batch.length == len(PROMPTS[2]) + 2
+    written = {bytes(PROMPTS[i]): written[bytes(PROMPTS[i])] for i in (2, 1)}
+    write(batch, written, alone, 3)
+    assert gone == alone[bytes(PROMPTS[0])][:6]
+    assert all(ids == alone[prompt][: len(ids)] for prompt, ids in written.items())
+    assert decoder.length == 0
+
+
+def write(
+    batch, written: dict[bytes, list[int]], alone: dict[bytes, list[int]], count: int
+) -> None:
+    """Feed the next ids of every text and check those that the model then writes."""
+    for _ in range(count):
+        column = [alone[prompt][len(ids)] for prompt, ids in written.items()]
+        for ids, token in zip(written.values(), column, strict=True):
+            ids.append(token)
+        logits = batch.step(np.array(column)[:, None])
+        for prompt, ids, found in zip(written, written.values(), logits.argmax(-1), strict=True):
+            assert found == alone[prompt][len(ids)]
+
+
+def test_a_row_is_copied_several_times(decoder) -> None:
+    expected = follow(decoder, [np.array([1, 2, 3])])
+    follow(decoder, [])
+    copies = decoder.fork([1, 1, 0])
+    # The padding of row 1 is left out where row 0 is not beside it.
+    assert copies.length == len(PROMPTS[0]) and decoder.fork([1, 1]).length == len(PROMPTS[1])
+    assert_close(copies.step(np.array([[2], [2], [1]])), expected[[1, 1, 0]])
+    assert_close(decoder.step(np.array([[1], [2], [3]])), expected)
+    with pytest.raises(SessaError, match="feed a token"):
+        next(decoder.fork([0]).draw(SAMPLED, 1))
+
+
 def test_a_single_row_without_padding_goes_on(decoder) -> None:
     expected = follow(decoder, [np.array([1, 2, 3])])[0]
     follow(decoder, [])
