@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import partial
@@ -131,9 +132,10 @@ class Decoder:
     @torch.inference_mode()
     def fork(self, rows: Sequence[int] = ()) -> Decoder:
         """Another decoder of the model, which holds a copy of these rows, or no rows."""
-        found = Decoder(self.model)
-        found.graphs = self.graphs
-        found.cache = self.cache.fork(rows)
+        found = copy.copy(self)
+        found.cache, found.last = self.cache.fork(rows), None
+        # Graphs belong to the buffers of one cache.
+        found._runner = None if self._runner is None else type(self._runner)(self.model)
         return found
 
     @torch.inference_mode()

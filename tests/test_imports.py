@@ -32,6 +32,7 @@ WINGS = {
     "reference": {"inference"},
     "training": {"checkpoint", "data", "inference"},
     "experiments": {"checkpoint", "data", "inference", "training"},
+    "serving": {"checkpoint", "data", "inference"},
     "selftest": {"checkpoint", "data", "inference", "reference"},
 }
 # Modules directly in sessa_common that serve its users and stand above the wings.

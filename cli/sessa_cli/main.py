@@ -26,6 +26,7 @@ from sessa_cli.info import info
 from sessa_cli.messages import name_options, options_of
 from sessa_cli.old_options import rename_options
 from sessa_cli.selftest import selftest
+from sessa_cli.serve import serve
 from sessa_cli.terminal import printable, safe_output
 from sessa_cli.train import train
 from sessa_common import __version__
@@ -44,6 +45,7 @@ app.command()(compare)
 app.command()(influence)
 app.command()(generate)
 app.command()(chat)
+app.command()(serve)
 app.command("eval")(evaluate)
 app.command()(convert)
 app.command()(export)

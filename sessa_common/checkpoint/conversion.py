@@ -198,7 +198,7 @@ def _as_stored(
     return packed, {"quantization": settings, "quantization_config": settings}
 
 
-def parse_size(size: int | str) -> int:
+def parse_size(size: int | str, name: str = "shard_size") -> int:
     """Bytes of a size such as "5GB", "500MB" or 1000000; SessaError for anything else."""
     text = str(size).strip().upper()
     number = text.rstrip("KMGB")
@@ -206,7 +206,7 @@ def parse_size(size: int | str) -> int:
         found = int(float(number) * UNITS[text[len(number) :]])
     except (KeyError, ValueError, OverflowError):
         found = 0
-    expect(found >= 1, "`shard_size`", size, "a size such as 5GB or 500MB")
+    expect(found >= 1, f"`{name}`", size, "a size such as 5GB or 500MB")
     return found
 
 

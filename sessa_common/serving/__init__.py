@@ -1,0 +1,1 @@
+"""Serving: continuous batching, and the OpenAI-compatible server over it."""
