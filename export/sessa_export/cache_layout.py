@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,10 +14,20 @@ from sessa_common.layer_kinds import KINDS
 # natural and uniform return the grown caches; buffer returns only the new rows, which the runner
 # writes into its buffers.
 LAYOUTS = ("natural", "uniform", "buffer")
+# The names in a cache file of the two tensors of a pair: forward attention, feedback, part.
+PARTS = (("k", "k_fb", "key"), ("v", "s", "value"))
+
+
+class Pair(NamedTuple):
+    """Heads and widths of two cached tensors, (B, heads, P, width) each."""
+
+    heads: int
+    key_width: int
+    value_width: int
 
 
 def require_supported(config: SessaConfig) -> None:
-    """Raise SessaError for a stack with a layer that has no graph, or with an option it lacks."""
+    """Raise SessaError for a stack with a layer that has no graph."""
     for i, kind in enumerate(config.kinds):
         if not kind.exports:
             supported = ", ".join(name for name, known in KINDS.items() if known.exports)
@@ -24,30 +35,46 @@ def require_supported(config: SessaConfig) -> None:
                 f"layer {i} is {kind.name}, which ONNX export does not support; it takes "
                 f"{supported} (run this model with PyTorch or MLX)"
             )
-    options = {name: repr(value) for name, value in config.block_options.items()}
-    if config.rope_scaling is not None:
-        options["rope_scaling"] = config.rope_scaling.rope_type
-    if options:
-        listed = ", ".join(f"{name} {value}" for name, value in options.items())
-        raise SessaError(
-            f"ONNX export does not support {listed} yet (run this model with PyTorch or MLX)"
-        )
 
 
-def layer_pairs(config: SessaConfig, i: int, layout: str = "natural") -> list[tuple[int, int]]:
-    """Heads and width of the cached pairs of layer i: (k_f, v_f), then (k_fb, s) with feedback.
+def layer_pairs(config: SessaConfig, i: int, layout: str = "natural") -> list[Pair]:
+    """The cached pairs of layer i: (k_f, v_f), then (k_fb, s) with feedback.
 
-    In the uniform layout the second pair is cut into H/G pairs that are shaped like the first.
+    In the uniform layout the second pair is cut into pairs that are shaped like the first; zeros
+    fill the last of them.
     """
-    H, G = config.num_attention_heads, config.num_key_value_heads
-    first = (G, config.head_dim)
+    G, d = config.num_key_value_heads, config.head_dim
+    first = Pair(G, d, d)
     if not config.kinds[i].feeds_back:
         return [first]
-    return [first] * (1 + H // G) if layout == "uniform" else [first, (1, config.hidden_size)]
+    if layout == "uniform":
+        return [first] * (1 + row_heads(config, layout) // G)
+    return [first, Pair(1, config.feedback_key_dim, config.hidden_size)]
 
 
-def kv_layers(config: SessaConfig, layout: str = "natural") -> list[tuple[int, int]]:
-    """Heads and width of all cached pairs, layer after layer."""
+def feedback_width(config: SessaConfig, part: str) -> int:
+    """The width of the feedback's keys ("key") or of its states ("value")."""
+    return config.feedback_key_dim if part == "key" else config.hidden_size
+
+
+def row_heads(config: SessaConfig, layout: str) -> int:
+    """The number of heads that hold a row of feedback keys or states together."""
+    if layout != "uniform":
+        return 1
+    pair = config.num_key_value_heads * config.head_dim
+    widest = max(config.feedback_key_dim, config.hidden_size)
+    return -(-widest // pair) * config.num_key_value_heads
+
+
+def row_width(config: SessaConfig, layout: str, part: str) -> int:
+    """The width of a cached row of feedback keys or states, with the zeros that fill it up."""
+    if layout == "uniform":
+        return row_heads(config, layout) * config.head_dim
+    return feedback_width(config, part)
+
+
+def kv_layers(config: SessaConfig, layout: str = "natural") -> list[Pair]:
+    """All cached pairs, layer after layer."""
     layers = range(config.num_hidden_layers)
     return [pair for i in layers for pair in layer_pairs(config, i, layout)]
 
@@ -58,8 +85,8 @@ def pair_numbers(config: SessaConfig, layout: str) -> list[range]:
     return [range(sum(sizes[:i]), sum(sizes[: i + 1])) for i in range(len(sizes))]
 
 
-def layout_of(config: SessaConfig, pairs: Sequence[tuple[int, int]]) -> str:
-    """The layout, "uniform" or "natural" (as in buffer), of pairs of these heads and widths."""
+def layout_of(config: SessaConfig, pairs: Sequence[Pair]) -> str:
+    """The layout, "uniform" or "natural" (as in buffer), of these pairs."""
     return "natural" if list(pairs) == kv_layers(config) else "uniform"
 
 
@@ -69,12 +96,12 @@ def named_rows(
     """Copy keys and values of all pairs, (B, heads, P, width), to `cache_contents` names."""
     found = {}
     for i, numbers in enumerate(pair_numbers(config, layout)):
-        for j, (first, second) in enumerate((("k", "k_fb"), ("v", "s"))):
+        for j, (first, second, part) in enumerate(PARTS):
             forward, *rest = (arrays[2 * number + j] for number in numbers)
             found[f"layers.{i}.{first}"] = forward.copy()
             if rest:
-                heads = np.concatenate(rest, axis=1)
-                found[f"layers.{i}.{second}"] = _merge_heads(heads)
+                rows = _merge_heads(np.concatenate(rest, axis=1))
+                found[f"layers.{i}.{second}"] = rows[..., : feedback_width(config, part)]
     return found
 
 
@@ -85,12 +112,14 @@ def numbered_pairs(
     found = []
     for i, numbers in enumerate(pair_numbers(config, layout)):
         columns = []
-        for first, second in (("k", "k_fb"), ("v", "s")):
+        for first, second, part in PARTS:
             pieces = [named[f"layers.{i}.{first}"]]
             if len(numbers) > 1:
                 rows = named[f"layers.{i}.{second}"]
-                heads = config.num_attention_heads if layout == "uniform" else 1
-                pieces += np.split(_split_heads(rows, heads), len(numbers) - 1, axis=1)
+                missing = row_width(config, layout, part) - rows.shape[-1]
+                rows = np.pad(rows, [(0, 0), (0, 0), (0, missing)])
+                split = _split_heads(rows, row_heads(config, layout))
+                pieces += np.split(split, len(numbers) - 1, axis=1)
             columns.append(pieces)
         found += [array for pair in zip(*columns, strict=True) for array in pair]
     return found

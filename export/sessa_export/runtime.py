@@ -18,7 +18,7 @@ from sessa_common.inference.cache_contents import (
 )
 from sessa_common.inference.generation import draw_on_host
 from sessa_common.inference.sampling import GumbelNoise, SamplingConfig
-from sessa_export.cache_layout import layout_of, named_rows, numbered_pairs
+from sessa_export.cache_layout import Pair, layout_of, named_rows, numbered_pairs
 from sessa_export.caches import BufferedCaches, GrownCaches
 from sessa_export.sessions import CONFIG_KEY, DTYPE_KEY, device_of, open_session
 
@@ -54,8 +54,11 @@ class Decoder:
                 f"model with layout natural to run it on {device}"
             )
         self.caches = BufferedCaches(session) if buffered else GrownCaches(session, device)
-        shapes = [(i.shape[1], i.shape[3]) for i in self.caches.inputs[::2]]
-        self.layout = layout_of(config, shapes)
+        keys, values = self.caches.inputs[::2], self.caches.inputs[1::2]
+        pairs = [
+            Pair(k.shape[1], k.shape[3], v.shape[3]) for k, v in zip(keys, values, strict=True)
+        ]
+        self.layout = layout_of(config, pairs)
         self.reset()
 
     @property

@@ -96,8 +96,13 @@ def test_uniform_layout(tmp_path: Path, variant: str) -> None:
     assert np.abs(got - expected).max() <= 1e-4 * np.abs(expected).max()
 
 
-def test_uniform_layout_holds_the_same_states(tmp_path: Path) -> None:
-    config = small_config("grouped")
+@pytest.mark.parametrize(
+    ("variant", "changes"),
+    [("grouped", {}), ("options", {}), ("sessa_transformer", {"feedback_key_dim": 50})],
+    ids=["whole-pairs", "narrow-keys", "wide-keys"],
+)
+def test_uniform_layout_holds_the_same_states(tmp_path: Path, variant: str, changes: dict) -> None:
+    config = small_config(variant, **changes)
     checkpoint, weights = write_checkpoint(tmp_path / "checkpoint", config)
     export_checkpoint(checkpoint, tmp_path / "out", Options(layout="uniform"))
     decoder = load_decoder(tmp_path / "out")
@@ -105,13 +110,13 @@ def test_uniform_layout_holds_the_same_states(tmp_path: Path) -> None:
     decoder.logits(tokens)
     cache = reference.empty_cache(config, 2)
     reference.model_logits(config, weights, tokens, cache=cache)
-    pairs = 1 + config.num_attention_heads // config.num_key_value_heads
+    kept = decoder.cache_arrays()
     for i, layer in enumerate(cache.layers):
-        kept = decoder.caches.arrays()[2 * pairs * i : 2 * pairs * (i + 1)]
-        for part, rows in (0, layer.k_fb), (1, layer.s):
-            heads = np.concatenate(kept[2 + part :: 2], axis=1)  # (B, H, T, d)
-            joined = heads.transpose(0, 2, 1, 3).reshape(rows.shape)
-            np.testing.assert_allclose(joined, rows, atol=1e-5)
+        for name in ("k_fb", "s") if config.kinds[i].feeds_back else ():
+            np.testing.assert_allclose(kept[f"layers.{i}.{name}"], getattr(layer, name), atol=1e-4)
+    decoder.restore_cache(kept)
+    want = reference.model_logits(config, weights, tokens[:, :3], cache=cache)
+    assert np.abs(decoder.logits(tokens[:, :3]) - want).max() <= 1e-4 * np.abs(want).max()
 
 
 @pytest.mark.parametrize(("dtype", "largest"), [("fp16", 0.6), ("int8", 0.55), ("int4", 0.5)])

@@ -16,9 +16,8 @@ import pytest
 from support.export_models import MAMBA, VARIANTS, lively_weights, small_config, write_checkpoint
 
 import sessa_export.exporter
-import sessa_export.graph
+import sessa_export.graph_attention
 from sessa_common.checkpoint.folder import load_weights
-from sessa_common.config import SessaConfig
 from sessa_common.errors import SessaError
 from sessa_common.inference.generation import left_pad
 from sessa_common.reference import model as reference
@@ -36,6 +35,7 @@ PLAIN = (
     "attention",
     "hybrid",
     "sessa_transformer",
+    "options",
 )
 
 
@@ -118,8 +118,8 @@ def test_masked_dummy_past_is_no_past(exported, dummy: float) -> None:
     config, weights = load_weights(exported[0])
     session = load_decoder(exported[1]).session
     feed = {"input_ids": np.array([prompt]), "attention_mask": np.array([[0] + [1] * 10])}
-    for j, (heads, width) in enumerate(kv_layers(config)):
-        for part in ("key", "value"):
+    for j, (heads, *widths) in enumerate(kv_layers(config)):
+        for part, width in zip(("key", "value"), widths, strict=True):
             feed[f"past_key_values.{j}.{part}"] = np.full((1, heads, 1, width), dummy, np.float32)
     names = [output.name for output in session.get_outputs()]
     found = dict(zip(names, session.run(None, feed), strict=True))
@@ -173,24 +173,6 @@ def test_mamba2_is_refused_before_anything_is_written(tmp_path: Path, variant: s
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
     with pytest.raises(SessaError, match="not support"):
         build_model(config, weights)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"norm_type": "rms", "qk_norm": True}, "does not support norm_type 'rms', qk_norm True"),
-        ({"feedback_key_dim": 8}, "does not support feedback_key_dim 8"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "does not support rope_scaling"),
-    ],
-)
-def test_options_without_a_graph_are_refused(tmp_path: Path, options, message: str) -> None:
-    config = SessaConfig(hidden_size=32, layer_kinds="sessa_transformer", **options)
-    with pytest.raises(SessaError, match=message):
-        build_model(config, {})
-    write_checkpoint(tmp_path / "checkpoint", config)
-    with pytest.raises(SessaError, match=message):
-        export_checkpoint(tmp_path / "checkpoint", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("opset", OPSETS)
@@ -269,7 +251,7 @@ def test_failed_check_keeps_the_folder_it_would_replace(tmp_path: Path, monkeypa
         (folder / "older.txt").write_text("older")
     with pytest.raises(SessaError, match="not empty"):
         export_checkpoint(checkpoint, tmp_path / "out")
-    monkeypatch.setattr(sessa_export.graph, "HIDDEN", np.float32(0))
+    monkeypatch.setattr(sessa_export.graph_attention, "HIDDEN", np.float32(0))
     with pytest.raises(SessaError, match="logits differ"):
         export_checkpoint(checkpoint, tmp_path / "out", force=True)
     assert (tmp_path / "out" / "older.txt").is_file()

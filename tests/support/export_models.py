@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from support.block_options import FAMILIES
 
 from sessa_common.checkpoint.folder import save_weights
 from sessa_common.checkpoint.initialization import initial_weights
@@ -51,6 +52,8 @@ VARIANTS: dict[str, dict] = {
         "layer_kinds": ("transformer", "sessa_transformer"),
         "num_attention_heads": 1,
     },
+    # Every option of the standard block; the feedback's rows do not fill whole pairs.
+    "options": {**FAMILIES["qwen3"], "rope_scaling": FAMILIES["qwen2"]["rope_scaling"]},
 }
 
 
@@ -77,6 +80,8 @@ def lively_weights(config: SessaConfig, seed: int = 0) -> Weights:
             weights[name] = (value + rng.normal(0, 0.3, value.shape)).astype(np.float32)
         elif name.endswith(("embed_tokens.weight", "lm_head.weight")):
             weights[name] = value * np.float32(25)
+        elif name.endswith("norm.weight"):
+            weights[name] = (value + rng.normal(0, 0.2, value.shape)).astype(np.float32)
         elif name.endswith(("proj_fb.weight", "gamma_ctx.weight")):
             weights[name] = value * np.float32(2)
     return weights
