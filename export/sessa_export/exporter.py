@@ -135,6 +135,7 @@ def _write_folder(
     from sessa_export import runtime_configs as clients
 
     asked = clients.choose_clients(options.clients, options.layout)
+    clients.require_equal_widths(config, asked, options.layout)
     stop = clients.require_tokenizer(source, config, asked)
     library = native.build() if options.native else None
     path = clients.model_path(asked, options.dtype)

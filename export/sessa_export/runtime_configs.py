@@ -12,7 +12,7 @@ from typing import Any
 
 from sessa_common.config import SessaConfig, parameter_count
 from sessa_common.errors import SessaError
-from sessa_common.inference.model_tokenizer import stop_tokens
+from sessa_common.inference.model_tokenizer import ModelTokenizer, stop_tokens
 from sessa_common.storage import write_json
 from sessa_export.cache_layout import kv_layers
 from sessa_export.runtime import MODEL_FILE
@@ -49,6 +49,17 @@ def choose_clients(given: Sequence[str], layout: str) -> tuple[str, ...]:
             "the buffer layout is for this project's runner; other clients need natural or uniform"
         )
     return tuple(name for name in CLIENTS if name in given or name == "ort")
+
+
+def require_equal_widths(config: SessaConfig, clients: Collection[str], layout: str) -> None:
+    """Raise SessaError where onnxruntime-genai would meet keys and values of different widths."""
+    wide = config.feeds_back and config.feedback_key_dim != config.hidden_size
+    if "genai" in clients and wide and layout == "natural":
+        raise SessaError(
+            f"onnxruntime-genai needs keys and values of one width, but feedback_key_dim is "
+            f"{config.feedback_key_dim} and hidden_size {config.hidden_size}; choose `layout` "
+            "uniform"
+        )
 
 
 def model_path(clients: Collection[str], dtype: str) -> str:
@@ -165,5 +176,6 @@ def _web(folder: Path, exported: Exported) -> dict[str, Any]:
         "parameters": parameter_count(exported.config),
         "context": exported.config.max_position_embeddings,
         "begin": ids["bos_token_id"],
+        "prefix": ModelTokenizer.open(folder, exported.config).prefix_ids,
         "stop": exported.stop,
     }

@@ -43,10 +43,10 @@ export class SessaModel {
     }
   }
 
-  /** Token ids of a text; the empty text becomes the token that begins one. */
+  /** Token ids of a text, behind those that begin one for this model. */
   encode(text) {
     const { ids } = this.tokenizer.encode(text, { add_special_tokens: false });
-    return ids.length ? Array.from(ids, Number) : [this.info.begin];
+    return ids.length ? [...(this.info.prefix ?? []), ...Array.from(ids, Number)] : [this.info.begin];
   }
 
   /** Append T tokens and return the logits (V) of the last. */
