@@ -37,6 +37,9 @@ class TrainConfig:
     the framework compile the training step, with the same numbers but for rounding; None compiles
     with MLX on a GPU and nowhere else. `checkpoint_activations` is "none" or
     "layers": the backward pass computes each layer again, which takes time and saves memory.
+    Of several processes, each group of `context_parallel` shares the tokens of the same rows, and
+    each group of `shard_processes` shares one copy of weights, gradients and optimizer moments: 1
+    for a copy in every process, 0 for one copy in all. Only PyTorch knows these two.
     """
 
     task: str | None = None
@@ -65,6 +68,8 @@ class TrainConfig:
     precision: str = "auto"
     compile: bool | None = None
     checkpoint_activations: str = "none"
+    context_parallel: int = 1
+    shard_processes: int = 1
     seed: int = 0
     evaluate_every: int = 100
     evaluate_batches: int = 8
@@ -72,14 +77,21 @@ class TrainConfig:
     keep_checkpoints: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "gradient_accumulation_steps", "evaluate_batches",
-                     "keep_checkpoints"):  # fmt: skip
+        for name in (
+            "steps",
+            "batch_size",
+            "gradient_accumulation_steps",
+            "context_parallel",
+            "evaluate_batches",
+            "keep_checkpoints",
+        ):
             value = getattr(self, name)
             expect(is_count(value), name, value, "a positive integer")
         for name in (
             "sequence_length",
             "max_documents",
             "warmup_steps",
+            "shard_processes",
             "seed",
             "evaluate_every",
             "checkpoint_every",

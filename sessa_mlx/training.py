@@ -18,6 +18,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from sessa_common.config import SessaConfig
 from sessa_common.data.batches import Batch
+from sessa_common.errors import expect
 from sessa_common.train_config import TrainConfig
 from sessa_common.training.backend import MOMENTS, decays
 from sessa_common.training.preparation import TrainRequest
@@ -98,6 +99,9 @@ class TrainBackend:
         device: str | None = None,
     ) -> None:
         self.settings = settings
+        for name in ("context_parallel", "shard_processes"):
+            value = getattr(settings, name)
+            expect(value == 1, f"`{name}`", value, "1 with MLX; PyTorch has more")
         self.processes = open_processes()
         self.device = choose_device(device)
         self.precision = choose_precision(settings.precision, self.device)

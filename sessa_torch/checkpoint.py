@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -25,11 +26,14 @@ LOG = logging.getLogger("sessa")
 def choose_device(name: str | None) -> str:
     """Return the device of that name, or the first of CUDA, MPS and the CPU that is there.
 
-    A CUDA device that is named becomes the current one.
+    A CUDA device that is named becomes the current one. "cuda" of a process that torchrun has
+    started is the device of its number on this machine.
     """
     if name is None:
         usable = (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available()))
-        return next((device for device, there in usable if there), "cpu")
+        name = next((device for device, there in usable if there), "cpu")
+    if name == "cuda" and "LOCAL_RANK" in os.environ and (count := torch.cuda.device_count()):
+        name = f"cuda:{int(os.environ['LOCAL_RANK']) % count}"
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:

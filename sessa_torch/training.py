@@ -17,16 +17,19 @@ from sessa_common.data.batches import Batch
 from sessa_common.train_config import TrainConfig
 from sessa_common.training.backend import MOMENTS, decays
 from sessa_common.training.preparation import TrainRequest
+from sessa_common.training.processes import Processes, own_rows
 from sessa_common.training.session import TrainResult, run_session
 from sessa_common.training.trainer import Reporter
-from sessa_torch.checkpoint import (
-    build_model,
-    choose_device,
-    model_weights,
-    to_numpy,
-    to_tensor,
+from sessa_torch.checkpoint import build_model, choose_device, to_numpy, to_tensor
+from sessa_torch.distributed.sharding import (
+    clip_gradients,
+    is_sharded,
+    own_part,
+    shard,
+    whole_array,
 )
 from sessa_torch.loss import likeliest, loss_and_likeliest, weighted_loss
+from sessa_torch.model import SessaForCausalLM
 from sessa_torch.processes import open_processes
 
 MOMENT_KEYS = dict(zip(MOMENTS, ("exp_avg", "exp_avg_sq"), strict=True))
@@ -85,8 +88,8 @@ class TrainBackend:
 
     Master weights, gradients and AdamW are float32. With bfloat16 the forward pass runs under
     autocast: matrix products in bfloat16; norms, softmax, the feedback solve's sums and the loss in
-    float32. With settings.compile a step is a `_CompiledStep`. Raises SessaError for a device that
-    is not there.
+    float32. With settings.compile a step is a `_CompiledStep`, or each layer is compiled alone
+    where weights are sharded. Raises SessaError for a device that is not there.
     """
 
     def __init__(
@@ -101,30 +104,30 @@ class TrainBackend:
         self.precision = choose_precision(settings.precision, self.device)
         self.model = build_model(config, weights, dtype="float32", device=self.device)
         self.model.model.checkpoint_layers = settings.checkpoint_activations == "layers"
+        self.objective = _Objective(self.model, self.device, self.precision)
+        self.processes = open_processes()
+        sharers = settings.shard_processes or self.processes.size
+        self.shards = sharers > 1
+        if self.shards:
+            layers, low = self.model.model.layers, self.precision == "bfloat16"
+            for layer in layers if settings.compile else ():
+                layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=False)
+            shard(self.objective, layers, sharers, bfloat16=low)
         self.parameters = dict(self.model.named_parameters())
-        tied = config.tie_word_embeddings
-        self.head = self.parameters["model.embed_tokens.weight" if tied else "lm_head.weight"]
-        groups: list[dict[str, Any]] = [
-            {
-                "params": [p for p in self.parameters.values() if decays(p.shape) == matrices],
-                "weight_decay": settings.weight_decay * matrices,
-            }
-            for matrices in (True, False)
-        ]
-        self.optimizer = torch.optim.AdamW(
-            groups, betas=(settings.beta1, settings.beta2), eps=settings.adam_eps, fused=True
-        )
+        self.optimizer = _optimizer(list(self.parameters.values()), settings)
         self.compiled: _CompiledStep | None = None
-        if settings.compile:
+        if settings.compile and not self.shards:
             parameters = list(self.parameters.values())
             loss_sum = torch.compile(self._loss_sum, fullgraph=True, dynamic=False)
             self.compiled = _CompiledStep(
-                loss_sum, parameters, self.optimizer, settings.max_grad_norm
+                loss_sum, parameters, self.optimizer, settings.max_grad_norm, self.processes
             )
 
     def step(self, batches: Sequence[Batch], learning_rate: float) -> tuple[float, float]:
         """Take one AdamW step on the weighted mean loss of all rows; (nats, gradient norm)."""
-        total = sum(float(batch.weights.sum()) for batch in batches)
+        # The sums of all processes are averaged, so each is divided by its share of the weights.
+        total = sum(float(batch.weights.sum()) for batch in batches) / self.processes.size
+        batches = [own_rows(batch, self.processes) for batch in batches]
         if self.compiled is not None:
             return self.compiled(batches, total, learning_rate)
         self.optimizer.zero_grad()
@@ -133,9 +136,15 @@ class TrainBackend:
             loss = self._loss_sum(*self._on_device(batch)) / total
             loss.backward()
             losses.append(loss.detach())
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.max_grad_norm)
+        mean_loss = torch.stack(losses).sum()
+        parameters = list(self.parameters.values())
+        # FSDP has averaged the gradients of sharded parameters.
+        whole = [p.grad for p in parameters if p.grad is not None and not is_sharded(p)]
+        self.processes.mean([mean_loss, *whole])
+        clip = clip_gradients if self.shards else torch.nn.utils.clip_grad_norm_
+        norm = clip(parameters, self.settings.max_grad_norm)
         # One transfer, so that the host waits for the device once in a step.
-        loss, size = torch.stack([torch.stack(losses).sum(), norm]).tolist()
+        loss, size = torch.stack([mean_loss, norm]).tolist()
         # A gradient that is not finite would spoil the weights for good, so the step is skipped.
         if math.isfinite(loss + size):
             for group in self.optimizer.param_groups:
@@ -143,39 +152,51 @@ class TrainBackend:
             self.optimizer.step()
         return loss, size
 
-    @torch.inference_mode()
+    # Inference mode would leave gathered weights that no gradient can be taken of.
+    @torch.no_grad()
     def evaluate(self, batch: Batch) -> tuple[float, np.ndarray]:
         """Return the weighted sum of the losses of a batch, in nats, and its `predict`."""
         inputs, targets, weights = self._on_device(batch)
-        loss, ids = loss_and_likeliest(self._hidden(inputs), self.head, targets, weights)
+        loss, ids = self.objective(loss_and_likeliest, inputs, targets, weights)
         return loss.item(), to_numpy(ids.int())
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def predict(self, inputs: np.ndarray) -> np.ndarray:
         """Return the likeliest next ids int32 (B, T) after inputs (B, T)."""
         ids = torch.from_numpy(np.ascontiguousarray(inputs)).to(self.device)
-        return to_numpy(likeliest(self._hidden(ids), self.head).int())
+        return to_numpy(self.objective(likeliest, ids).int())
 
     def weights(self) -> dict[str, np.ndarray]:
         """Return the float32 master weights."""
-        return {name: value.copy() for name, value in model_weights(self.model).items()}
+        return {name: whole_array(parameter) for name, parameter in self.parameters.items()}
 
     def state(self) -> dict[str, np.ndarray]:
-        """Return weights and optimizer moments as they are after the last step."""
-        arrays = {f"weights.{name}": value for name, value in self.weights().items()}
+        """Return weights and optimizer moments as they are after the last step.
+
+        Only the main one of several processes keeps them; the others get nothing.
+        """
+        arrays: dict[str, np.ndarray] = {}
         for name, parameter in self.parameters.items():
             moments = self.optimizer.state[parameter]
-            for kind, key in MOMENT_KEYS.items():
-                value = moments.get(key, torch.zeros_like(parameter))
-                arrays[f"{kind}.{name}"] = to_numpy(value).copy()
+            kinds = {"weights": parameter.detach()} | {
+                kind: moments.get(key, torch.zeros_like(parameter))
+                for kind, key in MOMENT_KEYS.items()
+            }
+            for kind, value in kinds.items():
+                array = whole_array(value)
+                if self.processes.rank == 0:
+                    arrays[f"{kind}.{name}"] = array
         return arrays
 
     @torch.no_grad()
     def restore(self, state: Mapping[str, np.ndarray], steps: int) -> None:
         """Continue from a state that was taken after `steps` steps."""
         for name, parameter in self.parameters.items():
-            parameter.copy_(to_tensor(state[f"weights.{name}"]))
-            given = {key: to_tensor(state[f"{kind}.{name}"]) for kind, key in MOMENT_KEYS.items()}
+            parameter.copy_(own_part(to_tensor(state[f"weights.{name}"]), parameter))
+            given = {
+                key: own_part(to_tensor(state[f"{kind}.{name}"]), parameter)
+                for kind, key in MOMENT_KEYS.items()
+            }
             given["step"] = torch.tensor(float(steps))
             moments = self.optimizer.state[parameter]
             for key, value in given.items():
@@ -186,17 +207,43 @@ class TrainBackend:
                     moments[key] = value.to(parameter.device)
 
     def _loss_sum(self, inputs: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-        return weighted_loss(self._hidden(inputs), self.head, targets, weights)
-
-    def _hidden(self, inputs: Tensor) -> Tensor:
-        """Hidden states (B, T, D), in bfloat16 where the model computes in it."""
-        low = self.precision == "bfloat16"
-        with torch.autocast(self.device.split(":")[0], dtype=torch.bfloat16, enabled=low):
-            hidden: Tensor = self.model.model(inputs.long())
-        return hidden.bfloat16() if low else hidden
+        loss: Tensor = self.objective(weighted_loss, inputs, targets, weights)
+        return loss
 
     def _on_device(self, batch: Batch) -> list[Tensor]:
         return [tensor.to(self.device) for tensor in _tensors(batch)]
+
+
+class _Objective(nn.Module):
+    """A function of the hidden states and the head, in the one module that reads all parameters."""
+
+    def __init__(self, model: SessaForCausalLM, device: str, precision: str) -> None:
+        super().__init__()
+        self.model, self.device_type = model, device.split(":")[0]
+        self.low = precision == "bfloat16"
+
+    def forward(self, function: Callable[..., Any], inputs: Tensor, *rest: Tensor) -> Any:
+        """Return function(hidden, head, *rest) for ids (B, T).
+
+        Hidden states (B, T, D) are in bfloat16 where the model computes in it.
+        """
+        with torch.autocast(self.device_type, dtype=torch.bfloat16, enabled=self.low):
+            hidden: Tensor = self.model.model(inputs.long())
+        tied = self.model.config.tie_word_embeddings
+        head = self.model.model.embed_tokens if tied else self.model.lm_head
+        return function(hidden.bfloat16() if self.low else hidden, head.weight, *rest)
+
+
+def _optimizer(parameters: list[nn.Parameter], settings: TrainConfig) -> torch.optim.AdamW:
+    """Return AdamW that decays matrices only; a group of it holds shards only, or none."""
+    groups: list[dict[str, Any]] = []
+    for matrices in (True, False):
+        alike = [p for p in parameters if decays(p.shape) == matrices]
+        for sharded in (True, False):
+            held = [p for p in alike if is_sharded(p) == sharded]
+            groups.append({"params": held, "weight_decay": settings.weight_decay * matrices})
+    betas = (settings.beta1, settings.beta2)
+    return torch.optim.AdamW(groups, betas=betas, eps=settings.adam_eps, fused=True)
 
 
 class _CompiledStep:
@@ -214,8 +261,9 @@ class _CompiledStep:
         parameters: list[nn.Parameter],
         optimizer: torch.optim.AdamW,
         max_grad_norm: float,
+        processes: Processes,
     ) -> None:
-        self.loss_sum, self.parameters = loss_sum, parameters
+        self.loss_sum, self.parameters, self.processes = loss_sum, parameters, processes
         self.optimizer, self.max_grad_norm = optimizer, max_grad_norm
         self.device = parameters[0].device
         self.loss, self.total, self.rate, self.skip = (
@@ -245,6 +293,7 @@ class _CompiledStep:
             for buffer, tensor in zip(buffers, _tensors(batch), strict=True):
                 buffer.copy_(tensor, non_blocking=True)
             accumulate()
+        self.processes.mean([self.loss, *self.gradients])
         self.update()
         loss, norm = self.result.tolist()
         return loss, norm

@@ -187,6 +187,20 @@ def train(
         ),
     ] = None,
     seed: Annotated[int | None, of_learning("--seed", "Seed of weights and data order.")] = None,
+    context_parallel: Annotated[
+        int | None,
+        of_run(
+            "--context-parallel",
+            "Processes of torchrun that share the tokens of the same rows. Default: 1.",
+        ),
+    ] = None,
+    shard_processes: Annotated[
+        int | None,
+        of_run(
+            "--shard-processes",
+            "Processes of torchrun that share one copy of the weights; 0 for all. Default: 1.",
+        ),
+    ] = None,
     out: Annotated[Path | None, of_run("--out -o", "Folder to write. Default: runs/pydoc.")] = None,
     force: Annotated[bool, of_run("--force", "Replace a folder that is not empty.")] = False,
     resume: Annotated[

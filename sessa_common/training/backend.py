@@ -21,6 +21,7 @@ class TrainBackend(Protocol):
     Built as `TrainBackend(config, settings, weights, device)`, with float32 master weights by the
     names of `parameter_shapes`. The state is "weights.<name>", "m.<name>" and "v.<name>" (Adam's
     two moments), float32, the same in every framework. `device` and `precision` are those in use.
+    Of several processes each makes the same calls, with the same arguments.
     """
 
     device: str
@@ -39,7 +40,10 @@ class TrainBackend(Protocol):
         """Return the float32 master weights."""
 
     def state(self) -> dict[str, np.ndarray]:
-        """Return weights and optimizer moments as they are after the last step."""
+        """Return weights and optimizer moments as they are after the last step.
+
+        Only the main one of several processes need return them whole.
+        """
 
     def restore(self, state: Mapping[str, np.ndarray], steps: int) -> None:
         """Continue from a state that was taken after `steps` steps."""

@@ -62,6 +62,8 @@ FREE_ON_RESUME = {
     "split",
     "subset",
     "max_documents",
+    "context_parallel",
+    "shard_processes",
 }
 # Settings that a task has no use for.
 TEXT_SETTINGS = (

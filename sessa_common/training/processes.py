@@ -1,7 +1,8 @@
 """Several processes that train one model: each takes its rows of every batch.
 
 All processes read the same data and take the same steps, with the mean of their gradients. The
-process of rank 0, the main one, alone writes, evaluates and reports.
+process of rank 0, the main one, alone writes and reports. With `context_parallel`, that many
+processes with neighbouring ranks share the tokens of the same rows.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import numpy as np
 
 from sessa_common.data.batches import Batch
 from sessa_common.errors import SessaError
+from sessa_common.train_config import TrainConfig
 
 
 class Processes(Protocol):
@@ -30,7 +32,7 @@ class Processes(Protocol):
     def mean(self, arrays: list[Any]) -> list[Any]:
         """Return the means over all processes of arrays of the framework, of one dtype.
 
-        It can be part of a compiled step.
+        MLX makes new arrays, also as part of a compiled step; PyTorch overwrites the given ones.
         """
 
     def is_lost(self, error: Exception) -> bool:
@@ -56,21 +58,32 @@ class OneProcess:
         return False
 
 
-def check_batch_size(batch_size: int, processes: Processes) -> None:
-    """Raise SessaError when the rows of a batch cannot be shared evenly."""
-    if batch_size % processes.size:
+def check_sizes(settings: TrainConfig, processes: Processes) -> None:
+    """Raise SessaError when rows, tokens or weights cannot be shared evenly by the processes."""
+    size, batch_size = processes.size, settings.batch_size
+    for name in ("context_parallel", "shard_processes"):
+        value = getattr(settings, name)
+        if value and size % value:
+            raise SessaError(
+                f"`{name}` is {value}, which does not divide the {size} processes of this run; "
+                "give 1, or start a multiple of that many processes"
+            )
+    groups = size // settings.context_parallel
+    if batch_size % groups:
+        sharers = "processes" if groups == size else "groups of processes"
         raise SessaError(
-            f"`batch_size` is {batch_size}, which {processes.size} processes cannot share evenly; "
-            f"give a multiple of {processes.size}"
+            f"`batch_size` is {batch_size}, which {groups} {sharers} cannot share evenly; "
+            f"give a multiple of {groups}"
         )
 
 
-def own_rows(batch: Batch, processes: Processes) -> Batch:
-    """The rows of a batch (B, T) that this process trains on, (B / size, T)."""
-    if processes.size == 1:
+def own_rows(batch: Batch, processes: Processes, context_parallel: int = 1) -> Batch:
+    """The rows of a batch (B, T) that this process trains on, (B context_parallel / size, T)."""
+    groups = processes.size // context_parallel
+    if groups == 1:
         return batch
-    count = len(batch.inputs) // processes.size
-    return batch.rows(slice(processes.rank * count, (processes.rank + 1) * count))
+    count, group = len(batch.inputs) // groups, processes.rank // context_parallel
+    return batch.rows(slice(group * count, (group + 1) * count))
 
 
 def wait_for_all(processes: Processes) -> None:

@@ -57,9 +57,14 @@ class Run:
 
 
 def create_run_folder(
-    run: Run, backend: TrainBackend, *, force: bool = False, lock_until: ExitStack | None = None
+    run: Run,
+    state: Mapping[str, np.ndarray],
+    precision: str,
+    *,
+    force: bool = False,
+    lock_until: ExitStack | None = None,
 ) -> None:
-    """Make the folder of a new run, whole, with the backend's first weights as step 0.
+    """Make the folder of a new run, whole, with a backend's first state as step 0.
 
     A model that is trained in bfloat16 is stored in bfloat16; its float32 weights are in the
     training state.
@@ -68,13 +73,13 @@ def create_run_folder(
     before; it stays locked until `lock_until` is closed. Raises SessaError when the folder is not
     empty, unless `force`.
     """
-    dtype = "bfloat16" if backend.precision == "bfloat16" else run.config.dtype
+    dtype = "bfloat16" if precision == "bfloat16" else run.config.dtype
     config = dataclasses.replace(run.config, dtype=dtype)
     with new_folder(run.folder, force=force, lock_until=lock_until) as scratch:
         write_tokenizer(scratch, run.tokenizer, run.end_id, run.config.max_position_embeddings)
         write_config(scratch, config)
         write_json(scratch / TRAINING, run.settings.to_dict())
-        write_manifest(scratch, _write_save(scratch, run, backend, 0, dtype), step=0)
+        write_manifest(scratch, _write_save(scratch, run, state, 0, dtype), step=0)
 
 
 @contextmanager
@@ -97,7 +102,11 @@ def open_run_folder(folder: Path) -> Iterator[None]:
 
 
 def save_run(
-    run: Run, backend: TrainBackend, *, step: int, validation_loss: float | None = None
+    run: Run,
+    state: Mapping[str, np.ndarray],
+    *,
+    step: int,
+    validation_loss: float | None = None,
 ) -> None:
     """Add a save of the weights and the training state after `step` steps to the run's folder.
 
@@ -107,20 +116,22 @@ def save_run(
     dtype = load_config(run.folder).dtype
     add_save(
         run.folder,
-        lambda scratch: _write_save(scratch, run, backend, step, dtype),
+        lambda scratch: _write_save(scratch, run, state, step, dtype),
         step=step,
         validation_loss=validation_loss,
         keep=run.settings.keep_checkpoints,
     )
 
 
-def _write_save(folder: Path, run: Run, backend: TrainBackend, step: int, dtype: str) -> list[str]:
+def _write_save(
+    folder: Path, run: Run, state: Mapping[str, np.ndarray], step: int, dtype: str
+) -> list[str]:
     """Write the weights in the type of config.json, and the training state in float32."""
-    state = backend.state()
     require_finite_weights(state, f"step {step}")
     about = json.dumps({"step": step, "fingerprint": run.source.fingerprint})
-    weights = as_stored(backend.weights(), dtype)
-    names = write_weights(folder, weights, shard_size=SHARD_SIZE, framework="pt")
+    weights = {name: state[f"weights.{name}"] for name in parameter_shapes(run.config)}
+    stored = as_stored(weights, dtype)
+    names = write_weights(folder, stored, shard_size=SHARD_SIZE, framework="pt")
     write_safetensors(folder / STATE, state, {"training": about})
     return [*names, STATE]
 

@@ -20,7 +20,7 @@ from sessa_common.training.preparation import TrainRequest, prepare
 from sessa_common.training.processes import (
     OneProcess,
     Processes,
-    check_batch_size,
+    check_sizes,
     require_same_data,
     wait_for_all,
 )
@@ -102,7 +102,7 @@ def _run_locked(
 ) -> TrainResult:
     run = prepare(request, reporter.preparing)
     is_main = processes.rank == 0
-    check_batch_size(run.settings.batch_size, processes)
+    check_sizes(run.settings, processes)
     require_same_data(processes, run.source.fingerprint)
     steps = run.settings.steps
     done = read_state_metadata(run.folder)[0] if run.resumed else 0
@@ -119,16 +119,17 @@ def _run_locked(
     if run.resumed:
         step = restore_run(run, backend)
     else:
-        step = 0
+        step, state = 0, backend.state()
         if is_main:
-            create_run_folder(run, backend, force=request.force, lock_until=lock)
+            create_run_folder(run, state, backend.precision, force=request.force, lock_until=lock)
     trainer = Trainer(backend, run, step, reporter, processes)
     reporter.started(_first_record(trainer))
     finished = trainer.train()
-    if is_main and finished and isinstance(run.source, TaskBatches):
+    if finished and isinstance(run.source, TaskBatches):
         task = run.source.data.task
         measures = run.source.test(backend.predict)
-        write_task_result(run, measures, task.name, options_of(task))
+        if is_main:
+            write_task_result(run, measures, task.name, options_of(task))
     # No process ends while the main one still writes: a launcher may take that for a failure.
     wait_for_all(processes)
     if not is_main:

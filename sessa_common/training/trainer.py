@@ -64,7 +64,8 @@ class Trainer:
     A run is decided by (config, settings, data) alone: batch i is a function of the seed and i, so
     the step number is the data position and the random state. Every save leaves the weights, to
     use, and training_state.safetensors, to resume from; see `sessa_common.checkpoint.saves`. Of
-    several processes only the main one evaluates, writes and reports.
+    several processes each computes, because they may share the weights, and only the main one
+    writes and reports.
     """
 
     def __init__(
@@ -110,15 +111,14 @@ class Trainer:
 
     def save(self) -> None:
         """Write weights, training state and the loss picture into the folder."""
-        if self.metrics is None:
-            self.saved = self.step
-            return
-        self.metrics.sync()
-        try:
-            save_run(self.run, self.backend, step=self.step, validation_loss=self.validation_loss)
-        except NotFiniteError as error:
-            raise DivergedError(f"{error}; {self._advice()}") from None
-        draw_losses(self.folder)
+        state = self.backend.state()
+        if self.metrics is not None:
+            self.metrics.sync()
+            try:
+                save_run(self.run, state, step=self.step, validation_loss=self.validation_loss)
+            except NotFiniteError as error:
+                raise DivergedError(f"{error}; {self._advice()}") from None
+            draw_losses(self.folder)
         self.saved, self.validation_loss = self.step, None
 
     def _advice(self) -> str:
@@ -151,7 +151,7 @@ class Trainer:
 
     def _evaluate(self) -> None:
         batches = self.source.validation()
-        if not batches or self.metrics is None:
+        if not batches:
             return
         total = sum(float(batch.weights.sum()) for batch in batches)
         losses, predicted = zip(*map(self.backend.evaluate, batches), strict=True)
@@ -163,8 +163,9 @@ class Trainer:
             **self.source.score(predicted),
         }
         self.validation_loss = loss
-        self.metrics.write(record)
-        self.reporter.validation(record)
+        if self.metrics is not None:
+            self.metrics.write(record)
+            self.reporter.validation(record)
 
 
 def made_ahead(

@@ -32,5 +32,5 @@ def open_trainer(
     )
     if folder.exists():
         return Trainer(backend, run, restore_run(run, backend))
-    create_run_folder(run, backend)
+    create_run_folder(run, backend.state(), backend.precision)
     return Trainer(backend, run)

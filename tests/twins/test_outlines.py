@@ -16,12 +16,14 @@ ROOT = Path(__file__).parents[2]
 # Only MLX decodes by a compiled step, in the files whose names begin with _step. PyTorch's own
 # attention has a gradient in O(T) memory, MLX's has not, and only MLX's exp is slow on a CPU
 # and its one-row products with a bias on CUDA. transformers has no models in MLX.
+# Only PyTorch shards weights.
 ONE_SIDED = {
     "_exp.py",
     "_linear.py",
     "_step",
     "attention_blocks.py",
     "cuda/",
+    "distributed/",
     "feedback/cuda",
     "feedback/gpu.py",
     "feedback/outputs.py",

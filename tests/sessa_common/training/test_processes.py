@@ -9,10 +9,11 @@ import pytest
 
 from sessa_common.data.batches import Batch
 from sessa_common.errors import SessaError
+from sessa_common.train_config import TrainConfig
 from sessa_common.training.processes import (
     OneProcess,
     any_process,
-    check_batch_size,
+    check_sizes,
     own_rows,
     require_same_data,
 )
@@ -35,10 +36,27 @@ def test_the_rows_of_all_processes_are_the_batch() -> None:
     assert own_rows(batch, OneProcess()) is batch
 
 
-def test_a_batch_that_does_not_divide() -> None:
-    check_batch_size(6, group(0, 3))
-    with pytest.raises(SessaError, match=r"`batch_size` is 7.*3 processes.*multiple of 3"):
-        check_batch_size(7, group(0, 3))
+def test_processes_that_share_the_tokens_of_a_row_get_the_same_rows() -> None:
+    batch = Batch(*(np.arange(8).reshape(4, 2) for _ in range(3)))
+    firsts = [own_rows(batch, group(rank, 4), 2).inputs[0, 0] for rank in range(4)]
+    assert firsts == [0, 0, 4, 4]
+    assert own_rows(batch, group(3, 4), 4) is batch
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"batch_size": 7}, r"`batch_size` is 7.*6 processes.*multiple of 6"),
+        ({"batch_size": 2, "context_parallel": 2}, r"`batch_size` is 2.*3 groups of processes"),
+        ({"context_parallel": 4}, r"`context_parallel` is 4, which does not divide the 6"),
+        ({"shard_processes": 5}, r"`shard_processes` is 5, which does not divide the 6"),
+    ],
+)
+def test_sizes_that_do_not_divide(fields: dict[str, int], message: str) -> None:
+    check_sizes(TrainConfig(batch_size=6), group(0, 3))
+    check_sizes(TrainConfig(batch_size=3, context_parallel=2, shard_processes=0), group(0, 6))
+    with pytest.raises(SessaError, match=message):
+        check_sizes(TrainConfig(**{"batch_size": 6} | fields), group(0, 6))
 
 
 @pytest.mark.parametrize(("own", "other", "answer"), [(0, 0, False), (1, 0, True), (0, 1, True)])

@@ -1,0 +1,1 @@
+"""Training by several processes of torchrun: sharded weights, and rows whose tokens are shared."""

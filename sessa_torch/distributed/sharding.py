@@ -1,0 +1,77 @@
+"""Weights, gradients and optimizer moments in shards (FSDP2, `fully_shard`), one copy in a group.
+
+Every matrix is sharded by its first axis and gathered when its layer needs it, in bfloat16 where
+the model computes in it; gradients are summed in float32. Norms, biases, gains and other small
+parameters stay whole in every process, in float32, so that no rounding changes them.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from sessa_torch.checkpoint import to_numpy
+
+
+def shard(root: nn.Module, layers: nn.ModuleList, processes: int, *, bfloat16: bool) -> None:
+    """Shard the parameters of `root` over groups of `processes` neighbours, each group a copy.
+
+    Each of the `layers` is gathered alone; what else `root` holds, embedding and head, stays
+    float32 and is gathered for a whole pass. Parameters are replaced by DTensors.
+    """
+    device, size = next(root.parameters()).device.type, dist.get_world_size()
+    if processes == size:
+        mesh = init_device_mesh(device, (size,), mesh_dim_names=("shard",))
+    else:
+        shape = (size // processes, processes)
+        mesh = init_device_mesh(device, shape, mesh_dim_names=("copies", "shard"))
+    whole = {parameter for parameter in root.parameters() if not _is_matrix(parameter)}
+    low = torch.bfloat16 if bfloat16 else None
+    for module, stored in [*((layer, low) for layer in layers), (root, None)]:
+        policy = MixedPrecisionPolicy(stored, torch.float32, cast_forward_inputs=False)
+        fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=whole)
+
+
+def _is_matrix(parameter: Tensor) -> bool:
+    return parameter.ndim == 2 and len(parameter) > 1
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Return True for a parameter of which this process holds a part."""
+    return isinstance(parameter, DTensor)
+
+
+def whole_array(tensor: Tensor) -> np.ndarray:
+    """Return a copy of a tensor as a NumPy array; every process that shares it must call."""
+    if isinstance(tensor, DTensor):
+        tensor = tensor.full_tensor()
+    return to_numpy(tensor).copy()
+
+
+def own_part(whole: Tensor, like: Tensor) -> Tensor:
+    """Return the part of a tensor that this process holds of `like`, on its device."""
+    whole = whole.to(like.device)
+    if isinstance(like, DTensor):
+        # Every process has the same values, so none has to be sent.
+        return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+    return whole
+
+
+@torch.no_grad()
+def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
+    """Scale the gradients down to the global norm `max_norm`; return the norm before."""
+    given = [(p, p.grad) for p in parameters if p.grad is not None]
+    parts = [g.to_local() for _, g in given if isinstance(g, DTensor)]
+    others = [g for _, g in given if not isinstance(g, DTensor)]
+    squares = torch.nn.utils.get_total_norm(parts).float() ** 2
+    sharded = next(p for p in parameters if isinstance(p, DTensor))
+    dist.all_reduce(squares, group=sharded.device_mesh.get_group("shard"))
+    norm = (squares + torch.nn.utils.get_total_norm(others) ** 2).sqrt()
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1)
+    torch._foreach_mul_(parts + others, factor)
+    return norm

@@ -1,0 +1,234 @@
+"""Processes of torchrun train as one does with the whole batch, in every way to share the work."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sessa_common.checkpoint.folder import read_safetensors
+from sessa_common.checkpoint.run_files import STATE
+from sessa_torch.training import train
+
+ROOT = Path(__file__).parents[2]
+TEXT = "A short text that is read again and again, by every process. " * 40
+FIELDS = {
+    "data": "text.txt",
+    "tokenizer": "bytes",
+    "num_hidden_layers": 2,
+    "hidden_size": 16,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 16,
+    "batch_size": 4,
+    "evaluate_batches": 1,
+    "steps": 20,
+    "precision": "float32",
+    "device": "cpu",
+}
+# Ways to share the work, by the name of the run.
+WAYS: dict[str, dict[str, Any]] = {
+    "data": {},
+    "shard": {"shard_processes": 0},
+    "shard-accumulate": {
+        "shard_processes": 0,
+        "checkpoint_activations": "layers",
+        "batch_size": 2,
+        "gradient_accumulation_steps": 2,
+    },
+}
+# Ways that need four processes.
+MORE_WAYS = {"hybrid": {"shard_processes": 2}}
+HERE = ["--backend", "torch", "--device", "cpu"]
+REFUSED = ["train", *HERE, "--data", "text.txt", "--tokenizer", "bytes", "--out", "refused"]
+RESUME = ["train", *HERE, "--resume"]
+
+
+def environment() -> dict[str, str]:
+    paths = os.pathsep.join(str(ROOT / name) for name in ("", "export", "cli", "tests"))
+    return os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+
+
+def start(folder: Path, count: int, *command: str) -> subprocess.Popen[str]:
+    """Start a Python command in several processes of torchrun."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    return subprocess.Popen(
+        [sys.executable, *launcher, *command],
+        cwd=folder,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    )
+
+
+def launch(folder: Path, count: int, *command: str) -> tuple[int, str, str]:
+    """Return exit code, standard output and standard error of a command in several processes."""
+    running = start(folder, count, *command)
+    try:
+        out, err = running.communicate(timeout=600)
+    finally:
+        if running.poll() is None:
+            running.send_signal(signal.SIGTERM)
+    return running.returncode, out, err
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text(TEXT)
+    return tmp_path
+
+
+def losses(run: Path) -> np.ndarray:
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return np.array([[r["loss"], r["gradient_norm"]] for r in records if "loss" in r])
+
+
+def files(run: Path) -> set[str]:
+    return {path.relative_to(run).as_posix() for path in run.rglob("*")}
+
+
+COMMANDS = """
+import json
+from sessa_torch.training import train
+from support.in_process import sessa
+
+runs, commands = json.load(open("commands.json"))
+for fields in runs:
+    train(**fields)
+print("codes", [sessa(*arguments) for arguments in commands])
+"""
+
+
+def check_ways(folder: Path, count: int, ways: dict[str, dict[str, Any]]) -> None:
+    """Train 20 steps in each way, and go on with runs of another number of processes."""
+    train("one", **FIELDS)
+    train("begun", **FIELDS | {"steps": 8})
+    shutil.copytree("begun", "begun-again")
+    runs = [{"out": name} | FIELDS | way for name, way in ways.items()]
+    commands = [
+        [*RESUME, "begun-again", "--steps", "20", "--shard-processes", "0"],
+        [*REFUSED, "--batch-size", str(count + 1)],
+    ]
+    (folder / "commands.json").write_text(json.dumps([runs, commands]))
+    (folder / "commands.py").write_text(COMMANDS)
+    code, out, err = launch(folder, count, "commands.py")
+    assert code == 0, out + err
+    assert out.count("codes [0, 2]") == count, out + err
+    assert out.count(f"by {count} processes") == out.count("wrote begun-again ") == 1
+    assert f"--batch-size is {count + 1}, which {count} processes cannot share evenly" in err
+    assert not Path("refused").exists()
+    for name in ways:
+        assert files(Path(name)) == files(Path("one"))
+        np.testing.assert_allclose(losses(Path(name)), losses(Path("one")), rtol=1e-5)
+    for run, steps in (("begun", 20), ("one", 24), ("shard", 24)):
+        train(resume=run, steps=steps, shard_processes=1, device="cpu")
+    for one, more in (("begun", "begun-again"), ("one", "shard")):
+        np.testing.assert_allclose(losses(Path(more)), losses(Path(one)), rtol=1e-5)
+
+
+def test_two_processes_train_as_one_and_one_writes(folder: Path) -> None:
+    check_ways(folder, 2, WAYS)
+
+
+@pytest.mark.slow
+def test_four_processes_train_as_one(folder: Path) -> None:
+    check_ways(folder, 4, WAYS | MORE_WAYS)
+
+
+FAILING = """
+import os, signal
+import sessa_torch.training as training
+
+right = training.TrainBackend.step
+def step(self, batches, learning_rate):
+    self.steps = getattr(self, "steps", 0) + 1
+    if self.processes.rank == 1 and self.steps == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return right(self, batches, learning_rate)
+
+training.TrainBackend.step = step
+training.train("run", checkpoint_every=2, shard_processes=0, **FIELDS)
+"""
+
+
+def test_a_lost_process_ends_all_and_the_run_can_go_on(folder: Path) -> None:
+    (folder / "failing.py").write_text(FAILING.replace("FIELDS", repr(FIELDS)))
+    code, _, err = launch(folder, 2, "failing.py")
+    assert code == 1 and "another process of this run has ended" in err, err
+    assert len(losses(Path("run"))) == 4
+    train(resume="run", steps=6, shard_processes=1, device="cpu")
+    assert len(losses(Path("run"))) == 6
+
+
+KILLS = int(os.environ.get("KILLS", "3"))
+
+
+def long_run(*options: str) -> list[str]:
+    """The options of a run of two processes that share the weights."""
+    model = "--layers 1 --width 16 --heads 1 --context 16 --tokenizer bytes --data text.txt"
+    settings = "--backend torch --device cpu --precision float32 --steps 200 --shard-processes 0"
+    return [*model.split(), *settings.split(), "--checkpoint-every", "5", *options]
+
+
+def wait_for_step(folder: Path, step: int, running: subprocess.Popen[str]) -> None:
+    while running.poll() is None:
+        if (folder / "metrics.jsonl").exists() and len(losses(folder)) >= step:
+            return
+        time.sleep(0.01)
+    raise AssertionError(running.communicate())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_the_step_under_way(folder: Path, number: int) -> None:
+    running = start(folder, 2, "-m", "sessa_cli.main", "train", *long_run("--out", "run"))
+    wait_for_step(Path("run"), 20, running)
+    running.send_signal(number)
+    out, err = running.communicate(timeout=60)
+    assert running.returncode != 0
+    assert "stopped at step" in out, out + err
+    done = len(losses(Path("run")))
+    train(resume="run", steps=done + 2, shard_processes=1, device="cpu")
+    assert len(losses(Path("run"))) == done + 2
+
+
+def processes_of(running: subprocess.Popen[str]) -> list[int]:
+    """The processes that torchrun has started."""
+    return [
+        int(pid)
+        for pid in Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds processes in /proc")
+def test_kills_at_random_moments_change_no_weight(folder: Path) -> None:
+    random = np.random.default_rng(0)
+    command = ["-m", "sessa_cli.main", "train"]
+    assert launch(folder, 2, *command, *long_run("--out", "unbroken"))[0] == 0
+    options = long_run("--out", "run")
+    for _ in range(KILLS):
+        running = start(folder, 2, *command, *options)
+        done = len(losses(Path("run"))) if Path("run").exists() else 0
+        wait_for_step(Path("run"), done + int(random.integers(1, 9)), running)
+        time.sleep(random.uniform(0, 0.2))
+        os.kill(random.choice(processes_of(running)), signal.SIGKILL)
+        _, err = running.communicate(timeout=120)
+        assert running.returncode != 0, err
+        options = [*HERE, "--resume", "run"]
+    assert launch(folder, 2, *command, *options)[0] == 0
+    whole, broken = (read_safetensors(Path(name) / STATE) for name in ("unbroken", "run"))
+    for name, value in whole.items():
+        np.testing.assert_array_equal(broken[name], value, err_msg=name)
