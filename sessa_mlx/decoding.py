@@ -17,7 +17,7 @@ from sessa_common.errors import SessaError
 from sessa_common.fields import build, split_fields
 from sessa_common.inference.cache_contents import MASK, check_cache_arrays, is_trimmable
 from sessa_common.inference.generation import NOTHING_FED
-from sessa_common.inference.logit_rules import LogitRules
+from sessa_common.inference.logit_rules import LogitRules, prepare_rules
 from sessa_common.inference.model_tokenizer import ModelTokenizer
 from sessa_common.inference.sampling import GumbelNoise, SamplingConfig
 from sessa_common.inference.shortcuts import ModelHome, Shortcuts, start
@@ -211,6 +211,7 @@ def generate(
     elif dtype is not None or device is not None:
         raise SessaError("`dtype` and `device` are for a folder; the model in memory has its own")
     reader = ModelTokenizer.open(tokenizer, model.config, parse_special_tokens)
+    prepared = prepare_rules(rules, reader)  # refused before a prompt cache is written
     begun = start(
         shortcuts,
         Decoder(model),
@@ -224,7 +225,7 @@ def generate(
         reader,
         begun.prompts,
         sampling,
-        rules=rules,
+        rules=prepared,
         max_tokens=max_tokens,
         batch_size=begun.batch_size or batch_size,
         cached=begun.cached,

@@ -19,6 +19,7 @@ from sessa_common.data.formats import decode
 from sessa_common.errors import SessaError
 from sessa_common.fields import build
 from sessa_common.inference.chat_template import ChatTemplate, with_system
+from sessa_common.inference.logit_rules import prepare_rules
 from sessa_common.inference.model_tokenizer import ModelTokenizer
 from sessa_common.inference.prompt_cache import cache_owner
 from sessa_common.inference.shortcuts import Shortcuts, Start, start
@@ -122,6 +123,7 @@ def generate(
     if chat:
         said = [with_system([{"role": "user", "content": text}], system) for text in prompts]
         asked = [template.encode(tokenizer, messages) for messages in said]
+    prepared = prepare_rules(rules, tokenizer)  # refused before a prompt cache is written
     begun = start(shortcuts, decoder, tokenizer, asked if chat else prompts, home, max_tokens)
     for note in begun.notes:
         say_aside(note)
@@ -129,7 +131,7 @@ def generate(
         begun.decoder,
         tokenizer,
         sampling,
-        rules=rules,
+        rules=prepared,
         max_tokens=max_tokens,
         batch_size=begun.batch_size or batch_size,
         stop_texts=template.stop_texts if chat else (),

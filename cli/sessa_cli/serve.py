@@ -69,6 +69,8 @@ def serve(
         service = Service.open(checkpoint, decoder, host=host, api_key=api_key, **given)
         address = f"[{host}]" if ":" in host else host
         url = f"http://{address}:{listener.getsockname()[1]}/v1"
+        if api_key is None and service.hosts is None:
+            say_aside("there is no key: whoever reaches this address can ask")
         say_aside(f"{url} answers for the model {service.name!r}; Ctrl-C stops")
         serve_http(service, listener)
     say_aside("stopped")

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 
+import numpy as np
+
 from sessa_common.errors import SessaError, expect
 from sessa_common.inference.chat_template import ChatTemplate, Message, with_system
-from sessa_common.inference.generation import Decoder, generate, reuse_prefix
+from sessa_common.inference.generation import Decoder, generate, prefill_size, reuse_prefix
 from sessa_common.inference.logit_rules import LogitRules, prepare_rules
 from sessa_common.inference.model_tokenizer import ModelTokenizer
 from sessa_common.inference.sampling import SamplingConfig
@@ -71,8 +73,9 @@ class Conversation:
     def reply(self, text: str, is_stopped: Callable[[], bool] = lambda: False) -> Iterator[str]:
         """Say something and yield the answer in pieces; `is_stopped` is asked after each token.
 
-        What was written until then is the answer. Raises SessaError, with the conversation as it
-        was, when the message does not fit in the context.
+        It is also asked between the pieces of a long message. What was written until it is True is
+        the answer; a message that has none then is taken back. Raises SessaError, with the
+        conversation as it was, when the message does not fit in the context.
         """
         self.turns.append({"role": "user", "content": text})
         pieces: list[str] = []
@@ -87,7 +90,7 @@ class Conversation:
             if not ended:
                 # A step may have been left half-way, with some layers ahead of the others.
                 self._forget()
-            if ended or pieces:
+            if pieces or (ended and not is_stopped()):
                 self.turns.append({"role": "assistant", "content": "".join(pieces).strip()})
             else:
                 self.turns.pop()
@@ -115,8 +118,21 @@ class Conversation:
             # The rest must be read again, so several turns leave at once.
             dropped, goal = dropped + 2, limit * 3 // 4
 
+    def _read(self, ids: list[int], is_stopped: Callable[[], bool]) -> int | None:
+        """Read a prompt up to its last piece; return how many ids are cached, None if stopped."""
+        held, size = reuse_prefix(self.decoder, self.cached, ids), prefill_size(self.decoder)
+        self.cached = list(ids)
+        while len(ids) - held > size:
+            if is_stopped():
+                return None
+            self.decoder.feed(np.array([ids[held : held + size]], np.int64))
+            held += size
+        return held
+
     def _answer(self, ids: list[int], is_stopped: Callable[[], bool]) -> Iterator[str]:
-        held = reuse_prefix(self.decoder, self.cached, ids)
+        held = self._read(ids, is_stopped)
+        if held is None:
+            return
         limit = self.decoder.config.max_position_embeddings - len(ids)
         steps = generate(
             self.decoder,
@@ -131,7 +147,6 @@ class Conversation:
         )
         stream = TextStream(self.tokenizer.tokenizer, ids)
         stops = StopTexts(self.template.stop_texts)
-        self.cached = list(ids)
         with closing(steps):
             for (token,) in steps:
                 assert token is not None, "a single row ends the iteration"

@@ -170,6 +170,11 @@ def left_pad(
     return tokens, None if mask.all() else mask
 
 
+def prefill_size(decoder: Decoder, B: int = 1) -> int:
+    """The number of tokens of each of B rows that `prefill` appends at once."""
+    return max(getattr(decoder, "prefill_tokens", 0) // B, PREFILL_CHUNK)
+
+
 def prefill(
     decoder: Decoder, tokens: np.ndarray, mask: np.ndarray | None, chunk: int | None = None
 ) -> np.ndarray:
@@ -180,7 +185,7 @@ def prefill(
     includes the P positions that are cached already.
     """
     past, (B, T) = decoder.length, tokens.shape
-    chunk = chunk or max(getattr(decoder, "prefill_tokens", 0) // B, PREFILL_CHUNK)
+    chunk = chunk or prefill_size(decoder, B)
     last = (T - 1) // chunk * chunk
     for start in range(0, last, chunk):
         stop = start + chunk

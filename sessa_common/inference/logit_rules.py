@@ -69,8 +69,15 @@ class PreparedRules:
         return RowRules(self, prompts)
 
 
-def prepare_rules(rules: LogitRules | None, tokenizer: ModelTokenizer) -> PreparedRules | None:
-    """Return rules for a tokenizer, None where no rule changes a logit."""
+def prepare_rules(
+    rules: LogitRules | PreparedRules | None, tokenizer: ModelTokenizer
+) -> PreparedRules | None:
+    """Return rules for a tokenizer, None where no rule changes a logit.
+
+    Prepared rules stay as they are. Raises SessaError for rules that do not fit the tokenizer.
+    """
+    if isinstance(rules, PreparedRules):
+        return rules
     return PreparedRules(rules, tokenizer) if rules is not None and rules.active else None
 
 

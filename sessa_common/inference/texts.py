@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from sessa_common.errors import expect, require
 from sessa_common.inference.generation import Decoder, generate, token_budget
-from sessa_common.inference.logit_rules import LogitRules, prepare_rules
+from sessa_common.inference.logit_rules import LogitRules, PreparedRules, prepare_rules
 from sessa_common.inference.model_tokenizer import ModelTokenizer
 from sessa_common.inference.sampling import SamplingConfig
 from sessa_common.inference.text_stream import StopTexts, TextStream
@@ -35,7 +35,7 @@ def generate_texts(
     prompts: Sequence[str | Sequence[int]],
     sampling: SamplingConfig,
     *,
-    rules: LogitRules | None = None,
+    rules: LogitRules | PreparedRules | None = None,
     max_tokens: int | None = None,
     batch_size: int = BATCH_SIZE,
     cached: int = 0,
@@ -66,7 +66,7 @@ class TextWriter:
         tokenizer: ModelTokenizer,
         sampling: SamplingConfig,
         *,
-        rules: LogitRules | None = None,
+        rules: LogitRules | PreparedRules | None = None,
         max_tokens: int | None = None,
         batch_size: int = BATCH_SIZE,
         stop_texts: Sequence[str] = (),

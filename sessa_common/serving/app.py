@@ -20,7 +20,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from tokenizers import Tokenizer
 
-from sessa_common.errors import SessaError
+from sessa_common.errors import SessaError, expect
 from sessa_common.inference.chat_template import ChatTemplate
 from sessa_common.inference.generation import Decoder
 from sessa_common.inference.model_tokenizer import ModelTokenizer
@@ -150,6 +150,7 @@ class Service:
 
         The model bears the name of the folder. `host` is the address that will be listened at.
         """
+        expect(api_key != "", "api_key", api_key, "a key of at least one character")
         engine = Engine(
             decoder, batch_size=batch_size, max_waiting=max_waiting, prefix_bytes=prefix_bytes
         )

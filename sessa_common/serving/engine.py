@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 
 from sessa_common.errors import SessaError, expect
-from sessa_common.inference.generation import PREFILL_CHUNK, Decoder
+from sessa_common.inference.generation import Decoder, prefill_size
 from sessa_common.inference.logit_rules import PreparedRules
 from sessa_common.inference.sampling import GumbelNoise, SamplingConfig, choose
 from sessa_common.serving.prefixes import PrefixCache
@@ -200,7 +200,7 @@ class Engine:
         request = reading.request
         decoder = reading.decoder = reading.decoder or self._begin(request)
         start, prompt = decoder.length, request.prompt
-        stop = start + max(getattr(decoder, "prefill_tokens", 0), PREFILL_CHUNK)
+        stop = start + prefill_size(decoder)
         if stop < len(prompt):
             decoder.feed(np.array([prompt[start:stop]], np.int64))
             return

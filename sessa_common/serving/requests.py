@@ -17,6 +17,7 @@ from sessa_common.inference.sampling import SamplingConfig
 # Defaults and limits of the API, which are not those of this library.
 TEMPERATURE, COMPLETION_TOKENS = 1.0, 16
 MOST_STOPS, MOST_LIKELIEST = 4, 20
+PENALTIES, LARGEST_PENALTY, LARGEST_BIAS = ("presence_penalty", "frequency_penalty"), 2, 100
 
 SAMPLING = {"temperature": float, "top_p": float, "top_k": int, "min_p": float, "seed": int}
 RULES = {"presence_penalty": float, "frequency_penalty": float, "repetition_penalty": float}
@@ -207,6 +208,9 @@ class RequestReader:
 
     def _rules(self, given: Mapping[str, Any]) -> PreparedRules | None:
         fields = {name: given[name] for name in RULES if name in given}
+        for name in PENALTIES:
+            if abs(given.get(name, 0)) > LARGEST_PENALTY:
+                raise ApiError(f"`{name}` must be between -2 and 2", param=name)
         fields["logit_bias"] = _bias(given.get("logit_bias") or {})
         fields["json_schema"] = _schema(given.get("response_format"))
         return prepare_rules(LogitRules(**fields), self.tokenizer)
@@ -258,13 +262,12 @@ def _stops(given: Any) -> tuple[str, ...]:
 
 
 def _bias(given: Mapping[str, Any]) -> dict[int, float]:
-    try:
-        fits = all(_fits(value, float) for value in given.values())
-        if fits:
-            return {int(token): float(value) for token, value in given.items()}
-    except ValueError:
-        pass
-    raise ApiError("`logit_bias` must map token ids to numbers", param="logit_bias")
+    values = given.values()
+    fits = all(_fits(value, float) and abs(value) <= LARGEST_BIAS for value in values)
+    if not fits or not all(token.isdecimal() for token in given):
+        message = f"`logit_bias` must map token ids to numbers of at most {LARGEST_BIAS}"
+        raise ApiError(message, param="logit_bias")
+    return {int(token): float(value) for token, value in given.items()}
 
 
 def _schema(given: Mapping[str, Any] | None) -> Any:

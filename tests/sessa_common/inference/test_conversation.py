@@ -160,6 +160,24 @@ def test_a_stopped_answer_is_kept_and_the_cache_goes_on(decoders, name: str) -> 
     assert say(anew, "Me") == following
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_stop_is_heard_while_a_long_message_is_read(decoders, monkeypatch, name: str) -> None:
+    monkeypatch.setattr("sessa_common.inference.generation.PREFILL_CHUNK", 16)
+    inner = decoders[name].fork()
+    inner.prefill_tokens = 16
+    decoder = Counting(inner)
+    talk = begin(decoder)
+    text = "A long message that is read in several pieces, one after the other"
+    expected = say(begin(decoders[name]), text)
+    assert list(talk.reply(text, is_stopped=lambda: decoder.read >= 32)) == []
+    assert decoder.read == 32 and talk.turns == []
+    # What was read stays in the cache.
+    decoder.read = 0
+    assert say(talk, text) == expected
+    again = 0 if decoder.trimmable or inner.length == 0 else 32
+    assert decoder.read <= len(f"[u]{text}![a]") - 32 + 20 + again
+
+
 def test_an_error_in_a_step_empties_the_cache(decoders) -> None:
     decoder = decoders["torch"]
     talk = begin(decoder)

@@ -49,6 +49,17 @@ def run(*arguments: object) -> tuple[str, str]:
 BACKENDS = [("torch", "model"), ("mlx", "model"), ("onnx", "exported")]
 
 
+def test_rules_that_do_not_fit_are_refused_before_a_cache_is_written(folders, tmp_path) -> None:
+    file = tmp_path / "text.safetensors"
+    fields = {"save_prompt_cache": file, "logit_bias": {999: 1.0}}
+    for package in (sessa_torch, sessa_mlx):
+        with pytest.raises(SessaError, match="logit_bias"):
+            package.generate(folders["model"], TEXT, **fields)
+    with pytest.raises(SessaError, match="logit_bias"):
+        run(folders["model"], "--logit-bias", "999=1", "--save-prompt-cache", file)
+    assert not file.exists()
+
+
 @pytest.mark.parametrize(("backend", "name"), BACKENDS)
 def test_the_command_saves_and_continues_a_prompt(backend, name, folders, tmp_path) -> None:
     file, model = tmp_path / "text.safetensors", [folders[name], "--backend", backend, *WRITE]

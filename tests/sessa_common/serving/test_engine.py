@@ -118,7 +118,7 @@ def test_a_text_ends_at_an_end_token_or_where_the_sink_says(decoder) -> None:
 
 
 def test_a_long_prompt_is_read_in_pieces_while_others_are_written(decoder, monkeypatch) -> None:
-    monkeypatch.setattr("sessa_common.serving.engine.PREFILL_CHUNK", 16)
+    monkeypatch.setattr("sessa_common.inference.generation.PREFILL_CHUNK", 16)
     prompt = bytes(range(100))
     expected = alone(decoder, prompt, 4, TOP)
     engine = Engine(copy_with(decoder, prefill_tokens=16))

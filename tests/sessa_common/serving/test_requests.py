@@ -130,6 +130,8 @@ LONG = {"prompt": "x" * 280, "max_tokens": 21}
         ({"logprobs": 21}, "at most 20"),
         ({"logit_bias": {"a": 1}}, "`logit_bias` must map"),
         ({"logit_bias": {"5": "1"}}, "`logit_bias` must map"),
+        ({"logit_bias": {"5": 101}}, "`logit_bias` must map"),
+        ({"presence_penalty": 2.5}, "`presence_penalty` must be between -2 and 2"),
         ({"logit_bias": {"999": 1}}, "ids 0..256"),
         ({"echo": True}, "`echo` is not supported"),
         ({"best_of": 2}, "`best_of` is not supported"),
