@@ -52,8 +52,9 @@ def read(path: Path) -> dict:
     return json.loads(path.read_text())
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("opset", [21, 23])
+@pytest.mark.parametrize(
+    "variant, opset", [(variant, 21) for variant in VARIANTS] + [("hybrid", 23), ("grouped", 23)]
+)
 def test_buffer_layout(tmp_path: Path, variant: str, opset: int) -> None:
     config = small_config(variant, max_position_embeddings=700)
     checkpoint, weights = write_checkpoint(tmp_path / "checkpoint", config)

@@ -84,6 +84,9 @@ def test_what_is_hidden_is_not_felt(backend, case, what, poison):
 @pytest.mark.parametrize("T, P", [(1, 5), (5, 0), (66, 3), (258, 0)])
 @pytest.mark.parametrize("what", ["f", "q", "k", "gamma"])
 def test_no_row_changes_the_rows_before_it(backend, what, T, P, poison):
+    repeated = (T > 66 and what != "q") or (T > 5 and not np.isposinf(poison))
+    if backend == "cuda" and repeated:
+        pytest.skip("the emulated kernels take seconds for each: one of each kind is enough")
     for row in rows_to_poison(T):
         check_causality(solver(backend), Edges(T, P), what, row, poison, tolerance_of(backend))
 
