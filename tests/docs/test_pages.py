@@ -1,12 +1,14 @@
-"""The Python blocks of the pages run, in order, in an empty folder."""
+"""The blocks of the pages run, in order, in an empty folder."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+from support.in_process import sessa
 
 ROOT = Path(__file__).parents[2]
-BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^```(python|sh)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
 PAGES = (
@@ -15,18 +17,32 @@ PAGES = (
     "docs/operator.md",
     "docs/inference.md",
     "docs/checkpoints-and-conversion.md",
+    "docs/evaluation.md",
     "docs/transformers.md",
 )
+# Pages whose commands run too; those of other programs are not run.
+WITH_COMMANDS = {"docs/evaluation.md", "docs/transformers.md"}
+OTHER_PROGRAMS = ("pip install", "lm-eval")
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_the_python_blocks_run(page, tmp_path, monkeypatch):
+def test_the_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = BLOCK.findall((ROOT / page).read_text(encoding="utf-8"))
-    assert blocks
+    assert "python" in dict(blocks)
     names: dict = {"__name__": page}
-    for block in blocks:
-        exec(compile(block, page, "exec"), names)
+    for language, block in blocks:
+        if language == "python":
+            exec(compile(block, page, "exec"), names)
+        elif page in WITH_COMMANDS:
+            run_commands(block)
+
+
+def run_commands(block):
+    for line in block.replace("\\\n", "").splitlines():
+        if not line.startswith(OTHER_PROGRAMS):
+            program, *arguments = shlex.split(line)
+            assert program == "sessa" and sessa(*arguments) == 0, line
 
 
 def test_the_readme_stays_a_front_door():
