@@ -178,6 +178,10 @@ class Mamba2LayerCache:
         self.conv: mx.array | None = None
         self.state: mx.array | None = None
 
+    def keep_conv(self, rows: mx.array, count: int) -> None:
+        """Keep the last `count` rows of the convolution's input (B, count + T, channels)."""
+        self.conv = rows[:, rows.shape[1] - count :]
+
     def trim(self, length: int) -> None:
         """Forget everything when length is 0; `SessaCache.trim` refuses any other length."""
         if length == 0:

@@ -159,7 +159,7 @@ class Mamba2Mixer(nn.Module):
         else:
             rows = mx.concatenate([cache.conv, xbc], 1)
         if cache is not None:
-            cache.conv = rows[:, xbc.shape[1] :]
+            cache.keep_conv(rows, past)
         return rows
 
     def _scan(

@@ -16,6 +16,14 @@ from sessa_mlx.cache import SessaLayerCache
 from sessa_mlx.feedback import feedback_solve
 
 
+class _ContextGain(nn.Module):
+    """w (1, D) of the gain; no `nn.Linear`, so that it is neither quantised nor given a LoRA."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = mx.random.uniform(-(width**-0.5), width**-0.5, (1, width))
+
+
 class SessaMixer(AttentionMixer):
     """s = (I - diag(gamma) alpha)^-1 f, with f the causal attention of a (section 3 of the paper).
 
@@ -28,7 +36,7 @@ class SessaMixer(AttentionMixer):
         super().__init__(config, gated=gated)
         D = config.hidden_size
         self.proj_fb = Linear(D, 2 * config.feedback_key_dim)
-        self.gamma_ctx = nn.Linear(D, 1, bias=False)
+        self.gamma_ctx = _ContextGain(D)
         self.gamma_bias = mx.ones(())
 
     def __call__(

@@ -111,6 +111,10 @@ class Mamba2LayerCache:
         self.conv: Tensor | None = None
         self.state: Tensor | None = None
 
+    def keep_conv(self, rows: Tensor, count: int) -> None:
+        """Keep the last `count` rows of the convolution's input (B, count + T, channels)."""
+        self.conv = rows[:, rows.shape[1] - count :]
+
     def trim(self, length: int) -> None:
         """Forget everything when length is 0; `SessaCache.trim` refuses any other length."""
         if length == 0:

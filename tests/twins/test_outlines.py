@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 # writes pickles. PyTorch's custom kernels need no other way on CUDA and choose TF32 by product.
 # Only MLX decodes by a compiled step, in the files whose names begin with _step. PyTorch's own
 # attention has a gradient in O(T) memory, MLX's has not, and only MLX's exp is slow on a CPU
-# and its one-row products with a bias on CUDA. transformers has no models in MLX.
+# and its one-row products with a bias on CUDA. transformers has models in PyTorch, mlx-lm in MLX.
 # Only PyTorch shards weights.
 ONE_SIDED = {
     "_exp.py",
@@ -29,6 +29,7 @@ ONE_SIDED = {
     "feedback/outputs.py",
     "feedback/products.py",
     "hf",
+    "lm.py",
     "state_dict_file.py",
 }
 # The name of a module's call differs between the frameworks.
