@@ -1,12 +1,11 @@
-"""Sessa in transformers: configuration and language model over the modules of this package.
+"""The language model of Sessa in transformers, over the modules of this package.
 
-Importing this module registers both with AutoConfig and AutoModelForCausalLM. The names of the
-parameters are those of the checkpoint, so a checkpoint folder is read and written as it is.
+Importing this module registers it with AutoModelForCausalLM. The names of the parameters are those
+of the checkpoint, so a checkpoint folder is read and written as it is.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -14,88 +13,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     Cache,
     DynamicCache,
     GenerationMixin,
-    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.generation import GenerationConfig, GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from sessa_common import config as shared
 from sessa_common.checkpoint.initialization import initial_weights
-from sessa_common.checkpoint.remote_code import AUTO_MAP, write_remote_code
 from sessa_common.checkpoint.stored_types import EXACT
 from sessa_common.errors import SessaError
 from sessa_common.inference.cache_contents import is_trimmable
-from sessa_common.layer_kinds import OLD_KEYS
 from sessa_common.storage import is_ours
 from sessa_torch.checkpoint import to_tensor
 from sessa_torch.hf_cache import adopt, advance, view, visible_mask
+from sessa_torch.hf_config import SessaConfig
 from sessa_torch.model import SessaModel
-
-FIELDS = tuple(field.name for field in dataclasses.fields(shared.SessaConfig))
-
-
-class SessaConfig(PreTrainedConfig):
-    """The keys of `sessa_common.config.SessaConfig`, with its defaults and its checks.
-
-    Further keys are kept as transformers keeps them. Raises SessaError for a folder that MLX has
-    quantised.
-    """
-
-    model_type = "sessa"
-    use_cache = True
-
-    def __init__(self, **given: Any) -> None:
-        if "quantization" in given:
-            raise SessaError(
-                "the weights are quantised by MLX, which transformers cannot read; convert the "
-                "folder with `framework` torch first"
-            )
-        dtype = given.pop("torch_dtype", None)
-        given["dtype"] = str(given.get("dtype") or dtype or "float32").removeprefix("torch.")
-        names = (*FIELDS, *OLD_KEYS, "rope_parameters")
-        keys = {name: given.pop(name) for name in names if name in given}
-        checked = shared.SessaConfig.from_dict(keys)
-        fields = dataclasses.asdict(checked)
-        # transformers keeps the scaling, with its base, under another name.
-        del fields["rope_scaling"]
-        if (scaling := checked.rope_scaling) is not None:
-            base = {"rope_theta": checked.rope_theta}
-            given["rope_parameters"] = {**scaling.to_dict(), **base}
-        super().__init__(**given, **fields)
-
-    @property
-    def architecture(self) -> shared.SessaConfig:
-        """The configuration that the modules of `sessa_torch` take."""
-        names = {*FIELDS, "rope_parameters"} - {"rope_scaling"}
-        keys = {name: getattr(self, name) for name in names if hasattr(self, name)}
-        keys["dtype"] = str(self.dtype).removeprefix("torch.")
-        return shared.SessaConfig.from_dict(keys)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The keys of config.json, without those of kinds of layers that the model has not."""
-        keys = super().to_dict()
-        unused = set(FIELDS) - self.architecture.to_dict().keys()
-        used = {name: value for name, value in keys.items() if name not in unused}
-        return {**used, "auto_map": dict(AUTO_MAP)}
-
-    def save_pretrained(
-        self, save_directory: str | PathLike[str], *args: Any, **kwargs: Any
-    ) -> None:
-        """Save as transformers does, with the file that `auto_map` names."""
-        Path(save_directory).mkdir(parents=True, exist_ok=True)
-        write_remote_code(Path(save_directory))
-        super().save_pretrained(save_directory, *args, **kwargs)
-
-    @classmethod
-    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
-        """Do nothing: saving writes a short file that imports this module, not a copy of it."""
 
 
 class SessaForCausalLM(PreTrainedModel, GenerationMixin):
@@ -111,6 +47,11 @@ class SessaForCausalLM(PreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
     def __init__(self, config: SessaConfig) -> None:
+        if getattr(config, "quantization", None):
+            raise SessaError(
+                "the weights are quantised by MLX, which transformers cannot read; convert the "
+                "folder with `framework` torch first"
+            )
         super().__init__(config)
         self.architecture = config.architecture
         self._is_stateful = not is_trimmable(self.architecture)
@@ -238,5 +179,4 @@ def _require_consecutive(position_ids: Tensor | None, seen: Tensor | None) -> No
         )
 
 
-AutoConfig.register("sessa", SessaConfig, exist_ok=True)
 AutoModelForCausalLM.register(SessaConfig, SessaForCausalLM, exist_ok=True)

@@ -29,7 +29,7 @@ from sessa_common.checkpoint.quantization import (
     quantize_weights,
     undivided,
 )
-from sessa_common.checkpoint.remote_code import REMOTE_CODE
+from sessa_common.checkpoint.remote_code import CODE_FILES
 from sessa_common.checkpoint.run_files import STATE
 from sessa_common.checkpoint.sources import Source, read_llama, read_source, state_file
 from sessa_common.checkpoint.upcycling import add_feedback, parse_layers, remove_feedback
@@ -160,6 +160,8 @@ def convert(
         _compare_stored(read_tensors(scratch), stored, target)
         if theirs:
             write_json(scratch / "config.json", theirs)
+            for name in CODE_FILES:
+                (scratch / name).unlink()
         back = read_llama(scratch, theirs).weights if theirs else load_weights(scratch)[1]
         files = sorted(path.name for path in scratch.iterdir() if path.name not in carried)
     return _report(source, back, stored, files, carried)
@@ -228,7 +230,7 @@ def _carry_files(source: Source, scratch: Path, *, with_state: bool, with_saves:
     """
     if (folder := source.folder) is None:
         return []
-    written_anew = dict.fromkeys((MANIFEST, REMOTE_CODE, "config.json"), False)
+    written_anew = dict.fromkeys((MANIFEST, "config.json", *CODE_FILES), False)
     kept = {STATE: with_state, SAVES: with_saves, **written_anew}
     carried = []
     for path in sorted(folder.iterdir()):

@@ -1,4 +1,4 @@
-"""The file by which `trust_remote_code` of transformers finds Sessa in the installed package."""
+"""The code files by which transformers and mlx-lm find Sessa in the installed package."""
 
 from __future__ import annotations
 
@@ -9,36 +9,51 @@ from typing import Any
 from sessa_common.config import SessaConfig
 from sessa_common.storage import write_json, write_text
 
-REMOTE_CODE = "modeling_sessa.py"
-AUTO_MAP = {
-    "AutoConfig": "modeling_sessa.SessaConfig",
-    "AutoModelForCausalLM": "modeling_sessa.SessaForCausalLM",
+# The keys of config.json by which transformers (`auto_map`) and mlx-lm find their file.
+CODE_KEYS = {
+    "auto_map": {
+        "AutoConfig": "configuration_sessa.SessaConfig",
+        "AutoModelForCausalLM": "modeling_sessa.SessaForCausalLM",
+    },
+    "model_file": "mlx_lm_model.py",
 }
 
 # transformers reads the imports of such a file and would advise `pip install sessa_torch`, a
 # package that does not exist. It leaves imports inside `try` alone.
 TEXT = '''\
-"""Sessa for transformers; the code is in the package sessa-toolchain."""
+"""Sessa for {client}; the code is in the package sessa-toolchain."""
 
 try:
-    from sessa_torch.hf import SessaConfig, SessaForCausalLM
+    from {module} import {names}
 except ModuleNotFoundError as error:
     raise ImportError(
-        f"This model needs sessa-toolchain ({error}); "
-        "install it with: pip install 'sessa-toolchain[transformers]'"
+        f"This model needs sessa-toolchain ({{error}}); "
+        "install it with: pip install 'sessa-toolchain[{client}]'"
     ) from error
 
-__all__ = ["SessaConfig", "SessaForCausalLM"]
+__all__ = [{quoted}]
 '''
 
 
+def _text(client: str, module: str, *names: str) -> str:
+    quoted = ", ".join(f'"{name}"' for name in names)
+    return TEXT.format(client=client, module=module, names=", ".join(names), quoted=quoted)
+
+
+CODE_FILES = {
+    "configuration_sessa.py": _text("transformers", "sessa_torch.hf_config", "SessaConfig"),
+    "modeling_sessa.py": _text("transformers", "sessa_torch.hf", "SessaForCausalLM"),
+    "mlx_lm_model.py": _text("mlx-lm", "sessa_mlx.lm", "Model", "ModelArgs"),
+}
+
+
 def write_config(folder: Path, config: SessaConfig, extra: Mapping[str, Any] | None = None) -> None:
-    """Write config.json with `extra` keys, and beside it the file that `AUTO_MAP` names."""
-    write_remote_code(folder)
-    keys = {**config.to_dict(), **(extra or {}), "auto_map": AUTO_MAP}
-    write_json(folder / "config.json", keys)
+    """Write config.json with `extra` keys, and beside it the code files that it names."""
+    write_code_files(folder)
+    write_json(folder / "config.json", {**config.to_dict(), **(extra or {}), **CODE_KEYS})
 
 
-def write_remote_code(folder: Path) -> None:
-    """Write the file that `AUTO_MAP` names into a folder."""
-    write_text(folder / REMOTE_CODE, TEXT)
+def write_code_files(folder: Path) -> None:
+    """Write the files that `CODE_KEYS` names into a folder."""
+    for name, text in CODE_FILES.items():
+        write_text(folder / name, text)

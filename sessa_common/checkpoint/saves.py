@@ -25,14 +25,14 @@ from sessa_common.checkpoint.manifest import (
     verify,
     write_manifest,
 )
-from sessa_common.checkpoint.remote_code import REMOTE_CODE
+from sessa_common.checkpoint.remote_code import CODE_FILES
 from sessa_common.storage import atomic_path, new_folder, remove_folder, sweep
 
 # Files of a checkpoint folder that say how to use the weights; every save has its own copy.
 BESIDE = (
     "config.json",
     "generation_config.json",
-    REMOTE_CODE,
+    *CODE_FILES,
     "tokenizer*.json",
     "training.json",
 )

@@ -71,6 +71,8 @@ def test_train_leaves_a_checkpoint_that_loads_and_a_paragraph(backend, text, tmp
     names = {path.name for path in out.iterdir()}
     assert names == {
         "config.json",
+        "configuration_sessa.py",
+        "mlx_lm_model.py",
         "model.safetensors",
         "modeling_sessa.py",
         "tokenizer.json",

@@ -26,7 +26,7 @@ import sessa_torch
 import sessa_torch.hf
 from sessa_common.checkpoint.folder import load_config
 from sessa_common.checkpoint.initialization import initial_weights
-from sessa_common.checkpoint.remote_code import REMOTE_CODE
+from sessa_common.checkpoint.remote_code import CODE_FILES
 from sessa_common.errors import SessaError
 from sessa_torch.checkpoint import load_model, model_weights
 from sessa_torch.decoding import Decoder
@@ -302,7 +302,8 @@ def test_the_file_in_the_folder_finds_the_installed_package(models, tmp_path):
     assert answer.returncode == 0, answer.stderr
     assert answer.stdout.split() == ["sessa_torch.hf", "SessaForCausalLM"]
     first, second = tmp_path / "saved", tmp_path / "again"
-    assert (first / REMOTE_CODE).read_bytes() == (second / REMOTE_CODE).read_bytes()
+    for name in CODE_FILES:
+        assert (first / name).read_bytes() == (second / name).read_bytes()
     assert not (second / "hf.py").exists()
     assert AutoConfig.from_pretrained(second).auto_map == AutoConfig.from_pretrained(first).auto_map
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import ml_dtypes
 import numpy as np
@@ -307,3 +308,26 @@ def test_files_that_a_save_replaces_while_they_are_read_are_read_again(folder, m
 
     monkeypatch.setattr(module, "read_safetensors", slow)
     assert_same(load_weights(folder)[1], weights)
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "extra"),
+    [
+        ("configuration_sessa.py", "sessa_torch.hf_config", "transformers"),
+        ("modeling_sessa.py", "sessa_torch.hf", "transformers"),
+        ("mlx_lm_model.py", "sessa_mlx.lm", "mlx-lm"),
+    ],
+)
+def test_a_folder_names_code_that_names_the_extra(tmp_path, monkeypatch, name, module, extra):
+    save_weights(tmp_path, CONFIG, weights_in("float32"))
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert name.removesuffix(".py") in json.dumps([config["auto_map"], config["model_file"]])
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match=rf"pip install 'sessa-toolchain\[{extra}\]'"):
+        exec((tmp_path / name).read_text(), {})
+
+
+def test_code_files_of_other_tools_are_no_longer_named(tmp_path):
+    other = {"model_file": "other.py", "auto_map": {"AutoModel": "other.Model"}}
+    save_weights(tmp_path, CONFIG, weights_in("float32"), extra_config=other)
+    assert "other" not in (tmp_path / "config.json").read_text()

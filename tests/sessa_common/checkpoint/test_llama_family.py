@@ -102,6 +102,7 @@ def test_every_family_returns_bit_for_bit(folder, tmp_path):
     for name, value in before.items():
         np.testing.assert_array_equal(after[name], value)
     assert read_source(tmp_path / "back").config == read_source(path).config
+    assert not list((tmp_path / "back").glob("*.py"))
     import torch
     import transformers
 

@@ -20,7 +20,7 @@ from sessa_common.checkpoint.folder import (
 )
 from sessa_common.checkpoint.initialization import initial_weights
 from sessa_common.checkpoint.manifest import read_manifest, verify
-from sessa_common.checkpoint.remote_code import REMOTE_CODE
+from sessa_common.checkpoint.remote_code import CODE_FILES
 from sessa_common.checkpoint.saves import add_save, finish_save, list_saves
 from sessa_common.config import SessaConfig
 from sessa_common.storage import LOCK, MANIFEST, lock_folder
@@ -69,7 +69,7 @@ def test_last_save_is_on_top_and_is_an_ordinary_checkpoint(run):
     assert {path.name for path in run.iterdir()} == {
         "config.json",
         "model.safetensors",
-        REMOTE_CODE,
+        *CODE_FILES,
         STATE,
         "checkpoints",
     }
