@@ -5,6 +5,8 @@ Letters: B batch, T time, P past, D width, H heads, G key/value heads, d head wi
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -132,6 +134,8 @@ class AttentionMixer(nn.Module):
         if config.qk_norm:
             self.q_norm = nn.RMSNorm(d, eps=config.layer_norm_eps)
             self.k_norm = nn.RMSNorm(d, eps=config.layer_norm_eps)
+        # `sessa_torch.distributed` replaces it where processes share the tokens of a row.
+        self.attend: Callable[..., Tensor] = causal_attention
         self.projects = config.num_attention_heads > 1 or not gated
         if self.projects:
             self.out_proj = nn.Linear(inner, D, bias=config.out_proj_bias and not gated)
@@ -163,5 +167,5 @@ class AttentionMixer(nn.Module):
             q, k = apply_rope(q, rope), apply_rope(k, rope)
         if cache is not None:
             k, v = cache.k.append(k), cache.v.append(v)
-        f = causal_attention(q, k, v, key_mask).transpose(1, 2).reshape(B, T, -1)
+        f = self.attend(q, k, v, key_mask).transpose(1, 2).reshape(B, T, -1)
         return self.out_proj(f) if self.projects else f

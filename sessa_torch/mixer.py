@@ -5,6 +5,8 @@ Letters as in `attention`; f, s, q, k, gamma as in arXiv 2604.18580.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -40,6 +42,8 @@ class SessaMixer(AttentionMixer):
         self.proj_fb = nn.Linear(D, 2 * config.feedback_key_dim)
         self.gamma_ctx = _GainRow(D, 1, bias=False)
         self.gamma_bias = nn.Parameter(torch.ones(()))
+        # `sessa_torch.distributed` replaces it where processes share the tokens of a row.
+        self.solve: Callable[..., Tensor] = feedback_solve
 
     def forward(
         self,
@@ -54,7 +58,7 @@ class SessaMixer(AttentionMixer):
         q, k = self.proj_fb(a).chunk(2, -1)
         gamma = self.gain(a)
         if cache is None:
-            return feedback_solve(f, q, k, gamma, key_mask=key_mask)
+            return self.solve(f, q, k, gamma, key_mask=key_mask)
         past_s = cache.s.rows
         # SessaLayerCache says why cached states stay in float32.
         wide = f.to(torch.promote_types(f.dtype, torch.float32))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -154,6 +155,8 @@ class SessaModel(nn.Module):
         self.checkpoint_layers = False
         # Sessa draws no random numbers; an adapter's dropout must be the same when it is repeated.
         self._preserve_rng_state = False
+        # `sessa_torch.distributed` replaces it where processes share the tokens of a row.
+        self.rope_of: Callable[..., Rope | None] = rope_of
 
     def forward(
         self,
@@ -169,7 +172,7 @@ class SessaModel(nn.Module):
             mask = cache.extend(x.shape[1], attention_mask)
         else:
             mask = None if attention_mask is None else attention_mask.bool()
-        rope = rope_of(self.config, x, past, mask) if self.config.rotates else None
+        rope = self.rope_of(self.config, x, past, mask) if self.config.rotates else None
         run = _run
         if self.checkpoint_layers and cache is None:
             run = partial(_checkpointed, preserve_rng_state=self._preserve_rng_state)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sessa_common.config import SessaConfig
 from sessa_common.data.batches import Batch
+from sessa_common.errors import require
 from sessa_common.train_config import TrainConfig
 from sessa_common.training.backend import MOMENTS, decays
 from sessa_common.training.preparation import TrainRequest
@@ -21,6 +22,7 @@ from sessa_common.training.processes import Processes, own_rows
 from sessa_common.training.session import TrainResult, run_session
 from sessa_common.training.trainer import Reporter
 from sessa_torch.checkpoint import build_model, choose_device, to_numpy, to_tensor
+from sessa_torch.distributed.context import ContextParallel
 from sessa_torch.distributed.sharding import (
     clip_gradients,
     is_sharded,
@@ -106,6 +108,11 @@ class TrainBackend:
         self.model.model.checkpoint_layers = settings.checkpoint_activations == "layers"
         self.objective = _Objective(self.model, self.device, self.precision)
         self.processes = open_processes()
+        self.context: ContextParallel | None = None
+        if settings.context_parallel > 1:
+            require(not settings.compile, "`compile` does not go with `context_parallel` above 1")
+            self.context = ContextParallel(settings.context_parallel)
+            self.context.install(self.model)
         sharers = settings.shard_processes or self.processes.size
         self.shards = sharers > 1
         if self.shards:
@@ -127,7 +134,8 @@ class TrainBackend:
         """Take one AdamW step on the weighted mean loss of all rows; (nats, gradient norm)."""
         # The sums of all processes are averaged, so each is divided by its share of the weights.
         total = sum(float(batch.weights.sum()) for batch in batches) / self.processes.size
-        batches = [own_rows(batch, self.processes) for batch in batches]
+        shared = self.settings.context_parallel
+        batches = [own_rows(batch, self.processes, shared) for batch in batches]
         if self.compiled is not None:
             return self.compiled(batches, total, learning_rate)
         self.optimizer.zero_grad()
@@ -156,15 +164,17 @@ class TrainBackend:
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> tuple[float, np.ndarray]:
         """Return the weighted sum of the losses of a batch, in nats, and its `predict`."""
-        inputs, targets, weights = self._on_device(batch)
-        loss, ids = self.objective(loss_and_likeliest, inputs, targets, weights)
+        loss, ids = self.objective(loss_and_likeliest, *self._on_device(batch))
+        if self.context is not None:
+            loss, ids = self.context.total(loss), self.context.whole(ids)
         return loss.item(), to_numpy(ids.int())
 
     @torch.no_grad()
     def predict(self, inputs: np.ndarray) -> np.ndarray:
         """Return the likeliest next ids int32 (B, T) after inputs (B, T)."""
-        ids = torch.from_numpy(np.ascontiguousarray(inputs)).to(self.device)
-        return to_numpy(self.objective(likeliest, ids).int())
+        given = self._own(torch.from_numpy(np.ascontiguousarray(inputs)))
+        ids = self.objective(likeliest, given.to(self.device))
+        return to_numpy((ids if self.context is None else self.context.whole(ids)).int())
 
     def weights(self) -> dict[str, np.ndarray]:
         """Return the float32 master weights."""
@@ -211,7 +221,11 @@ class TrainBackend:
         return loss
 
     def _on_device(self, batch: Batch) -> list[Tensor]:
-        return [tensor.to(self.device) for tensor in _tensors(batch)]
+        return [self._own(tensor).to(self.device) for tensor in _tensors(batch)]
+
+    def _own(self, tokens: Tensor) -> Tensor:
+        """Return the tokens (B, T) that this process has in the model."""
+        return tokens if self.context is None else self.context.own(tokens)
 
 
 class _Objective(nn.Module):

@@ -28,7 +28,7 @@ FIELDS = {
     "hidden_size": 16,
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
-    "max_position_embeddings": 16,
+    "max_position_embeddings": 15,
     "batch_size": 4,
     "evaluate_batches": 1,
     "steps": 20,
@@ -45,9 +45,19 @@ WAYS: dict[str, dict[str, Any]] = {
         "batch_size": 2,
         "gradient_accumulation_steps": 2,
     },
+    "context": {"context_parallel": 2},
+    "context-shard": {
+        "context_parallel": 2,
+        "shard_processes": 0,
+        "checkpoint_activations": "layers",
+    },
 }
 # Ways that need four processes.
-MORE_WAYS = {"hybrid": {"shard_processes": 2}}
+MORE_WAYS = {
+    "hybrid": {"shard_processes": 2},
+    "context-4": {"context_parallel": 4},
+    "context-4-hybrid": {"context_parallel": 4, "shard_processes": 2},
+}
 HERE = ["--backend", "torch", "--device", "cpu"]
 REFUSED = ["train", *HERE, "--data", "text.txt", "--tokenizer", "bytes", "--out", "refused"]
 RESUME = ["train", *HERE, "--resume"]
@@ -101,9 +111,11 @@ def files(run: Path) -> set[str]:
 
 COMMANDS = """
 import json
+from support.shared_rows import check_operators
 from sessa_torch.training import train
 from support.in_process import sessa
 
+check_operators()
 runs, commands = json.load(open("commands.json"))
 for fields in runs:
     train(**fields)

@@ -1,0 +1,287 @@
+"""Sums over earlier rows, and their gradients, where the rows are dealt to several processes.
+
+Attention and the feedback solve share one pattern. Forward, block by block: the owner of a block
+sends its keys and values, and every process adds them to the sums of its own later rows. For the
+solve a value is a state, which the owner computes first. Backward, from the last block on: the
+owner sends queries and output gradients, every process adds to the gradients of its own earlier
+keys and values, and the gradients of the queries are summed at the owner. For the solve the
+gradient of a value is the right-hand side of the transposed system. The next block is prepared
+before the present one is added to all rows, so that sending and adding overlap.
+
+Letters: N sequences and key heads, g query heads of a key head, T own rows, m rows of a block, K
+key width, D value width. q (N, g, T, K); k (N, T, K); v (N, T, D). Sums are float32 at least.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sessa_torch.distributed.deal import Deal
+
+# Scores that exist at a time: 256 MiB in float32.
+MOST_SCORES = 2**26
+
+Prepare = Callable[[int], None]
+
+
+def work_type(x: Tensor) -> torch.dtype:
+    """Return the type of sums over values of the type of x."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """Return a b (N, r, c) in float32 at least; on CUDA a 16-bit b is multiplied in its type."""
+    if b.is_cuda and b.itemsize == 2:
+        return torch.bmm(a.to(b.dtype), b, out_dtype=torch.float32)
+    return a.to(work_type(b)) @ b.to(work_type(b))
+
+
+def masked_scores(q: Tensor, k: Tensor, hidden: Tensor | None) -> Tensor:
+    """Return scores (N, g, r, m) of q (N, g, r, K) and k (N, m, K), -inf where `hidden` (r, m)."""
+    g, r = q.shape[1:3]
+    scores = product(q.flatten(1, 2), k.mT).mul_(q.shape[3] ** -0.5).unflatten(1, (g, r))
+    return scores if hidden is None else scores.masked_fill_(hidden, -torch.inf)
+
+
+def later(m: int, device: torch.device, *, strict: bool) -> Tensor:
+    """Return True (m, m) at the keys that a row of the same block must not read.
+
+    `strict` hides a row's own key as well.
+    """
+    return torch.ones(m, m, dtype=torch.bool, device=device).triu(0 if strict else 1)
+
+
+class RunningSums:
+    """Softmax-weighted sums of values for all own rows, while keys arrive block by block.
+
+    `sum` (N, g, T, D) is divided by `total` (N, g, T, 1) at the end; weights are
+    exp(score - `top`).
+    """
+
+    def __init__(self, q: Tensor, D: int) -> None:
+        self.q = q
+        shape, work = q.shape[:3], work_type(q)
+        self.top = torch.full((*shape, 1), torch.finfo(work).min, dtype=work, device=q.device)
+        self.total = torch.zeros_like(self.top)
+        self.sum = torch.zeros(*shape, D, dtype=work, device=q.device)
+
+    def add(self, rows: slice, k: Tensor, v: Tensor, hidden: Tensor | None = None) -> None:
+        """Add keys (N, m, K) and values (N, m, D) to the sums of `rows`."""
+        for part in chunks(rows, self.q.shape[0] * self.q.shape[1] * k.shape[1]):
+            weights = self.weigh(part, k, hidden if hidden is None else hidden[_inside(part, rows)])
+            added = product(weights.flatten(1, 2), v).unflatten(1, weights.shape[1:3])
+            self.sum[:, :, part] += added
+
+    def weigh(self, rows: slice, k: Tensor, hidden: Tensor | None) -> Tensor:
+        """Return the weights (N, g, r, m) of keys (N, m, K), with `top` and `total` brought up."""
+        scores = masked_scores(self.q[:, :, rows], k, hidden)
+        old = self.top[:, :, rows]
+        top = torch.maximum(old, scores.amax(-1, keepdim=True))
+        weights, factor = scores.sub_(top).exp_(), torch.exp(old - top)
+        self.total[:, :, rows] = self.total[:, :, rows] * factor + weights.sum(-1, keepdim=True)
+        self.sum[:, :, rows] *= factor
+        self.top[:, :, rows] = top
+        return weights
+
+
+def chunks(rows: slice, width: int) -> Iterator[slice]:
+    """Yield parts of `rows` with at most MOST_SCORES scores of `width` each."""
+    count = max(1, MOST_SCORES // width)
+    for start in range(rows.start, rows.stop, count):
+        yield slice(start, min(start + count, rows.stop))
+
+
+def _inside(part: slice, rows: slice) -> slice:
+    return slice(part.start - rows.start, part.stop - rows.start)
+
+
+class Exchange:
+    """Messages between the processes of a `group` that share the rows of a `deal`."""
+
+    def __init__(self, deal: Deal, group: dist.ProcessGroup) -> None:
+        self.deal, self.group = deal, group
+
+    def send(
+        self, i: int, parts: Callable[[slice], Sequence[Tensor]]
+    ) -> Callable[[], list[Tensor]]:
+        """Begin to send the parts of block i from its owner; return the call that waits for them.
+
+        `parts` gives the tensors of some own rows. Their shapes must depend on the number of rows
+        alone, because the others receive into `parts` of as many rows.
+        """
+        if self.deal.owns(i):
+            tensors = [x.contiguous() for x in parts(self.deal.rows(i))]
+        else:
+            # The last block of all may be higher than what is left of another process's rows.
+            m = self.deal.height(i)
+            tensors = [_empty(x, m) for x in parts(slice(0, 1))]
+        waiting = [
+            dist.broadcast(x, group=self.group, group_src=self.deal.owner(i), async_op=True)
+            for x in tensors
+        ]
+
+        def receive() -> list[Tensor]:
+            for work in waiting:
+                work.wait()
+            return tensors
+
+        return receive
+
+    def collect(self, i: int, part: Tensor) -> Callable[[], Tensor | None]:
+        """Begin to sum `part` at the owner of block i; return the call that waits for the sum.
+
+        Only the owner gets it.
+        """
+        owner = self.deal.owner(i)
+        work = dist.reduce(part, group=self.group, group_dst=owner, async_op=True)
+
+        def receive() -> Tensor | None:
+            work.wait()
+            return part if self.deal.owns(i) else None
+
+        return receive
+
+
+def _empty(x: Tensor, m: int) -> Tensor:
+    """Return an empty tensor like x, whose next to last axis are rows, with m rows."""
+    return x.new_empty(*x.shape[:-2], m, x.shape[-1])
+
+
+def sweep_forward(
+    exchange: Exchange, sums: RunningSums, k: Tensor, v: Tensor, prepare: Prepare
+) -> None:
+    """Add every block of keys and values to the sums of the own rows behind it.
+
+    prepare(i) completes an own block when all earlier ones are in its sums: its values and the sums
+    over its own keys.
+    """
+    deal, T = exchange.deal, k.shape[1]
+
+    def send(i: int) -> Callable[[], list[Tensor]]:
+        if deal.owns(i):
+            prepare(i)
+        return exchange.send(i, lambda rows: (k[:, rows], v[:, rows]))
+
+    waiting = send(0)
+    for i in range(deal.count):
+        keys, values = waiting()
+        following = i + 1 < deal.count
+        if following:
+            if deal.owns(i + 1):
+                sums.add(deal.rows(i + 1), keys, values)
+            waiting = send(i + 1)
+        sums.add(slice(deal.rows_through(i + 1 if following else i), T), keys, values)
+
+
+class Gradients:
+    """Gradients of q, k and v, while the blocks of queries arrive from the last one on.
+
+    `top`, `total` are those of `RunningSums`; `dout` (N, g, T, D) is the gradient of the weighted
+    means and `delta` (N, g, T, 1) its product with them. With `strict` a row does not read its own
+    key.
+    """
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        dout: Tensor,
+        top: Tensor,
+        total: Tensor,
+        delta: Tensor,
+        dv: Tensor,
+        *,
+        strict: bool,
+    ) -> None:
+        self.q, self.k, self.v, self.dout = q, k, v, dout
+        self.top, self.total, self.delta, self.strict = top, total, delta, strict
+        work = work_type(q)
+        self.dq, self.dk, self.dv = (
+            q.new_zeros(q.shape, dtype=work),
+            k.new_zeros(k.shape, dtype=work),
+            dv,
+        )
+
+    def block(self, rows: slice) -> tuple[Tensor, ...]:
+        """Return queries, output gradients, tops, totals and deltas of some own rows."""
+        everything = (self.q, self.dout, self.top, self.total, self.delta)
+        return tuple(x[:, :, rows] for x in everything)
+
+    def add(self, message: list[Tensor], columns: slice, dq: Tensor) -> None:
+        """Add what the block of a message contributes to own keys and values, and to its dq."""
+        q, *_ = message
+        for part in chunks(columns, q.shape[0] * q.shape[1] * q.shape[2]):
+            weights, dscores = self._scores(message, part, None)
+            self.dv[:, part] += product(weights.mT, message[1].flatten(1, 2))
+            self._add_scores(dscores, q, part, dq)
+
+    def add_own(self, message: list[Tensor], rows: slice, dq: Tensor) -> None:
+        """Add what an own block contributes to its own keys and values.
+
+        The solve has already added to dv what the block's own states get.
+        """
+        q, *_ = message
+        hidden = later(q.shape[2], q.device, strict=self.strict)
+        weights, dscores = self._scores(message, rows, hidden)
+        if not self.strict:
+            self.dv[:, rows] += product(weights.mT, message[1].flatten(1, 2))
+        self._add_scores(dscores, q, rows, dq)
+
+    def weights(self, q: Tensor, part: slice, top: Tensor, hidden: Tensor | None) -> Tensor:
+        """Return exp(score - top) (N, g, m, columns) of some own keys."""
+        return masked_scores(q, self.k[:, part], hidden).sub_(top).exp_()
+
+    def _scores(
+        self, message: list[Tensor], part: slice, hidden: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the weights and the gradients of the scores, (N, g m, columns)."""
+        q, dout, top, total, delta = message
+        weights = self.weights(q, part, top, hidden).div_(total).flatten(1, 2)
+        dweights = product(dout.flatten(1, 2), self.v[:, part].mT)
+        dscores = dweights.sub_(delta.flatten(1, 2)).mul_(weights).mul_(q.shape[3] ** -0.5)
+        return weights, dscores
+
+    def _add_scores(self, dscores: Tensor, q: Tensor, part: slice, dq: Tensor) -> None:
+        self.dk[:, part] += product(dscores.mT, q.flatten(1, 2))
+        dq += product(dscores, self.k[:, part]).view_as(dq)
+
+
+def sweep_backward(exchange: Exchange, gradients: Gradients, prepare: Prepare) -> None:
+    """Complete the gradients, from the last block of queries to the first.
+
+    prepare(i) completes `dout` and `delta` of an own block when all later ones are in its dv.
+    """
+    deal = exchange.deal
+
+    def send(i: int) -> Callable[[], list[Tensor]]:
+        if deal.owns(i):
+            prepare(i)
+        return exchange.send(i, gradients.block)
+
+    def finish(i: int, receive: Callable[[], Tensor | None]) -> None:
+        if (dq := receive()) is not None:
+            gradients.dq[:, :, deal.rows(i)] = dq
+
+    waiting = send(deal.count - 1)
+    collecting: tuple[int, Any] | None = None
+    for i in reversed(range(deal.count)):
+        message = waiting()
+        dq = torch.zeros_like(message[0], dtype=gradients.dq.dtype)
+        if i:
+            if deal.owns(i - 1):
+                gradients.add(message, deal.rows(i - 1), dq)
+            waiting = send(i - 1)
+        if deal.owns(i):
+            gradients.add_own(message, deal.rows(i), dq)
+        gradients.add(message, slice(0, deal.rows_through(i - 2)), dq)
+        if collecting is not None:
+            finish(*collecting)
+        collecting = i, exchange.collect(i, dq)
+    assert collecting is not None
+    finish(*collecting)

@@ -1,0 +1,54 @@
+"""Attention and feedback of rows that processes of torchrun share, beside those of one process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sessa_torch.attention import causal_attention
+from sessa_torch.distributed.context import ContextParallel
+from sessa_torch.feedback import feedback_solve
+from sessa_torch.processes import open_processes
+
+# Norms of relative errors, outputs and gradients.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+LENGTHS = (5, 16, 37)
+B, H, G, D, K = 2, 4, 2, 7, 5
+
+
+def check_operators() -> None:
+    """Compare outputs and gradients at lengths that do not divide, in every process."""
+    context = ContextParallel(open_processes().size)
+    for dtype, tolerance in TOLERANCE.items():
+        for length in LENGTHS:
+            shapes = [(B, H, length, D), *[(B, G, length, D)] * 2]
+            compare(context, causal_attention, context.attention, shapes, dtype, tolerance)
+            shapes = [(B, length, D), *[(B, length, K)] * 2, (B, length)]
+            compare(context, feedback_solve, context.feedback_solve, shapes, dtype, tolerance)
+
+
+def compare(context, alone, shared, shapes, dtype: torch.dtype, tolerance: float) -> None:
+    torch.manual_seed(0)
+    inputs = [torch.randn(shape).tanh().to(dtype) for shape in shapes]
+    cotangent = torch.randn(shapes[0], dtype=dtype)
+    length = shapes[0][-2]
+    context.own(torch.zeros(B, length))
+    places = context.exchange.deal.places
+
+    def own(x: Tensor) -> Tensor:
+        return x.index_select(x.shape.index(length), places)
+
+    expected = [own(x) for x in with_gradients(alone, inputs, cotangent)]
+    found = with_gradients(shared, list(map(own, inputs)), own(cotangent))
+    for i, (a, b) in enumerate(zip(found, expected, strict=True)):
+        error = float((a - b).norm() / b.norm())
+        assert error < tolerance, f"{alone.__name__}, length {length}, {dtype}: {i} off by {error}"
+
+
+def with_gradients(function, inputs: Sequence[Tensor], cotangent: Tensor) -> list[Tensor]:
+    """The output of a function and its gradients."""
+    inputs = [x.clone().requires_grad_() for x in inputs]
+    output = function(*inputs)
+    return [output.detach(), *torch.autograd.grad(output, inputs, cotangent)]
