@@ -13,6 +13,16 @@ from sessa_common.fields import read_fields
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 CHECKPOINTS = ("none", "layers")
+TRAINED = ("all", "lora", "feedback", "feedback+lora")
+LOSS_ON = ("answers", "all")
+# Fields that hold one of several words, and fields that hold a list of texts.
+CHOICES = {
+    "precision": PRECISIONS,
+    "checkpoint_activations": CHECKPOINTS,
+    "train": TRAINED,
+    "loss_on": LOSS_ON,
+}
+LISTS = ("data", "validation_data", "task_options", "lora_targets")
 # Names that fields of TrainConfig had before version 0.2, for training.json files of that time.
 RENAMED_FIELDS = {
     "accumulation": "gradient_accumulation_steps",
@@ -40,6 +50,13 @@ class TrainConfig:
     Of several processes, each group of `context_parallel` shares the tokens of the same rows, and
     each group of `shard_processes` shares one copy of weights, gradients and optimizer moments: 1
     for a copy in every process, 0 for one copy in all. Only PyTorch knows these two.
+
+    `train` is "all" weights of the model, or the parts of an adapter: "lora", "feedback" or
+    "feedback+lora". LoRA adds lora_alpha / lora_rank * B A to the linear layers that `lora_targets`
+    names, such as "mixer.q_proj"; without names to all of them. `base` is the folder of the model
+    that is fine-tuned. With `examples` the data are conversations and prompts with completions;
+    fine-tuning sets both. The loss on examples counts the tokens of `loss_on`, which is "answers"
+    or "all"; `packing` puts several of them in one row.
     """
 
     task: str | None = None
@@ -75,6 +92,14 @@ class TrainConfig:
     evaluate_batches: int = 8
     checkpoint_every: int = 200
     keep_checkpoints: int = 2
+    train: str = "all"
+    lora_rank: int = 8
+    lora_alpha: float = 16.0
+    lora_targets: tuple[str, ...] = ()
+    base: str | None = None
+    examples: bool = False
+    loss_on: str = "answers"
+    packing: bool = False
 
     def __post_init__(self) -> None:
         for name in (
@@ -84,6 +109,7 @@ class TrainConfig:
             "context_parallel",
             "evaluate_batches",
             "keep_checkpoints",
+            "lora_rank",
         ):
             value = getattr(self, name)
             expect(is_count(value), name, value, "a positive integer")
@@ -99,7 +125,7 @@ class TrainConfig:
             value = getattr(self, name)
             none = isinstance(value, int) and not isinstance(value, bool) and value == 0
             expect(none or is_count(value), name, value, "0 or more")
-        for name in ("learning_rate", "adam_eps", "max_grad_norm"):
+        for name in ("learning_rate", "adam_eps", "max_grad_norm", "lora_alpha"):
             value = self._as_float(name)
             expect(0 < value < math.inf, name, value, "above 0")
         for name in ("min_lr_ratio", "weight_decay"):
@@ -113,14 +139,10 @@ class TrainConfig:
             "task options are given without a task; give `task` too",
         )
         require(len(self.data) > 0, "data is empty, expected at least one file, folder or name")
-        expect(self.precision in PRECISIONS, "precision", self.precision, ", ".join(PRECISIONS))
-        expect(
-            self.checkpoint_activations in CHECKPOINTS,
-            "checkpoint_activations",
-            self.checkpoint_activations,
-            " or ".join(CHECKPOINTS),
-        )
-        for name in ("compile", "parse_special_tokens"):
+        for name, choices in CHOICES.items():
+            value = getattr(self, name)
+            expect(value in choices, name, value, ", ".join(choices))
+        for name in ("compile", "parse_special_tokens", "examples", "packing"):
             value = getattr(self, name)
             chosen = isinstance(value, bool) or (name == "compile" and value is None)
             expect(chosen, name, value, "true or false")
@@ -138,13 +160,13 @@ class TrainConfig:
         for name in ("text_field", "split"):
             value = getattr(self, name)
             expect(isinstance(value, str), name, value, "a text")
-        for name in ("task", "tokenizer", "subset"):
+        for name in ("task", "tokenizer", "subset", "base"):
             value = getattr(self, name)
             require(
                 value is None or isinstance(value, str),
                 f'{name} is {value!r}, expected a text such as "{value}"',
             )
-        for name in ("data", "validation_data", "task_options"):
+        for name in LISTS:
             values = getattr(self, name)
             require(
                 all(isinstance(value, str) for value in values),
@@ -166,11 +188,25 @@ class TrainConfig:
         )
 
     @classmethod
+    def for_finetuning(cls, train: str = "lora") -> TrainConfig:
+        """The defaults of fine-tuning: few steps, small ones where every weight is trained."""
+        return cls(
+            train=train,
+            steps=200,
+            learning_rate=2e-5 if train == "all" else 2e-4,
+            warmup_steps=10,
+            weight_decay=0.0,
+            beta2=0.999,
+            evaluate_every=50,
+            checkpoint_every=100,
+        )
+
+    @classmethod
     def from_dict(cls, given: Mapping[str, Any], where: str = "training config") -> TrainConfig:
         """Read the keys of a training.json; an unknown key is an error that names it."""
         given = {RENAMED_FIELDS.get(name, name): value for name, value in given.items()}
         known = dict(given)
-        for name in ("data", "validation_data", "task_options"):
+        for name in LISTS:
             if name in known:
                 require(
                     isinstance(known[name], (list, tuple)),

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from sessa_mlx.feedback import feedback_solve
     from sessa_mlx.mixer import SessaMixer
     from sessa_mlx.model import SessaForCausalLM, SessaLayer
-    from sessa_mlx.training import train
+    from sessa_mlx.training import finetune, train
 else:
     __getattr__ = lazy_attributes(
         __name__,
@@ -32,7 +32,7 @@ else:
             "sessa_mlx.feedback": ("feedback_solve",),
             "sessa_mlx.mixer": ("SessaMixer",),
             "sessa_mlx.model": ("SessaForCausalLM", "SessaLayer"),
-            "sessa_mlx.training": ("train",),
+            "sessa_mlx.training": ("finetune", "train"),
         },
     )
 
@@ -45,6 +45,7 @@ __all__ = [
     "__version__",
     "evaluate",
     "feedback_solve",
+    "finetune",
     "generate",
     "load_model",
     "new_model",

@@ -12,6 +12,7 @@ import numpy as np
 from mlx import nn
 from mlx.utils import tree_flatten
 
+from sessa_common.checkpoint.adapters import load_merged
 from sessa_common.checkpoint.folder import check_weights, load_packed_weights, load_weights
 from sessa_common.checkpoint.initialization import initial_weights
 from sessa_common.checkpoint.stored_types import is_exact
@@ -33,15 +34,24 @@ def choose_device(name: str | None) -> str:
 
 
 def load_model(
-    folder: Path | str, *, dtype: str | None = None, device: str | None = None
+    folder: Path | str,
+    *,
+    adapter: Path | str | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
 ) -> SessaForCausalLM:
     """Load the model of a checkpoint folder, in the dtype of its config unless another is given.
 
     A folder that MLX quantised stays packed in memory, except in float64, for which MLX has no
-    packed product. device is "cpu" or "gpu"; see `choose_device`. Raises SessaError for a folder
-    that is no checkpoint and a device that is not there.
+    packed product. device is "cpu" or "gpu"; see `choose_device`. `adapter` is a folder of
+    `finetune`, whose changes are added to the weights, which are expanded for that. Raises
+    SessaError for a folder that is no checkpoint, an adapter that does not fit and a device that is
+    not there.
     """
     _check_dtype(dtype)
+    if adapter is not None:
+        config, weights = load_merged(folder, adapter)
+        return build_model(config, weights, dtype=dtype, device=device)
     config, tensors, packed = load_packed_weights(folder)
     if not packed or (dtype or config.dtype) == "float64":
         config, tensors = load_weights(folder) if packed else (config, tensors)

@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 from tokenizers import Tokenizer
 
+from sessa_common.checkpoint.adapters import text_folder
 from sessa_common.data.sources import TextSource
 from sessa_common.errors import SessaError
 from sessa_common.inference.evaluation import Score, evaluate_texts
@@ -30,6 +31,7 @@ def evaluate(
     sequence_length: int | None = None,
     stride: int | None = None,
     batch_size: int = 8,
+    adapter: Path | str | None = None,
     dtype: str | None = None,
     device: str | None = None,
 ) -> Score:
@@ -39,13 +41,16 @@ def evaluate(
     max_documents say how to read them, and parse_special_tokens reads the name of a special token
     in a text as the token. A window of `sequence_length` tokens (the whole context)
     moves by `stride` (half the window). A model in memory needs a `tokenizer` (or a folder that has
-    one). Raises SessaError.
+    one). `adapter` is a folder of `finetune` that changes the model of a checkpoint folder. Raises
+    SessaError.
     """
     if isinstance(model, (Path, str)):
-        tokenizer = model if tokenizer is None else tokenizer
-        model = load_model(model, dtype=dtype, device=device)
-    elif dtype is not None or device is not None:
-        raise SessaError("`dtype` and `device` are for a folder; the model in memory has its own")
+        tokenizer = text_folder(model, adapter) if tokenizer is None else tokenizer
+        model = load_model(model, adapter=adapter, dtype=dtype, device=device)
+    elif any(given is not None for given in (adapter, dtype, device)):
+        raise SessaError(
+            "`adapter`, `dtype` and `device` are for a folder; the model in memory has its own"
+        )
     source = TextSource(
         text_field=text_field, split=split, subset=subset, max_documents=max_documents
     )

@@ -16,16 +16,18 @@ import numpy as np
 from mlx import optimizers
 from mlx.utils import tree_flatten, tree_unflatten
 
-from sessa_common.config import SessaConfig
+from sessa_common.config import SessaConfig, parameter_shapes
 from sessa_common.data.batches import Batch
-from sessa_common.errors import expect
+from sessa_common.errors import SessaError, expect
 from sessa_common.train_config import TrainConfig
 from sessa_common.training.backend import MOMENTS, decays
 from sessa_common.training.preparation import TrainRequest
 from sessa_common.training.processes import own_rows
 from sessa_common.training.session import TrainResult, run_session
+from sessa_common.training.trained_parameters import lora_scale, trained_shapes
 from sessa_common.training.trainer import Reporter
 from sessa_mlx.checkpoint import build_model, choose_device, to_numpy, to_tensor
+from sessa_mlx.lora import add_lora
 from sessa_mlx.loss import likeliest, loss_and_likeliest, weighted_loss
 from sessa_mlx.processes import open_processes
 
@@ -81,14 +83,48 @@ def train(
     return run_session(TrainBackend, request, choose_device(device), reporter, processes)
 
 
+def finetune(
+    model: Path | str | None = None,
+    out: Path | str | None = None,
+    *,
+    train_config: TrainConfig | Path | str | None = None,
+    resume: Path | str | None = None,
+    force: bool = False,
+    device: str | None = None,
+    reporter: Reporter | None = None,
+    **fields: Any,
+) -> TrainResult:
+    """Fine-tune the model of a checkpoint folder, or go on with the run in the folder `resume`.
+
+    `data` names .jsonl files with conversations or prompts and completions, or texts as in
+    `train`. LoRA is trained and the folder `out` becomes an adapter, unless `train` is "all", which
+    makes a checkpoint folder. Further keyword arguments are fields of TrainConfig; their defaults
+    are those of `TrainConfig.for_finetuning`. Raises SessaError before anything is written for
+    input that cannot train, DivergedError when a loss is not finite.
+    """
+    if resume is None and model is None:
+        raise SessaError("there is nothing to fine-tune; give the folder of a model")
+    request = TrainRequest(
+        out=out,
+        init=model,
+        train_config=train_config,
+        resume=resume,
+        force=force,
+        finetune=resume is None,
+        fields=fields,
+    )
+    processes = open_processes()
+    return run_session(TrainBackend, request, choose_device(device), reporter, processes)
+
+
 class TrainBackend:
     """A `sessa_common.training.backend.TrainBackend` in MLX.
 
-    Master weights, gradients and AdamW are float32. With bfloat16 the forward pass runs on a
-    bfloat16 copy of the weights (not of the scalars that decide gains and decays), with softmax,
-    the feedback solve's sums and the loss in float32; the gradients reach the float32 weights
-    through the cast. A compiled step is one function: loss, gradients, clipping and AdamW. Raises
-    SessaError for a device that is not there.
+    Weights that are trained, gradients and AdamW are float32. With bfloat16 the forward pass runs
+    on a bfloat16 copy of the weights (not of the scalars that decide gains and decays), with
+    softmax, the feedback solve's sums and the loss in float32; the gradients reach the float32
+    weights through the cast. A compiled step is one function: loss, gradients, clipping and AdamW.
+    Raises SessaError for a device that is not there.
     """
 
     def __init__(
@@ -105,9 +141,16 @@ class TrainBackend:
         self.processes = open_processes()
         self.device = choose_device(device)
         self.precision = choose_precision(settings.precision, self.device)
-        self.model = build_model(config, weights, dtype="float32", device=self.device)
+        own = {name: weights[name] for name in parameter_shapes(config)}
+        self.model = build_model(config, own, dtype="float32", device=self.device)
+        add_lora(self.model, weights, lora_scale(settings))
         self.model.model.checkpoint_layers = settings.checkpoint_activations == "layers"
-        self.parameters: Arrays = dict(tree_flatten(self.model.parameters()))
+        every: Arrays = dict(tree_flatten(self.model.parameters()))
+        trained = trained_shapes(config, settings)
+        self.parameters: Arrays = {name: p for name, p in every.items() if name in trained}
+        # The model keeps the others, in the type that it computes with.
+        self.frozen = self._computed({n: p for n, p in every.items() if n not in trained})
+        self.model.update(tree_unflatten(list(self.frozen.items())))
         self.head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
         self.moments: dict[str, Arrays] = {
             kind: {name: mx.zeros_like(p) for name, p in self.parameters.items()}
@@ -152,16 +195,16 @@ class TrainBackend:
         """Return the weighted sum of the losses of a batch, in nats, and its `predict`."""
         inputs, targets, weights = _arrays(batch)
         hidden = self._hidden(self.parameters, inputs)
-        loss, ids = loss_and_likeliest(hidden, self.parameters[self.head], targets, weights)
+        loss, ids = loss_and_likeliest(hidden, self._head(self.parameters), targets, weights)
         return float(loss), to_numpy(ids.astype(mx.int32))
 
     def predict(self, inputs: np.ndarray) -> np.ndarray:
         """Return the likeliest next ids int32 (B, T) after inputs (B, T)."""
         hidden = self._hidden(self.parameters, mx.array(inputs))
-        return to_numpy(likeliest(hidden, self.parameters[self.head]).astype(mx.int32))
+        return to_numpy(likeliest(hidden, self._head(self.parameters)).astype(mx.int32))
 
     def weights(self) -> dict[str, np.ndarray]:
-        """Return the float32 master weights."""
+        """Return the float32 weights that are trained."""
         return {name: to_numpy(value) for name, value in self.parameters.items()}
 
     def state(self) -> dict[str, np.ndarray]:
@@ -269,21 +312,28 @@ class TrainBackend:
         total: mx.array,
     ) -> mx.array:
         hidden = self._hidden(parameters, inputs)
-        return weighted_loss(hidden, parameters[self.head], targets, weights) / total
+        return weighted_loss(hidden, self._head(parameters), targets, weights) / total
+
+    def _head(self, parameters: Arrays) -> mx.array:
+        return parameters[self.head] if self.head in parameters else self.frozen[self.head]
 
     def _hidden(self, parameters: Arrays, inputs: mx.array) -> mx.array:
-        if self.precision == "bfloat16":
-            parameters = {
-                name: p if name.endswith(EXACT) else p.astype(mx.bfloat16)
-                for name, p in parameters.items()
-            }
-        self.model.update(tree_unflatten(list(parameters.items())))
+        self.model.update(tree_unflatten(list(self._computed(parameters).items())))
         hidden = self.model.model(inputs)
         self._release_model()
         return hidden
 
+    def _computed(self, parameters: Arrays) -> Arrays:
+        """Parameters in the types that the model computes with."""
+        if self.precision != "bfloat16":
+            return parameters
+        return {
+            name: p if name.endswith(EXACT) else p.astype(mx.bfloat16)
+            for name, p in parameters.items()
+        }
+
     def _release_model(self) -> None:
-        """Take the weights out of the model, which would keep the old ones alive after a step."""
+        """Take the trained weights out of the model, which would keep the old ones after a step."""
         nothing = mx.zeros(())
         self.model.update(tree_unflatten([(name, nothing) for name in self.parameters]))
 

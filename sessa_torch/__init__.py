@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from sessa_torch.feedback import feedback_solve
     from sessa_torch.mixer import SessaMixer
     from sessa_torch.model import SessaForCausalLM, SessaLayer
-    from sessa_torch.training import train
+    from sessa_torch.training import finetune, train
 else:
     __getattr__ = lazy_attributes(
         __name__,
@@ -32,7 +32,7 @@ else:
             "sessa_torch.feedback": ("feedback_solve",),
             "sessa_torch.mixer": ("SessaMixer",),
             "sessa_torch.model": ("SessaForCausalLM", "SessaLayer"),
-            "sessa_torch.training": ("train",),
+            "sessa_torch.training": ("finetune", "train"),
         },
     )
 
@@ -45,6 +45,7 @@ __all__ = [
     "__version__",
     "evaluate",
     "feedback_solve",
+    "finetune",
     "generate",
     "load_model",
     "new_model",

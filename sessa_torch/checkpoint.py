@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sessa_common.checkpoint.adapters import load_merged
 from sessa_common.checkpoint.folder import check_weights, load_weights
 from sessa_common.checkpoint.initialization import initial_weights
 from sessa_common.checkpoint.stored_types import is_exact
@@ -46,16 +47,21 @@ def choose_device(name: str | None) -> str:
 
 
 def load_model(
-    folder: Path | str, *, dtype: str | None = None, device: str | None = None
+    folder: Path | str,
+    *,
+    adapter: Path | str | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
 ) -> SessaForCausalLM:
     """Load the model of a checkpoint folder, in the dtype of its config unless another is given.
 
     Quantised weights are expanded, which the log says. device is a name such as "cpu", "cuda" or
-    "mps"; see `choose_device`. Raises SessaError for a folder that is no checkpoint and a device
-    that is not there.
+    "mps"; see `choose_device`. `adapter` is a folder of `finetune`, whose changes are added to the
+    weights. Raises SessaError for a folder that is no checkpoint, an adapter that does not fit and
+    a device that is not there.
     """
     _check_dtype(dtype)
-    config, weights = load_weights(folder)
+    config, weights = load_weights(folder) if adapter is None else load_merged(folder, adapter)
     if "quantization" in read_json(Path(folder) / "config.json"):
         LOG.warning("%s: PyTorch has no product of packed weights; they are expanded", folder)
     return build_model(config, weights, dtype=dtype, device=device)

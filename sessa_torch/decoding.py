@@ -14,6 +14,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from sessa_common.checkpoint.adapters import adapted_files, text_folder
 from sessa_common.errors import SessaError
 from sessa_common.fields import build, split_fields
 from sessa_common.inference.cache_contents import MASK, check_cache_arrays, is_trimmable
@@ -195,10 +196,14 @@ def _step_runner(model: SessaForCausalLM) -> StepRunner | None:
 
 
 def load_decoder(
-    folder: Path | str, *, dtype: str | None = None, device: str | None = None
+    folder: Path | str,
+    *,
+    adapter: Path | str | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
 ) -> Decoder:
     """Load the model of a checkpoint folder as a decoder; arguments and errors of `load_model`."""
-    return Decoder(load_model(folder, dtype=dtype, device=device))
+    return Decoder(load_model(folder, adapter=adapter, dtype=dtype, device=device))
 
 
 def generate(
@@ -210,6 +215,7 @@ def generate(
     batch_size: int = BATCH_SIZE,
     parse_special_tokens: bool = False,
     on_text: Callable[[int, str], None] | None = None,
+    adapter: Path | str | None = None,
     dtype: str | None = None,
     device: str | None = None,
     **fields: Any,
@@ -218,7 +224,8 @@ def generate(
 
     A model in memory needs a `tokenizer` (or a folder that has one). `max_tokens` is 200, or what
     the context has room for; at most `batch_size` prompts run at once; `on_text(row, piece)`
-    receives the text while it is written.
+    receives the text while it is written. `adapter` is a folder of `finetune` that changes the
+    model of a checkpoint folder.
     `parse_special_tokens` reads the name of a special token in a prompt as the token. Further
     keyword arguments are fields of SamplingConfig, LogitRules and Shortcuts, as in
     generate("runs/a", "The", temperature=0, repetition_penalty=1.1, prompt_lookup=8). Raises
@@ -229,10 +236,12 @@ def generate(
     shortcuts = build(Shortcuts, ways)
     folder = Path(model) if isinstance(model, (Path, str)) else None
     if isinstance(model, (Path, str)):
-        tokenizer = model if tokenizer is None else tokenizer
-        model = load_model(model, dtype=dtype, device=device)
-    elif dtype is not None or device is not None:
-        raise SessaError("`dtype` and `device` are for a folder; the model in memory has its own")
+        tokenizer = text_folder(model, adapter) if tokenizer is None else tokenizer
+        model = load_model(model, adapter=adapter, dtype=dtype, device=device)
+    elif any(given is not None for given in (adapter, dtype, device)):
+        raise SessaError(
+            "`adapter`, `dtype` and `device` are for a folder; the model in memory has its own"
+        )
     reader = ModelTokenizer.open(tokenizer, model.config, parse_special_tokens)
     prepared = prepare_rules(rules, reader)  # refused before a prompt cache is written
     begun = start(
@@ -240,7 +249,11 @@ def generate(
         Decoder(model),
         reader,
         [prompts] if isinstance(prompts, str) else prompts,
-        ModelHome(folder=folder, open=partial(load_decoder, dtype=dtype, device=device)),
+        ModelHome(
+            folder=folder,
+            open=partial(load_decoder, dtype=dtype, device=device),
+            files=partial(adapted_files, adapter=adapter),
+        ),
         max_tokens,
     )
     found = generate_texts(

@@ -66,14 +66,16 @@ class _LossWithGradients(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         low, V = head.to(hidden.dtype), head.shape[0]
         loss = torch.zeros((), device=hidden.device)
-        dhidden, dhead = [], torch.zeros_like(head)
+        dhidden: list[Tensor] = []
+        dhead = torch.zeros_like(head) if ctx.needs_input_grad[1] else None
         for chunk in _chunks(hidden.shape[0], V):
             rows, own, weight = hidden[chunk], targets[chunk, None], weights[chunk, None]
             log_probs = F.log_softmax((rows @ low.T).float(), -1)
             loss = loss - (log_probs.gather(1, own) * weight).sum()
             dlogits = (log_probs.exp() * weight).scatter_add(1, own, -weight).to(hidden.dtype)
             dhidden.append(dlogits @ low)
-            dhead += dlogits.T @ rows
+            if dhead is not None:
+                dhead += dlogits.T @ rows
         ctx.save_for_backward(torch.cat(dhidden), dhead)
         return loss
 
@@ -81,7 +83,8 @@ class _LossWithGradients(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Any) -> tuple[Tensor | None, ...]:
         dhidden, dhead = ctx.saved_tensors
         (scale,) = cotangents
-        return dhidden * scale.to(dhidden.dtype), dhead * scale, None, None
+        scaled = None if dhead is None else dhead * scale
+        return dhidden * scale.to(dhidden.dtype), scaled, None, None
 
 
 def _chunks(count: int, V: int) -> Iterator[slice]:

@@ -12,14 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sessa_common.config import SessaConfig
+from sessa_common.config import SessaConfig, parameter_shapes
 from sessa_common.data.batches import Batch
-from sessa_common.errors import require
+from sessa_common.errors import SessaError, require
 from sessa_common.train_config import TrainConfig
 from sessa_common.training.backend import MOMENTS, decays
 from sessa_common.training.preparation import TrainRequest
 from sessa_common.training.processes import Processes, own_rows
 from sessa_common.training.session import TrainResult, run_session
+from sessa_common.training.trained_parameters import lora_scale, trained_shapes
 from sessa_common.training.trainer import Reporter
 from sessa_torch.checkpoint import build_model, choose_device, to_numpy, to_tensor
 from sessa_torch.distributed.context import ContextParallel
@@ -30,6 +31,7 @@ from sessa_torch.distributed.sharding import (
     shard,
     whole_array,
 )
+from sessa_torch.lora import add_lora
 from sessa_torch.loss import likeliest, loss_and_likeliest, weighted_loss
 from sessa_torch.model import SessaForCausalLM
 from sessa_torch.processes import open_processes
@@ -85,13 +87,48 @@ def train(
     return run_session(TrainBackend, request, choose_device(device), reporter, processes)
 
 
+def finetune(
+    model: Path | str | None = None,
+    out: Path | str | None = None,
+    *,
+    train_config: TrainConfig | Path | str | None = None,
+    resume: Path | str | None = None,
+    force: bool = False,
+    device: str | None = None,
+    reporter: Reporter | None = None,
+    **fields: Any,
+) -> TrainResult:
+    """Fine-tune the model of a checkpoint folder, or go on with the run in the folder `resume`.
+
+    `data` names .jsonl files with conversations or prompts and completions, or texts as in
+    `train`. LoRA is trained and the folder `out` becomes an adapter, unless `train` is "all", which
+    makes a checkpoint folder. Further keyword arguments are fields of TrainConfig; their defaults
+    are those of `TrainConfig.for_finetuning`. Raises SessaError before anything is written for
+    input that cannot train, DivergedError when a loss is not finite.
+    """
+    if resume is None and model is None:
+        raise SessaError("there is nothing to fine-tune; give the folder of a model")
+    request = TrainRequest(
+        out=out,
+        init=model,
+        train_config=train_config,
+        resume=resume,
+        force=force,
+        finetune=resume is None,
+        fields=fields,
+    )
+    processes = open_processes()
+    return run_session(TrainBackend, request, choose_device(device), reporter, processes)
+
+
 class TrainBackend:
     """A `sessa_common.training.backend.TrainBackend` in PyTorch.
 
-    Master weights, gradients and AdamW are float32. With bfloat16 the forward pass runs under
-    autocast: matrix products in bfloat16; norms, softmax, the feedback solve's sums and the loss in
-    float32. With settings.compile a step is a `_CompiledStep`, or each layer is compiled alone
-    where weights are sharded. Raises SessaError for a device that is not there.
+    Weights, gradients and AdamW are float32; weights that are not trained have no gradient. With
+    bfloat16 the forward pass runs under autocast: matrix products in bfloat16; norms, softmax, the
+    feedback solve's sums and the loss in float32. With settings.compile a step is a
+    `_CompiledStep`, or each layer is compiled alone where weights are sharded. Raises SessaError
+    for a device that is not there.
     """
 
     def __init__(
@@ -104,8 +141,13 @@ class TrainBackend:
         self.settings = settings
         self.device = choose_device(device)
         self.precision = choose_precision(settings.precision, self.device)
-        self.model = build_model(config, weights, dtype="float32", device=self.device)
+        own = {name: weights[name] for name in parameter_shapes(config)}
+        self.model = build_model(config, own, dtype="float32", device=self.device)
+        add_lora(self.model, weights, lora_scale(settings))
         self.model.model.checkpoint_layers = settings.checkpoint_activations == "layers"
+        trained = trained_shapes(config, settings)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name in trained)
         self.objective = _Objective(self.model, self.device, self.precision)
         self.processes = open_processes()
         self.context: ContextParallel | None = None
@@ -120,7 +162,8 @@ class TrainBackend:
             for layer in layers if settings.compile else ():
                 layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=False)
             shard(self.objective, layers, sharers, bfloat16=low)
-        self.parameters = dict(self.model.named_parameters())
+        every = self.model.named_parameters()
+        self.parameters = {name: parameter for name, parameter in every if name in trained}
         self.optimizer = _optimizer(list(self.parameters.values()), settings)
         self.compiled: _CompiledStep | None = None
         if settings.compile and not self.shards:
@@ -177,7 +220,7 @@ class TrainBackend:
         return to_numpy((ids if self.context is None else self.context.whole(ids)).int())
 
     def weights(self) -> dict[str, np.ndarray]:
-        """Return the float32 master weights."""
+        """Return the float32 weights that are trained."""
         return {name: whole_array(parameter) for name, parameter in self.parameters.items()}
 
     def state(self) -> dict[str, np.ndarray]:

@@ -18,6 +18,7 @@ from sessa_cli.generation_options import read_rules, read_sampling
 from sessa_cli.messages import name_options
 from sessa_cli.runtimes import open_decoder
 from sessa_cli.terminal import for_output
+from sessa_common.checkpoint.adapters import text_folder
 from sessa_common.errors import SessaError
 from sessa_common.inference.chat_template import ChatTemplate, check_messages
 from sessa_common.inference.conversation import Conversation
@@ -36,6 +37,7 @@ Ctrl-D      end"""
 def chat(
     context: typer.Context,
     checkpoint: options.Checkpoint,
+    adapter: options.Adapter = None,
     system: options.System = None,
     conversation: Annotated[
         Path | None, typer.Option(help="File that /save wrote, with a conversation to go on with.")
@@ -66,11 +68,12 @@ def chat(
     """
     sampling, rules = read_sampling(context.params), read_rules(context.params)
     before = [] if conversation is None else _read(conversation)
-    decoder = open_decoder(checkpoint, backend, device, dtype, native, no_graphs)
+    decoder = open_decoder(checkpoint, backend, device, dtype, native, no_graphs, adapter)
+    texts = text_folder(checkpoint, adapter)
     talk = Conversation(
         decoder,
-        ModelTokenizer.open(checkpoint, decoder.config),
-        ChatTemplate.open(checkpoint),
+        ModelTokenizer.open(texts, decoder.config),
+        ChatTemplate.open(texts),
         sampling,
         rules=rules,
         max_tokens=max_tokens,

@@ -82,6 +82,10 @@ def convert(
         int | None,
         typer.Option(help="Width of the keys of the added feedback. Default: hidden_size."),
     ] = None,
+    merge: Annotated[
+        Path | None,
+        typer.Option(help="Folder of an adapter that becomes part of the weights."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of a drawn embedding or feedback.")] = 0,
     config: Annotated[
         Path | None, typer.Option(help="A config.json, or a few of its keys, for a weight file.")
@@ -114,6 +118,7 @@ def convert(
         shard_size=shard_size,
         config=config,
         feedback=feedback,
+        merge=merge,
         seed=seed,
         force=force,
         **{name: value for name, value in fields.items() if value is not None},

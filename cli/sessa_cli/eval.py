@@ -12,6 +12,7 @@ from rich.table import Table
 
 from sessa_cli.common import make_console, print_json, say
 from sessa_cli.runtimes import open_decoder
+from sessa_common.checkpoint.adapters import text_folder
 from sessa_common.errors import SessaError
 from sessa_common.frameworks import choose_backend, framework
 from sessa_common.inference.evaluation import Score
@@ -59,6 +60,9 @@ def evaluate(
     batch_size: Annotated[
         int, typer.Option(min=1, help="Windows or answers in one forward pass.")
     ] = 8,
+    adapter: Annotated[
+        Path | None, typer.Option(help="Folder that sessa finetune wrote for this model.")
+    ] = None,
     backend: Annotated[
         str | None, typer.Option(help="auto, mlx, torch; with --tasks also onnx.")
     ] = None,
@@ -88,10 +92,12 @@ def evaluate(
     if tasks is not None:
         _refuse("tasks", {**reading, "data": (data, None)})
         require_harness()
-        decoder = open_decoder(checkpoint, backend, device, dtype, native=False)
+        decoder = open_decoder(checkpoint, backend, device, dtype, native=False, adapter=adapter)
         scores = evaluate_tasks(
             decoder,
-            ModelTokenizer.open(checkpoint, decoder.config, parse_special=True),
+            ModelTokenizer.open(
+                text_folder(checkpoint, adapter), decoder.config, parse_special=True
+            ),
             [name.strip() for name in tasks.split(",")],
             include_path=include_path,
             num_fewshot=num_fewshot,
@@ -109,6 +115,7 @@ def evaluate(
         **{name: value for name, (value, _) in reading.items()},
         max_documents=max_documents,
         batch_size=batch_size,
+        adapter=adapter,
         dtype=dtype,
         device=device,
     )

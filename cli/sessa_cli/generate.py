@@ -15,6 +15,7 @@ from sessa_cli.generate_file import open_lines, write_lines
 from sessa_cli.generation_options import read_rules, read_sampling
 from sessa_cli.runtimes import find_home, say_aside
 from sessa_cli.terminal import for_output, read_standard_input
+from sessa_common.checkpoint.adapters import text_folder
 from sessa_common.data.formats import decode
 from sessa_common.errors import SessaError
 from sessa_common.fields import build
@@ -33,6 +34,7 @@ LARGEST_PROMPT = 64 * 2**20
 def generate(
     context: typer.Context,
     checkpoint: options.Checkpoint,
+    adapter: options.Adapter = None,
     prompt: Annotated[
         list[str] | None,
         typer.Option(help="Text to continue, or - for standard input; repeatable, for a batch."),
@@ -115,10 +117,11 @@ def generate(
         raise SessaError("give `file`, or `prompt` and `prompt_file`, not both")
     lines = open_lines(file, output, force)
     prompts = [] if lines is not None else _prompts(prompt, prompt_file)
-    home = find_home(checkpoint, backend, device, dtype, native, no_graphs)
+    home = find_home(checkpoint, backend, device, dtype, native, no_graphs, adapter)
     decoder = home.open(checkpoint)
-    tokenizer = ModelTokenizer.open(checkpoint, decoder.config, parse_special_tokens)
-    template = ChatTemplate.open(checkpoint)
+    texts = text_folder(checkpoint, adapter)
+    tokenizer = ModelTokenizer.open(texts, decoder.config, parse_special_tokens)
+    template = ChatTemplate.open(texts)
     chat = chat or system is not None
     if chat:
         said = [with_system([{"role": "user", "content": text}], system) for text in prompts]

@@ -55,6 +55,10 @@ Device = Annotated[
 Dtype = Annotated[
     str | None, typer.Option(help="Type to compute in. Default: the type of the checkpoint.")
 ]
+Adapter = Annotated[
+    Path | None,
+    typer.Option(help="Folder that sessa finetune wrote for this model, or PEFT or mlx-lm."),
+]
 NoGraphs = Annotated[
     bool,
     typer.Option(

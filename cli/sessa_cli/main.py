@@ -18,6 +18,7 @@ from sessa_cli.convert import convert
 from sessa_cli.data import data
 from sessa_cli.eval import evaluate
 from sessa_cli.export import export
+from sessa_cli.finetune import finetune
 from sessa_cli.foreign_errors import foreign_message
 from sessa_cli.generate import generate
 from sessa_cli.home_paths import expand_home
@@ -40,6 +41,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(train)
+app.command()(finetune)
 app.add_typer(data, name="data")
 app.command()(compare)
 app.command()(influence)

@@ -61,9 +61,11 @@ class TerminalReporter:
         """Print a line about the run and show the bar."""
         count = record.get("processes", 1)
         shared = f" by {count} processes" if count > 1 else ""
+        whole, trained = record["parameters"], record["trained"]
+        part = f", {trained:,} of them trained or added" if trained != whole else ""
         say(
             self.console,
-            f"{record['parameters']:,} parameters, {record['data']}, "
+            f"{whole:,} parameters{part}, {record['data']}, "
             f"vocabulary {record['vocab_size']:,}; {self.backend} on {record['device']} "
             f"in {record['precision']}{shared}; writing {record['folder']}",
         )

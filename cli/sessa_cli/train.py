@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sessa_cli import training_options as options
 from sessa_cli.common import INTERRUPTED, Stopwatch, given_fields, make_console, print_json, say
 from sessa_cli.progress import TerminalReporter
 from sessa_cli.terminal import for_output
+from sessa_cli.training_options import of_data, of_model, of_run
 from sessa_common.checkpoint.run_files import LOSS_PICTURE, RESULT
 from sessa_common.config import SessaConfig
 from sessa_common.data.task_registry import TASKS
@@ -26,17 +27,6 @@ if TYPE_CHECKING:
 
 # A small model's tail of unlikely tokens is noise; without it the closing paragraph reads better.
 PARAGRAPH = {"temperature": 0.6, "top_p": 0.9}
-
-
-def _options(panel: str) -> Callable[[str, str], Any]:
-    def option(names: str, help: str) -> Any:
-        return typer.Option(*names.split(), help=help, rich_help_panel=panel, show_default=False)
-
-    return option
-
-
-of_model, of_data = _options("Model"), _options("Data")
-of_learning, of_run = _options("Optimization"), _options("Run")
 
 
 # The parameters have the names of the fields of SessaConfig and TrainConfig that they override, and
@@ -54,40 +44,14 @@ def train(
         list[str] | None,
         of_data("--task-option", "A setting of the task, as name=value; repeatable."),
     ] = None,
-    data: Annotated[
-        list[str] | None,
-        of_data(
-            "--data",
-            "File, folder or wildcard of .txt .md .py .jsonl .parquet (also .gz, .zst), hf:owner/"
-            "name of a Hugging Face data set, or - for standard input; repeatable. Default: "
-            "pydoc, the reference text inside Python.",
-        ),
-    ] = None,
-    validation_data: Annotated[
-        list[str] | None,
-        of_data("--validation-data", "Held-out text, instead of a part of --data."),
-    ] = None,
-    validation_fraction: Annotated[
-        float | None, of_data("--validation-fraction", "Part of the data that is held out.")
-    ] = None,
-    text_field: Annotated[
-        str | None, of_data("--text-field", "Field or column with the text.")
-    ] = None,
-    split: Annotated[str | None, of_data("--split", "Split of a Hugging Face data set.")] = None,
-    subset: Annotated[
-        str | None, of_data("--subset", "Configuration of a Hugging Face data set.")
-    ] = None,
-    max_documents: Annotated[
-        int | None, of_data("--max-documents", "Read only the first documents; 0 for all.")
-    ] = None,
-    parse_special_tokens: Annotated[
-        bool | None,
-        of_data(
-            "--parse-special-tokens/--plain-special-tokens",
-            "Read the name of a special token in the text, such as <|endoftext|>, as the token. "
-            "Default: as plain text.",
-        ),
-    ] = None,
+    data: options.Data = None,
+    validation_data: options.ValidationData = None,
+    validation_fraction: options.ValidationFraction = None,
+    text_field: options.TextField = None,
+    split: options.Split = None,
+    subset: options.Subset = None,
+    max_documents: options.MaxDocuments = None,
+    parse_special_tokens: options.ParseSpecialTokens = None,
     tokenizer: Annotated[
         str | None,
         of_data(
@@ -137,99 +101,39 @@ def train(
     tie_word_embeddings: Annotated[
         bool | None, of_model("--tie/--no-tie", "One matrix for embedding and head.")
     ] = None,
-    train_config: Annotated[
-        Path | None, of_learning("--train-config", "A training.json; other options override it.")
-    ] = None,
-    steps: Annotated[int | None, of_learning("--steps", "Optimizer steps.")] = None,
-    batch_size: Annotated[
-        int | None, of_learning("--batch-size", "Rows in one forward pass.")
-    ] = None,
-    gradient_accumulation_steps: Annotated[
-        int | None, of_learning("--gradient-accumulation-steps", "Forward passes in one step.")
-    ] = None,
-    sequence_length: Annotated[
-        int | None,
-        of_learning("--sequence-length", "Tokens in a training row; 0 for the whole context."),
-    ] = None,
-    learning_rate: Annotated[
-        float | None, of_learning("--learning-rate --lr", "Highest learning rate.")
-    ] = None,
-    min_lr_ratio: Annotated[
-        float | None,
-        of_learning("--min-lr-ratio", "End of the cosine, as a part of the learning rate."),
-    ] = None,
-    warmup_steps: Annotated[
-        int | None, of_learning("--warmup-steps", "Steps of the linear rise of the learning rate.")
-    ] = None,
-    weight_decay: Annotated[
-        float | None, of_learning("--weight-decay", "Decoupled decay of matrices.")
-    ] = None,
-    beta1: Annotated[float | None, of_learning("--beta1", "Adam's first decay.")] = None,
-    beta2: Annotated[float | None, of_learning("--beta2", "Adam's second decay.")] = None,
-    max_grad_norm: Annotated[
-        float | None, of_learning("--max-grad-norm", "Largest global gradient norm.")
-    ] = None,
-    precision: Annotated[
-        str | None, of_learning("--precision", "auto, float32 or bfloat16.")
-    ] = None,
-    compile: Annotated[
-        bool | None,
-        of_learning(
-            "--compile/--no-compile",
-            "Compile the training step: slow start, fast steps. Default: with MLX on a GPU.",
-        ),
-    ] = None,
-    checkpoint_activations: Annotated[
-        str | None,
-        of_learning(
-            "--checkpoint-activations",
-            "none, or layers: the backward pass computes each layer again, to save memory.",
-        ),
-    ] = None,
-    seed: Annotated[int | None, of_learning("--seed", "Seed of weights and data order.")] = None,
-    context_parallel: Annotated[
-        int | None,
-        of_run(
-            "--context-parallel",
-            "Processes of torchrun that share the tokens of the same rows. Default: 1.",
-        ),
-    ] = None,
-    shard_processes: Annotated[
-        int | None,
-        of_run(
-            "--shard-processes",
-            "Processes of torchrun that share one copy of the weights; 0 for all. Default: 1.",
-        ),
-    ] = None,
+    train: options.Train = None,
+    lora_rank: options.LoraRank = None,
+    lora_alpha: options.LoraAlpha = None,
+    lora_targets: options.LoraTargets = None,
+    train_config: options.TrainConfigFile = None,
+    steps: options.Steps = None,
+    batch_size: options.BatchSize = None,
+    gradient_accumulation_steps: options.GradientAccumulationSteps = None,
+    sequence_length: options.SequenceLength = None,
+    learning_rate: options.LearningRate = None,
+    min_lr_ratio: options.MinLrRatio = None,
+    warmup_steps: options.WarmupSteps = None,
+    weight_decay: options.WeightDecay = None,
+    beta1: options.Beta1 = None,
+    beta2: options.Beta2 = None,
+    max_grad_norm: options.MaxGradNorm = None,
+    precision: options.Precision = None,
+    compile: options.Compile = None,
+    checkpoint_activations: options.CheckpointActivations = None,
+    seed: options.Seed = None,
+    context_parallel: options.ContextParallel = None,
+    shard_processes: options.ShardProcesses = None,
     out: Annotated[Path | None, of_run("--out -o", "Folder to write. Default: runs/pydoc.")] = None,
-    force: Annotated[bool, of_run("--force", "Replace a folder that is not empty.")] = False,
-    resume: Annotated[
-        Path | None,
-        of_run(
-            "--resume", "Continue the run in this folder; the numbers are those of an unbroken run."
-        ),
-    ] = None,
-    backend: Annotated[
-        str | None, of_run("--backend", "auto (MLX on Apple silicon, else PyTorch), mlx or torch.")
-    ] = None,
-    device: Annotated[
-        str | None, of_run("--device", "torch: cpu, cuda, mps; mlx: cpu, gpu.")
-    ] = None,
-    evaluate_every: Annotated[
-        int | None, of_run("--evaluate-every", "Steps between evaluations; 0: only at the end.")
-    ] = None,
-    evaluate_batches: Annotated[
-        int | None, of_run("--evaluate-batches", "Batches in an evaluation.")
-    ] = None,
-    checkpoint_every: Annotated[
-        int | None, of_run("--checkpoint-every", "Steps between saves; 0: only at the end.")
-    ] = None,
-    keep_checkpoints: Annotated[
-        int | None,
-        of_run("--keep-checkpoints", "Saves to keep, the last ones; the best stays as well."),
-    ] = None,
+    force: options.Force = False,
+    resume: options.Resume = None,
+    backend: options.Backend = None,
+    device: options.Device = None,
+    evaluate_every: options.EvaluateEvery = None,
+    evaluate_batches: options.EvaluateBatches = None,
+    checkpoint_every: options.CheckpointEvery = None,
+    keep_checkpoints: options.KeepCheckpoints = None,
     prompt: Annotated[str, of_run("--prompt", "First words of the closing paragraph.")] = "The",
-    json_output: Annotated[bool, of_run("--json", "Print the result as JSON on stdout.")] = False,
+    json_output: options.JsonOutput = False,
 ) -> None:
     """Train a model on text or on a task; without options, a small Sessa model in a few minutes.
 

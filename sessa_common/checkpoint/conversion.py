@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from sessa_common.checkpoint.adapters import merge_adapter, read_adapter
 from sessa_common.checkpoint.folder import (
     NUMPY_DTYPES,
     SHARD_SIZE,
@@ -30,7 +31,14 @@ from sessa_common.checkpoint.quantization import (
     undivided,
 )
 from sessa_common.checkpoint.remote_code import CODE_FILES
-from sessa_common.checkpoint.run_files import STATE
+from sessa_common.checkpoint.run_files import (
+    CHAT_TEMPLATE,
+    LOSS_PICTURE,
+    METRICS,
+    RESULT,
+    STATE,
+    TRAINING,
+)
 from sessa_common.checkpoint.sources import Source, read_llama, read_source, state_file
 from sessa_common.checkpoint.upcycling import add_feedback, parse_layers, remove_feedback
 from sessa_common.config import DTYPES, FOREIGN_KEYS, SessaConfig
@@ -98,6 +106,7 @@ def convert(
     shard_size: int | str = SHARD_SIZE,
     config: Mapping[str, Any] | Path | str | None = None,
     feedback: str | None = None,
+    merge: Path | str | None = None,
     seed: int = 0,
     force: bool = False,
     **fields: Any,
@@ -112,7 +121,8 @@ def convert(
     config.json) and further keyword arguments are fields of SessaConfig that the weights do not
     settle, and seed draws a missing embedding. `feedback` ("all", "every:2", "3,7") adds feedback
     with a gain of 0 to these layers, with `feedback_key_dim` as the width of its keys; seed draws
-    its projections. Raises SessaError before the folder appears.
+    its projections. `merge` is the folder of an adapter, which becomes part of the weights. Raises
+    SessaError before the folder appears.
     """
     target, size = Path(target), parse_size(shard_size)
     expect(framework in (None, *FRAMEWORKS), "`framework`", framework, f"{' or '.join(FRAMEWORKS)}")
@@ -121,7 +131,7 @@ def convert(
         raise SessaError("`group_size` says how weights are quantised; give the number of bits too")
     group_size = group_size if group_size is not None else GROUP_SIZE
     framework = framework or ("mlx" if bits else "torch")
-    inputs = [Path(name) for name in (source, config) if isinstance(name, (Path, str))]
+    inputs = [Path(name) for name in (source, config, merge) if isinstance(name, (Path, str))]
     inputs = [path for path in inputs if path.resolve() != target.resolve()]
     check_new_folder(target, force=force, inputs=inputs)
     key_dim = fields.pop("feedback_key_dim", None) if feedback is not None else None
@@ -131,6 +141,8 @@ def convert(
         source = read_source(Path(source), keys | given, seed)
     if feedback is not None:
         source = _with_feedback(source, feedback, key_dim, seed)
+    if merge is not None:
+        source = _merged(source, Path(merge))
     if framework == "llama":
         source = _without_feedback(source)
     in_place = source.folder is not None and source.folder.resolve() == target.resolve()
@@ -146,8 +158,13 @@ def convert(
             f"{len(kept)} matrices such as {kept[0]}"
         )
     with new_folder(target, force=force, inputs=inputs) as scratch:
-        with_state = not (dtype or bits or theirs or feedback)
-        carried = _carry_files(source, scratch, with_state=with_state, with_saves=in_place)
+        with_state = not (dtype or bits or theirs or feedback or merge)
+        left_out = {STATE: not with_state, SAVES: not in_place or merge is not None}
+        # A merged model is none of the run that made its base.
+        left_out |= dict.fromkeys((TRAINING, METRICS, LOSS_PICTURE, RESULT), merge is not None)
+        carried = _carry_files(source, scratch, left_out)
+        if merge is not None and (Path(merge) / CHAT_TEMPLATE).is_file():
+            shutil.copyfile(Path(merge) / CHAT_TEMPLATE, scratch / CHAT_TEMPLATE)
         save_weights(
             scratch,
             stored_config,
@@ -173,6 +190,13 @@ def _with_feedback(source: Source, feedback: str, key_dim: int | None, seed: int
     listed = ", ".join(map(str, layers))
     notes = [*source.notes, f"added feedback with a gain of 0 to the layers {listed}"]
     return dataclasses.replace(source, config=config, weights=weights, notes=notes)
+
+
+def _merged(source: Source, folder: Path) -> Source:
+    adapter = read_adapter(folder)
+    weights = merge_adapter(source.config, source.weights, adapter)
+    notes = [*source.notes, f"merged the adapter {folder}"]
+    return dataclasses.replace(source, weights=weights, notes=notes)
 
 
 def _without_feedback(source: Source) -> Source:
@@ -223,19 +247,20 @@ def _refuse_overlap(folder: Path | None, target: Path) -> None:
         raise SessaError(f"{target}: lies inside {folder} or the reverse; choose another folder")
 
 
-def _carry_files(source: Source, scratch: Path, *, with_state: bool, with_saves: bool) -> list[str]:
-    """Copy what is neither weights nor config; a training state only beside unchanged weights.
+def _carry_files(source: Source, scratch: Path, left_out: Mapping[str, bool]) -> list[str]:
+    """Copy what is neither weights nor config, without the names that `left_out` says.
 
-    The kept saves of a run go along only when the run itself is converted in place.
+    A training state goes only with unchanged weights, the kept saves of a run only when the run
+    itself is converted in place.
     """
     if (folder := source.folder) is None:
         return []
-    written_anew = dict.fromkeys((MANIFEST, "config.json", *CODE_FILES), False)
-    kept = {STATE: with_state, SAVES: with_saves, **written_anew}
+    written_anew = dict.fromkeys((MANIFEST, "config.json", *CODE_FILES), True)
+    left_out = {**written_anew, **left_out}
     carried = []
     for path in sorted(folder.iterdir()):
         weights = is_model_file(path.name) or path.match("*weight*.npz")
-        if weights or not kept.get(path.name, True) or path.name.startswith("."):
+        if weights or left_out.get(path.name) or path.name.startswith("."):
             continue
         for inside in (path, *path.rglob("*")):
             require_own_file(folder, inside)

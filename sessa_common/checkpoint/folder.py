@@ -31,6 +31,7 @@ from sessa_common.checkpoint.quantization import (
     packings,
 )
 from sessa_common.checkpoint.remote_code import write_config
+from sessa_common.checkpoint.run_files import ADAPTER_CONFIG
 from sessa_common.config import SessaConfig, parameter_shapes
 from sessa_common.errors import SessaError
 from sessa_common.input_files import require_regular
@@ -163,6 +164,11 @@ def load_config(folder: Path | str) -> SessaConfig:
     path = Path(folder) / "config.json"
     if not Path(folder).is_dir():
         raise SessaError(f"{folder}: no such checkpoint folder")
+    if not path.is_file() and (Path(folder) / ADAPTER_CONFIG).is_file():
+        raise SessaError(
+            f"{folder}: is an adapter, which changes a model; give the folder of the model, and "
+            "this one as `adapter`"
+        )
     return SessaConfig.from_dict(read_json(path), str(path))
 
 

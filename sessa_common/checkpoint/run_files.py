@@ -11,3 +11,16 @@ METRICS = "metrics.jsonl"
 LOSS_PICTURE = "loss.png"
 # Measures on the test examples of a task, written when the run is finished.
 RESULT = "result.json"
+
+# The chat template of a model, where its tokenizer_config.json has none.
+CHAT_TEMPLATE = "chat_template.jinja"
+# Files about the tokenizer, which fine-tuning takes over as they are.
+TOKENIZER_FILES = (
+    "tokenizer*.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+    CHAT_TEMPLATE,
+)
+# The kind of an adapter and the model that it is for, beside its weights.
+ADAPTER_CONFIG = "adapter_config.json"

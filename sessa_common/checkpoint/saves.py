@@ -26,16 +26,11 @@ from sessa_common.checkpoint.manifest import (
     write_manifest,
 )
 from sessa_common.checkpoint.remote_code import CODE_FILES
+from sessa_common.checkpoint.run_files import ADAPTER_CONFIG, TOKENIZER_FILES, TRAINING
 from sessa_common.storage import atomic_path, new_folder, remove_folder, sweep
 
 # Files of a checkpoint folder that say how to use the weights; every save has its own copy.
-BESIDE = (
-    "config.json",
-    "generation_config.json",
-    *CODE_FILES,
-    "tokenizer*.json",
-    "training.json",
-)
+BESIDE = ("config.json", *CODE_FILES, ADAPTER_CONFIG, *TOKENIZER_FILES, TRAINING)
 
 
 def add_save(

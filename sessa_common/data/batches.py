@@ -78,3 +78,19 @@ def document_starts(ids: np.ndarray, end_id: int) -> np.ndarray:
     starts = np.zeros(ids.shape, np.int32)
     starts[:, 1:] = np.where(ids[:, :-1] == end_id, np.arange(1, ids.shape[1]), 0)
     return np.maximum.accumulate(starts, axis=1)
+
+
+class EpochOrder:
+    """The order in which a run reads a fixed number of examples: each epoch shuffled anew."""
+
+    def __init__(self, count: int, seed: int) -> None:
+        self.count, self.seed = count, seed
+        self._epoch = -1
+
+    def row(self, index: int) -> int:
+        """The example that the run reads at that place, counted from 0."""
+        epoch, place = divmod(index, self.count)
+        if self._epoch != epoch:
+            rng = np.random.default_rng([self.seed, epoch])
+            self._epoch, self._order = epoch, rng.permutation(self.count)
+        return int(self._order[place])

@@ -80,9 +80,7 @@ def decode(content: bytes, where: str) -> str:
 
 def field_of(row: Any, field: str, where: str) -> Row:
     """The text of a row's field; null counts as no text, any other type is a SessaError."""
-    if not isinstance(row, dict):
-        kind = JSON_TYPES.get(type(row), type(row).__name__)
-        raise SessaError(f"{where}: expected a JSON object, found {kind}")
+    row = _object_of(row, where)
     if field not in row:
         raise SessaError(
             f"{where}: no field {field!r}; it has {', '.join(map(str, row))} "
@@ -95,6 +93,26 @@ def field_of(row: Any, field: str, where: str) -> Row:
         kind = JSON_TYPES.get(type(value), type(value).__name__)
         raise SessaError(f"{where}: {field!r} is {kind}, expected text")
     return Row(clean(check_text(value, f"{where}, {field!r}")), where)
+
+
+def _object_of(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        kind = JSON_TYPES.get(type(value), type(value).__name__)
+        raise SessaError(f"{where}: expected a JSON object, found {kind}")
+    return value
+
+
+def read_json_lines(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield the JSON objects of a .jsonl file, which may be compressed, and the place of each.
+
+    Raises SessaError that names the file and the line as `read_rows` does.
+    """
+    kind = format_of(path)
+    if kind != ".jsonl":
+        raise SessaError(f"{path}: its name ends in {path.suffix!r}, expected .jsonl")
+    with open_regular(path) as file:
+        for value, where in _json_lines(path, _unpacked(path, file)):
+            yield _object_of(value, where), where
 
 
 def _most_bytes(path: Path) -> int:
@@ -114,11 +132,16 @@ def _text_rows(path: Path, kind: str, field: str) -> Iterator[Row]:
         if kind in PLAIN:
             yield Row(decode(_read_all(path, stream), str(path)), str(path))
             return
-        for number, line in enumerate(stream, 1):
-            where = f"{path}, line {number}"
-            text = decode(line, where)
-            if text.strip():
-                yield field_of(_parse_row(text, where), field, where)
+        for value, where in _json_lines(path, stream):
+            yield field_of(value, field, where)
+
+
+def _json_lines(path: Path, stream: BinaryIO) -> Iterator[tuple[Any, str]]:
+    for number, line in enumerate(stream, 1):
+        where = f"{path}, line {number}"
+        text = decode(line, where)
+        if text.strip():
+            yield _parse_row(text, where), where
 
 
 def _read_all(path: Path, stream: BinaryIO) -> bytes:

@@ -178,17 +178,23 @@ def _readers(name: str, source: TextSource) -> list[Reader]:
         return [_standard_input]
     if name.startswith(HUB_PREFIX):
         return [lambda: _hub_rows(name.removeprefix(HUB_PREFIX), source)]
+    return [_file_reader(file, source) for file in find_files(name)]
+
+
+def find_files(name: str) -> list[Path]:
+    """The files that a name means: itself, the text files of a folder, or those of a wildcard.
+
+    Raises SessaError when there is none.
+    """
     path = Path(os.path.expanduser(name))
     if is_token_folder(path):
         raise SessaError(f"{path}: holds tokens, which only training reads; name the text here")
     if (mode := _mode(path)) is not None:
-        files = _text_files(path) if stat.S_ISDIR(mode) else [path]
-    elif glob.has_magic(name):
-        files = _matching_files(path)
-    else:
-        hint = "" if format_of(path) else f"; a Hugging Face data set is named {HUB_PREFIX}{name}"
-        raise SessaError(f"{name}: no such file or folder{hint}")
-    return [_file_reader(file, source) for file in files]
+        return _text_files(path) if stat.S_ISDIR(mode) else [path]
+    if glob.has_magic(name):
+        return _matching_files(path)
+    hint = "" if format_of(path) else f"; a Hugging Face data set is named {HUB_PREFIX}{name}"
+    raise SessaError(f"{name}: no such file or folder{hint}")
 
 
 def _mode(path: Path) -> int | None:

@@ -17,7 +17,7 @@ import numpy as np
 
 from sessa_common.checkpoint.folder import read_safetensors, write_safetensors
 from sessa_common.config import SessaConfig
-from sessa_common.data.batches import ALL_ROWS, Batch
+from sessa_common.data.batches import ALL_ROWS, Batch, EpochOrder
 from sessa_common.errors import SessaError
 from sessa_common.storage import new_folder, write_json
 from sessa_common.train_config import TrainConfig
@@ -224,10 +224,11 @@ class TaskBatches:
                 f"vocab_size {config.vocab_size} rows"
             )
         self.data, self.batch_size, self.seed = data, settings.batch_size, settings.seed
+        if data.train is not None:
+            self.order = EpochOrder(len(data.train.tokens), settings.seed)
         self.fingerprint = data.fingerprint
         self.held_out = data.validation.first(settings.evaluate_batches * settings.batch_size)
         self.notes: tuple[str, ...] = ()
-        self._epoch = -1
 
     @property
     def summary(self) -> str:
@@ -243,7 +244,7 @@ class TaskBatches:
             return as_batch(made, rows)
         first = index * self.batch_size
         numbers = range(first, first + self.batch_size)[rows]
-        return as_batch(train, [self._row(i) for i in numbers])
+        return as_batch(train, [self.order.row(i) for i in numbers])
 
     def validation(self) -> Sequence[Batch]:
         """Return the first `evaluate_batches` batches of the held-out examples."""
@@ -266,14 +267,6 @@ class TaskBatches:
                 f"{self.data.task.name}: the test examples cannot be measured, so their metadata "
                 f"is damaged; make the data again ({error})"
             ) from None
-
-    def _row(self, index: int) -> int:
-        assert self.data.train is not None
-        epoch, position = divmod(index, len(self.data.train.tokens))
-        if self._epoch != epoch:
-            rng = np.random.default_rng([self.seed, epoch])
-            self._epoch, self._order = epoch, rng.permutation(len(self.data.train.tokens))
-        return int(self._order[position])
 
     def _batches(self, part: Examples) -> list[Batch]:
         return [

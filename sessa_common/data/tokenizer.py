@@ -339,6 +339,20 @@ def encode_texts(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[np.ndar
             yield np.asarray(encoding.ids, np.int32)
 
 
+def encode_with_offsets(
+    tokenizer: Tokenizer, texts: Iterable[str]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield the token ids of each text, int32 (n,), and where in it each begins and ends, (n, 2).
+
+    Special tokens are not added.
+    """
+    texts = iter(texts)
+    while chunk := _take(texts):
+        for encoding in _encode(tokenizer, chunk, offsets=True):
+            places = np.asarray(encoding.offsets, np.int64).reshape(-1, 2)
+            yield np.asarray(encoding.ids, np.int32), places
+
+
 def _take(texts: Iterator[str]) -> list[str]:
     """The next texts to encode at once: not many, and not much text."""
     chunk, left = [], ENCODE_CHARACTERS

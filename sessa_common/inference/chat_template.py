@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import datetime
+import functools
+import itertools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +19,19 @@ from sessa_common.json_files import read_json
 
 INSTALL = "pip install 'sessa-toolchain[chat]'"
 LARGEST_TEMPLATE = 2**20
+# The template that fine-tuning gives to a model without one.
+DEFAULT_TEMPLATE = """\
+{%- for message in messages -%}
+{%- if message.role == 'user' %}{{ 'User: ' + message.content | trim + '\\n' }}
+{%- elif message.role == 'assistant' -%}
+{{ 'Assistant: ' + message.content | trim + eos_token + '\\n' }}
+{%- else %}{{ message.content | trim + '\\n' }}{% endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt %}{{ 'Assistant:' }}{% endif -%}
+"""
+# Characters that Unicode reserves for the inside of programs; they mark answers in a rendered text.
+BEGIN, END = "\ufdd0", "\ufdd1"
+MARKS_ANSWERS = re.compile(r"{%[-+]?\s*generation\b")
 
 ROLES = ("system", "user", "assistant")
 
@@ -60,12 +76,42 @@ class ChatTemplate:
         A message has a `role` ("system", "user" or "assistant") and its `content`. Raises
         SessaError when the template fails or refuses the conversation.
         """
+        return self._render(messages, prompt=True)
+
+    def answers(self, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]]]:
+        """Return a conversation as text, and the range of characters of each answer in it.
+
+        A range ends with whatever the template writes behind the answer, such as an end token.
+        Tags {% generation %} in the template say where answers are; without them a conversation up
+        to an answer is compared with one that includes it. Raises SessaError as `render` does, and
+        when the template writes an earlier answer otherwise than a last one.
+        """
+        if self.source is not None and MARKS_ANSWERS.search(self.source):
+            return _marked(self._render(messages, marks=True), self.where)
+        whole = self._render(messages)
+        places = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        ranges = []
+        for i in places:
+            before, after = self._render(messages[:i], prompt=True), self._render(messages[: i + 1])
+            if not (after.startswith(before) and whole.startswith(after)):
+                raise SessaError(
+                    f"{self.where}: the chat template writes answer {i + 1} of {len(messages)} "
+                    "otherwise when more follows, so its place is unknown; mark answers in the "
+                    "template with {% generation %}, split the conversation, or set `loss_on` to "
+                    "all"
+                )
+            ranges.append((len(before), len(after)))
+        return whole, ranges
+
+    def _render(
+        self, messages: Sequence[Message], *, prompt: bool = False, marks: bool = False
+    ) -> str:
         if self.source is None:
-            return _plain(messages)
+            return _plain(messages, prompt)
         try:
-            template = _environment().from_string(self.source)
+            template = _compiled(self.source, marks)
             return template.render(
-                **self.tokens, messages=[dict(m) for m in messages], add_generation_prompt=True
+                **self.tokens, messages=[dict(m) for m in messages], add_generation_prompt=prompt
             )
         except SessaError:
             raise
@@ -105,10 +151,20 @@ def check_messages(given: Any, where: str) -> list[Message]:
     return list(given)
 
 
-def _plain(messages: Sequence[Message]) -> str:
+def _plain(messages: Sequence[Message], prompt: bool) -> str:
     names = {"user": "User: ", "assistant": "Assistant: "}
     said = [names.get(m["role"], "") + m["content"].strip() for m in messages]
-    return "\n".join([*said, "Assistant:"])
+    return "\n".join([*said, *["Assistant:"] * prompt])
+
+
+def _marked(text: str, where: str) -> tuple[str, list[tuple[int, int]]]:
+    """Take the marks out of a text; the text and the ranges that they enclosed."""
+    pieces = re.split(f"([{BEGIN}{END}])", text)
+    if pieces[1::2] != [BEGIN, END] * (len(pieces) // 4):
+        raise SessaError(f"{where}: tags {{% generation %}} inside another, or reserved characters")
+    lengths = list(itertools.accumulate(map(len, pieces[::2])))
+    ends = [(lengths[i], lengths[i + 1]) for i in range(0, len(lengths) - 1, 2)]
+    return "".join(pieces[::2]), ends
 
 
 def _template_of(settings: Mapping[str, Any], path: Path) -> str | None:
@@ -132,9 +188,18 @@ def _token_names(settings: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def _environment() -> Any:
-    """Jinja's sandbox, with the settings and functions that templates of transformers expect."""
+@functools.lru_cache(maxsize=8)
+def _compiled(source: str, marks: bool) -> Any:
+    return _environment(marks).from_string(source)
+
+
+def _environment(marks: bool) -> Any:
+    """Jinja's sandbox, with the settings and functions that templates of transformers expect.
+
+    With `marks` the tag {% generation %} puts BEGIN and END around an answer.
+    """
     try:
+        from jinja2 import nodes
         from jinja2.ext import Extension, loopcontrols
         from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ImportError:
@@ -143,13 +208,15 @@ def _environment() -> Any:
         ) from None
 
     class Generation(Extension):
-        """The tag {% generation %}, which marks answers for training and changes no text."""
+        """The tag {% generation %}, which stands around answers."""
 
         tags = {"generation"}  # noqa: RUF012
 
         def parse(self, parser: Any) -> Any:
             next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            inside = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            begin, end = (nodes.Output([nodes.TemplateData(mark)]) for mark in (BEGIN, END))
+            return [begin, *inside, end] if marks else inside
 
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]

@@ -18,10 +18,11 @@ MOMENTS = ("m", "v")
 class TrainBackend(Protocol):
     """The forward and backward pass and the AdamW update of one framework.
 
-    Built as `TrainBackend(config, settings, weights, device)`, with float32 master weights by the
-    names of `parameter_shapes`. The state is "weights.<name>", "m.<name>" and "v.<name>" (Adam's
-    two moments), float32, the same in every framework. `device` and `precision` are those in use.
-    Of several processes each makes the same calls, with the same arguments.
+    Built as `TrainBackend(config, settings, weights, device)`, with float32 weights by the names of
+    `parameter_shapes`, and LoRA's matrices beside them. It trains `trained_shapes`. The state is
+    "weights.<name>", "m.<name>" and "v.<name>" (Adam's two moments) of what is trained, float32,
+    the same in every framework. `device` and `precision` are those in use. Of several processes
+    each makes the same calls, with the same arguments.
     """
 
     device: str
@@ -37,7 +38,7 @@ class TrainBackend(Protocol):
         """Return the likeliest next ids int32 (B, T) after inputs (B, T)."""
 
     def weights(self) -> dict[str, np.ndarray]:
-        """Return the float32 master weights."""
+        """Return the float32 weights that are trained."""
 
     def state(self) -> dict[str, np.ndarray]:
         """Return weights and optimizer moments as they are after the last step.

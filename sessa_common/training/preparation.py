@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from sessa_common.checkpoint.folder import load_config, load_weights
+from sessa_common.checkpoint.folder import load_config
 from sessa_common.checkpoint.initialization import initial_weights
 from sessa_common.checkpoint.run_files import STATE, TRAINING
 from sessa_common.config import SessaConfig
@@ -46,9 +46,15 @@ from sessa_common.json_files import read_json
 from sessa_common.presets import PRESETS
 from sessa_common.storage import check_new_folder
 from sessa_common.train_config import TrainConfig
+from sessa_common.training.finetuning import (
+    finetune_run,
+    float32_weights,
+    resumed_finetune_run,
+)
 from sessa_common.training.run_folder import Run
+from sessa_common.training.trained_parameters import trains_adapter
 
-DEFAULT_FOLDER = Path("runs/pydoc")
+DEFAULT_FOLDER, FINETUNED_FOLDER = Path("runs/pydoc"), Path("runs/finetuned")
 # Settings that may change in a resumed run; that the data give the same tokens is checked apart.
 FREE_ON_RESUME = {
     "steps",
@@ -78,6 +84,8 @@ TEXT_SETTINGS = (
     "parse_special_tokens",
     "sequence_length",
 )
+# Arguments that only a new run can have.
+NEW_RUN = ("out", "preset", "config", "init", "train_config", "force")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +93,8 @@ class TrainRequest:
     """The arguments of `train`: a new run in `out`, or the run in `resume` to go on with.
 
     A new run's model is `preset` ("demo" if nothing is named), `config` or the checkpoint `init`,
-    its settings are `train_config`; `fields` of SessaConfig and TrainConfig replace theirs.
+    its settings are `train_config`; `fields` of SessaConfig and TrainConfig replace theirs. With
+    `finetune` the defaults are those of fine-tuning, and the tokenizer of `init` stays as it is.
     """
 
     out: Path | str | None = None
@@ -95,6 +104,7 @@ class TrainRequest:
     train_config: TrainConfig | Path | str | None = None
     resume: Path | str | None = None
     force: bool = False
+    finetune: bool = False
     fields: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -105,15 +115,23 @@ def prepare(request: TrainRequest, tell: Tell = say_nothing) -> Run:
     """
     model_fields, settings_fields = split_fields(request.fields, SessaConfig, TrainConfig)
     if request.resume is not None:
-        for name in ("out", "preset", "config", "init", "train_config", "force"):
+        for name in NEW_RUN:
             if getattr(request, name):
                 raise SessaError(f"`{name}` starts a new run, so it does not go with `resume`")
         return _resumed_run(Path(request.resume), model_fields, settings_fields, tell)
-    out = DEFAULT_FOLDER if request.out is None else Path(request.out)
+    default = FINETUNED_FOLDER if request.finetune else DEFAULT_FOLDER
+    out = default if request.out is None else Path(request.out)
     config = _choose_config(request, model_fields)
     settings = _choose_settings(request, settings_fields)
     check_new_folder(out, force=request.force, inputs=_inputs(request, settings))
     init = None if request.init is None else Path(request.init)
+    if init is not None and (request.finetune or trains_adapter(settings)):
+        return finetune_run(out, init, config, settings, tell)
+    if trains_adapter(settings):
+        raise SessaError(
+            f"`train` {settings.train} makes an adapter for a trained model; name one by `init`"
+        )
+    settings = dataclasses.replace(settings, base=None, examples=False)
     if settings.task is not None:
         fixed_context = init is not None or "max_position_embeddings" in model_fields
         return _task_run(out, config, settings, init, fixed_context=fixed_context)
@@ -150,7 +168,11 @@ def _choose_config(request: TrainRequest, given: Mapping[str, Any]) -> SessaConf
 
 def _choose_settings(request: TrainRequest, given: Mapping[str, Any]) -> TrainConfig:
     base, task = request.train_config, given.get("task")
-    if base is None:
+    if base is None and request.finetune:
+        if "data" not in given:
+            raise SessaError("there is nothing to fine-tune on; give `data`")
+        base = TrainConfig.for_finetuning(given.get("train", "lora"))
+    elif base is None:
         base = TrainConfig() if task is None else TrainConfig.for_task(task)
     elif not isinstance(base, TrainConfig):
         base = TrainConfig.from_dict(read_json(Path(base)), str(base))
@@ -255,8 +277,6 @@ def _resumed_run(
     folder: Path, model_fields: Mapping[str, Any], given: Mapping[str, Any], tell: Tell
 ) -> Run:
     """The run in a folder, to go on with; SessaError when a field would make it another run."""
-    config = load_config(folder)
-    _refuse_changes(config, model_fields, str(folder))
     settings = TrainConfig.from_dict(read_json(folder / TRAINING), str(folder / TRAINING))
     for name, value in given.items():
         if name not in FREE_ON_RESUME and getattr(settings, name) != value:
@@ -265,16 +285,24 @@ def _resumed_run(
                 "leave it out, or start a new run with `init`"
             )
     settings = build(TrainConfig, settings.to_dict() | dict(given))
-    tokenizer, end = read_tokenizer(folder), config.eos_token_id
-    if end is None or not (folder / STATE).is_file():
+    if not (folder / STATE).is_file():
         raise SessaError(f"{folder}: no {STATE} in it, so there is no run to resume; use `init`")
+    if settings.base is not None:
+        run = resumed_finetune_run(folder, settings, tell)
+        _refuse_changes(run.config, model_fields, str(folder))
+        return run
+    config = load_config(folder)
+    _refuse_changes(config, model_fields, str(folder))
+    tokenizer, end = read_tokenizer(folder), config.eos_token_id
+    if end is None:
+        raise SessaError(f"{folder}: its config.json has no eos_token_id, which ends a text")
     check_fits(tokenizer, config, str(folder))
     return Run(
         folder=folder,
         config=config,
         settings=settings,
         source=_read_source(tokenizer, end, config, settings, tell),
-        weights=_float32_weights(folder),
+        weights=float32_weights(folder),
         tokenizer=tokenizer,
         end_id=end,
         resumed=True,
@@ -299,11 +327,7 @@ def _first_weights(
 ) -> dict[str, np.ndarray]:
     if init is None:
         return initial_weights(config, settings.seed)
-    return _float32_weights(init)
-
-
-def _float32_weights(folder: Path) -> dict[str, np.ndarray]:
-    return {name: value.astype(np.float32) for name, value in load_weights(folder)[1].items()}
+    return float32_weights(init)
 
 
 def _bpe_sample(settings: TrainConfig, tell: Tell) -> Iterator[str]:

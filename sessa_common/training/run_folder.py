@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -13,18 +16,31 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
+from sessa_common.checkpoint.adapters import (
+    Shapes,
+    adapter_config,
+    write_adapter,
+)
 from sessa_common.checkpoint.finite import require_finite_weights
 from sessa_common.checkpoint.folder import (
     SHARD_SIZE,
     load_config,
     open_safetensors,
     read_safetensors,
+    require_own_file,
     write_safetensors,
     write_weights,
 )
 from sessa_common.checkpoint.manifest import is_undamaged, verify, write_manifest
 from sessa_common.checkpoint.remote_code import write_config
-from sessa_common.checkpoint.run_files import RESULT, STATE, TRAINING
+from sessa_common.checkpoint.run_files import (
+    ADAPTER_CONFIG,
+    CHAT_TEMPLATE,
+    RESULT,
+    STATE,
+    TOKENIZER_FILES,
+    TRAINING,
+)
 from sessa_common.checkpoint.saves import add_save, finish_save, list_saves
 from sessa_common.checkpoint.stored_types import as_stored
 from sessa_common.config import SessaConfig, parameter_count, parameter_shapes
@@ -32,18 +48,21 @@ from sessa_common.data.batches import BatchSource
 from sessa_common.data.tokenizer import write_tokenizer
 from sessa_common.errors import SessaError
 from sessa_common.json_files import parse_json, read_json
-from sessa_common.storage import lock_folder, new_folder, write_json
+from sessa_common.storage import lock_folder, new_folder, write_json, write_text
 from sessa_common.train_config import TrainConfig
 from sessa_common.training.backend import MOMENTS, TrainBackend
 from sessa_common.training.metrics import last_metrics, read_metrics, tokens_per_second
+from sessa_common.training.trained_parameters import trained_shapes, trains_adapter
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """A training run with everything that it needs besides a backend.
 
-    `weights` are the float32 weights to build the backend with. `resumed` says that the folder
-    exists and holds a saved state to go on from.
+    `weights` are the float32 weights to build the backend with, LoRA's matrices among them.
+    `resumed` says that the folder exists and holds a saved state to go on from. `base` is the
+    folder of the model that is fine-tuned, whose tokenizer the new folder gets as it is, with
+    `chat_template` if the data needed one and that folder has none.
     """
 
     folder: Path
@@ -54,6 +73,18 @@ class Run:
     tokenizer: Tokenizer
     end_id: int
     resumed: bool = False
+    base: Path | None = None
+    chat_template: str | None = None
+
+    @functools.cached_property
+    def data_fingerprint(self) -> str:
+        """A hash of the data, and of the model that an adapter is trained for."""
+        if not trains_adapter(self.settings):
+            return self.source.fingerprint
+        digest = hashlib.blake2b(self.source.fingerprint.encode(), digest_size=16)
+        for name in parameter_shapes(self.config):
+            digest.update(np.ascontiguousarray(self.weights[name], np.float32).data)
+        return digest.hexdigest()
 
 
 def create_run_folder(
@@ -76,10 +107,31 @@ def create_run_folder(
     dtype = "bfloat16" if precision == "bfloat16" else run.config.dtype
     config = dataclasses.replace(run.config, dtype=dtype)
     with new_folder(run.folder, force=force, lock_until=lock_until) as scratch:
-        write_tokenizer(scratch, run.tokenizer, run.end_id, run.config.max_position_embeddings)
-        write_config(scratch, config)
+        _write_tokenizer(scratch, run)
+        if trains_adapter(run.settings):
+            write_json(scratch / ADAPTER_CONFIG, _adapter_config(run))
+        else:
+            write_config(scratch, config)
         write_json(scratch / TRAINING, run.settings.to_dict())
         write_manifest(scratch, _write_save(scratch, run, state, 0, dtype), step=0)
+
+
+def _write_tokenizer(folder: Path, run: Run) -> None:
+    """Write the tokenizer and what belongs to it: names of tokens, ends of texts, chat template."""
+    if run.base is None:
+        write_tokenizer(folder, run.tokenizer, run.end_id, run.config.max_position_embeddings)
+        return
+    for path in (path for name in TOKENIZER_FILES for path in run.base.glob(name)):
+        require_own_file(run.base, path)
+        shutil.copyfile(path, folder / path.name)
+    if run.chat_template is not None:
+        write_text(folder / CHAT_TEMPLATE, run.chat_template)
+
+
+def _adapter_config(run: Run) -> dict[str, Any]:
+    settings, names = run.settings, list(trained_shapes(run.config, run.settings))
+    base = str((run.base or run.folder).resolve())
+    return adapter_config(names, base, settings.lora_rank, settings.lora_alpha)
 
 
 @contextmanager
@@ -113,7 +165,7 @@ def save_run(
     Raises SessaError, and leaves the last save as it is, when a number is not finite.
     """
     write_json(run.folder / TRAINING, run.settings.to_dict())
-    dtype = load_config(run.folder).dtype
+    dtype = "float32" if trains_adapter(run.settings) else load_config(run.folder).dtype
     add_save(
         run.folder,
         lambda scratch: _write_save(scratch, run, state, step, dtype),
@@ -128,10 +180,14 @@ def _write_save(
 ) -> list[str]:
     """Write the weights in the type of config.json, and the training state in float32."""
     require_finite_weights(state, f"step {step}")
-    about = json.dumps({"step": step, "fingerprint": run.source.fingerprint})
-    weights = {name: state[f"weights.{name}"] for name in parameter_shapes(run.config)}
-    stored = as_stored(weights, dtype)
-    names = write_weights(folder, stored, shard_size=SHARD_SIZE, framework="pt")
+    about = json.dumps({"step": step, "fingerprint": run.data_fingerprint})
+    trained = trained_shapes(run.config, run.settings)
+    arrays = {name: state[f"weights.{name}"] for name in trained}
+    if trains_adapter(run.settings):
+        names = write_adapter(folder, arrays)
+    else:
+        stored = as_stored(arrays, dtype)
+        names = write_weights(folder, stored, shard_size=SHARD_SIZE, framework="pt")
     write_safetensors(folder / STATE, state, {"training": about})
     return [*names, STATE]
 
@@ -144,22 +200,21 @@ def restore_run(run: Run, backend: TrainBackend) -> int:
     path = run.folder / STATE
     state = read_safetensors(path)
     step, fingerprint = read_state_metadata(run.folder)
-    _check_state(state, run.config, path)
+    _check_state(state, trained_shapes(run.config, run.settings), path)
     require_finite_weights(state, str(path))
-    if fingerprint != run.source.fingerprint:
+    if fingerprint != run.data_fingerprint:
+        model = f" or the model in {run.base}" if trains_adapter(run.settings) else ""
         raise SessaError(
-            f"{run.folder}: the data are not those that this run began with; give it the same "
-            "`data` or `task`, or start a new run with `init`"
+            f"{run.folder}: the data{model} are not those that this run began with; give it the "
+            "same `data` or `task`, or start a new run with `init`"
         )
     backend.restore(state, step)
     return step
 
 
-def _check_state(state: Mapping[str, np.ndarray], config: SessaConfig, path: Path) -> None:
+def _check_state(state: Mapping[str, np.ndarray], trained: Shapes, path: Path) -> None:
     expected = {
-        f"{kind}.{name}": shape
-        for kind in ("weights", *MOMENTS)
-        for name, shape in parameter_shapes(config).items()
+        f"{kind}.{name}": shape for kind in ("weights", *MOMENTS) for name, shape in trained.items()
     }
     for name in sorted(expected.keys() | state.keys()):
         found = tuple(state[name].shape) if name in state else "missing"

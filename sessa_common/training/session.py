@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from sessa_common.training.run_folder import (
     restore_run,
     write_task_result,
 )
+from sessa_common.training.trained_parameters import trained_shapes
 from sessa_common.training.trainer import Reporter, Silent, Trainer
 
 MakeBackend = Callable[
@@ -153,6 +155,7 @@ def _first_record(trainer: Trainer) -> dict[str, Any]:
         "step": trainer.step,
         "steps": run.settings.steps,
         "parameters": parameter_count(run.config),
+        "trained": sum(map(math.prod, trained_shapes(run.config, run.settings).values())),
         "data": run.source.summary,
         "notes": [*run.source.notes, *trainer.notes],
         "vocab_size": run.config.vocab_size,

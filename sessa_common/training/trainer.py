@@ -32,7 +32,8 @@ class Reporter(Protocol):
     def started(self, record: Mapping[str, Any]) -> None:
         """Training begins: folder, step, steps, parameters, vocab_size, device, precision.
 
-        "data" says in a few words what is trained on, "notes" what was left out, one text each.
+        "trained" is the number of parameters that training changes or adds. "data" says in a
+        few words what is trained on, "notes" what was left out, one text each.
         """
 
     def training(self, record: Mapping[str, Any]) -> None:

@@ -1,0 +1,55 @@
+"""The parameters that a run trains: all, or those of an adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from sessa_common.checkpoint.adapters import Shapes, initial_lora, lora_shapes
+from sessa_common.config import SessaConfig, parameter_shapes
+from sessa_common.errors import SessaError
+from sessa_common.train_config import TrainConfig
+
+FEEDBACK = ("mixer.proj_fb.weight", "mixer.proj_fb.bias", "mixer.gamma_ctx.weight", "gamma_bias")
+
+
+def trains_adapter(settings: TrainConfig) -> bool:
+    """Return True when the run leaves the weights of its model alone and writes an adapter."""
+    return settings.train != "all"
+
+
+def trained_shapes(config: SessaConfig, settings: TrainConfig) -> Shapes:
+    """Name and shape of every array that training changes, in a fixed order.
+
+    LoRA's matrices have the names of `checkpoint.adapters`. Raises SessaError when the model has no
+    feedback to train or none of the `lora_targets`.
+    """
+    shapes = parameter_shapes(config)
+    if not trains_adapter(settings):
+        return shapes
+    parts = settings.train.split("+")
+    trained = {n: s for n, s in shapes.items() if "feedback" in parts and n.endswith(FEEDBACK)}
+    if "feedback" in parts and not trained:
+        raise SessaError(f"`train` is {settings.train}, but no layer of the model has feedback")
+    if "lora" in parts:
+        lora = lora_shapes(config, settings.lora_rank, settings.lora_targets)
+        # A layer that is trained as a whole gains nothing from LoRA.
+        trained |= {
+            n: s for n, s in lora.items() if f"{n.rpartition('.lora_')[0]}.weight" not in trained
+        }
+    return trained
+
+
+def lora_scale(settings: TrainConfig) -> float:
+    """The factor of B A."""
+    return settings.lora_alpha / settings.lora_rank
+
+
+def with_adapter(
+    config: SessaConfig, settings: TrainConfig, weights: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Return the weights of a model with the LoRA matrices of a new run beside them."""
+    own = parameter_shapes(config)
+    new = {n: s for n, s in trained_shapes(config, settings).items() if n not in own}
+    return {**weights, **initial_lora(new, settings.seed)}
