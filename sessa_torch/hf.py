@@ -20,9 +20,10 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.generation import GenerationConfig, GenerationMode
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
+from sessa_common import config as shared
 from sessa_common.checkpoint.initialization import initial_weights
 from sessa_common.checkpoint.stored_types import EXACT
 from sessa_common.errors import SessaError
@@ -34,13 +35,59 @@ from sessa_torch.hf_config import SessaConfig
 from sessa_torch.model import SessaModel
 
 
+class SessaBackbone(SessaModel):
+    """The stack of layers under the call of transformers' models, which TRL makes by itself."""
+
+    gradient_checkpointing = False
+
+    def __init__(self, config: shared.SessaConfig) -> None:
+        super().__init__(config)
+        self._preserve_rng_state = True  # Adapters such as LoRA may have dropout.
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor | None = None,  # (B, T)
+        attention_mask: Tensor | None = None,  # (B, P+T)
+        position_ids: Tensor | None = None,  # (B, T)
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,  # (B, T, D)
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states (B, T, D) after the final norm; a cache is extended by them.
+
+        Positions follow from the mask; `position_ids` may only confirm them. Raises SessaError for
+        other positions, a mask that is not (B, P+T), and outputs that the model does not keep.
+        """
+        if output_attentions or output_hidden_states:
+            name = "output_attentions" if output_attentions else "output_hidden_states"
+            raise SessaError(f"{name} is true; Sessa's layers do not return them")
+        given = inputs_embeds if input_ids is None else input_ids
+        if given is None or (input_ids is not None and inputs_embeds is not None):
+            raise SessaError("give either input_ids or inputs_embeds")
+        seen = visible_mask(attention_mask)
+        _require_consecutive(position_ids, seen)
+        self.checkpoint_layers = self.gradient_checkpointing and self.training
+        past = past_key_values
+        if use_cache and past is None:
+            past = DynamicCache()
+        if past is None:
+            x = super().forward(given, attention_mask=seen)
+        else:
+            adopt(past, self.config)
+            x = super().forward(given, cache=view(past, self.config), attention_mask=seen)
+            advance(past, given.shape[1])
+        return BaseModelOutputWithPast(last_hidden_state=x, past_key_values=past)
+
+
 class SessaForCausalLM(PreTrainedModel, GenerationMixin):
     """A Sessa language model that transformers, PEFT and TRL can load, train and generate with."""
 
     config_class = SessaConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    gradient_checkpointing = False
     _supports_sdpa = True
     _no_split_modules = ["SessaLayer", "TransformerLayer", "Mamba2Layer"]  # noqa: RUF012
     _keep_in_fp32_modules_strict = list(EXACT)  # noqa: RUF012
@@ -55,8 +102,7 @@ class SessaForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.architecture = config.architecture
         self._is_stateful = not is_trimmable(self.architecture)
-        self.model = SessaModel(self.architecture)
-        self.model._preserve_rng_state = True  # Adapters such as LoRA may have dropout.
+        self.model = SessaBackbone(self.architecture)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
@@ -86,42 +132,34 @@ class SessaForCausalLM(PreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,  # (B, T)
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits (B, T, V) of token ids or of embeddings, and the loss of labels where given.
 
-        Positions follow from the mask; `position_ids` may only confirm them. Raises SessaError for
-        other positions, a mask that is not (B, P+T), and outputs that the model does not keep.
+        The other arguments and errors are those of the backbone.
         """
-        for name in ("output_attentions", "output_hidden_states"):
-            if kwargs.pop(name, None) or getattr(self.config, name, None):
-                raise SessaError(f"{name} is true; Sessa's layers do not return them")
-        given = inputs_embeds if input_ids is None else input_ids
-        if given is None or (input_ids is not None and inputs_embeds is not None):
-            raise SessaError("give either input_ids or inputs_embeds")
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache()
-        seen = visible_mask(attention_mask)
-        _require_consecutive(position_ids, seen)
-        x = self._hidden_states(given, seen, past_key_values)
+        states = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_attentions=output_attentions or self.config.output_attentions,
+            output_hidden_states=output_hidden_states or self.config.output_hidden_states,
+        )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(x[:, kept])
+        logits = self.lm_head(states.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
-
-    def _hidden_states(self, given: Tensor, seen: Tensor | None, past: Cache | None) -> Tensor:
-        """Hidden states (B, T, D) for token ids or embeddings; a cache is extended by them."""
-        self.model.checkpoint_layers = self.gradient_checkpointing and self.training
-        if past is None:
-            return self.model(given, attention_mask=seen)
-        adopt(past, self.architecture)
-        x = self.model(given, cache=view(past, self.architecture), attention_mask=seen)
-        advance(past, given.shape[1])
-        return x
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=states.past_key_values
+        )
 
     def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any
@@ -153,6 +191,8 @@ class SessaForCausalLM(PreTrainedModel, GenerationMixin):
         """
         if is_ours(Path(save_directory)):
             raise SessaError(f"{save_directory}: holds a checkpoint of sessa; save into another")
+        if isinstance(self.config.eos_token_id, list):
+            self.generation_config.eos_token_id = self.config.eos_token_id
         super().save_pretrained(save_directory, *args, **kwargs)
 
     @classmethod

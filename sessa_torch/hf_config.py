@@ -38,8 +38,9 @@ class SessaConfig(PreTrainedConfig):
         given["dtype"] = str(given.get("dtype") or dtype or "float32").removeprefix("torch.")
         names = (*FIELDS, *OLD_KEYS, "rope_parameters")
         keys = {name: given.pop(name) for name in names if name in given}
-        checked = shared.SessaConfig.from_dict(keys)
-        fields = dataclasses.asdict(checked)
+        end = keys.get("eos_token_id")
+        checked = shared.SessaConfig.from_dict({**keys, "eos_token_id": _first_id(end)})
+        fields = {**dataclasses.asdict(checked), "eos_token_id": end}
         # transformers keeps the scaling, with its base, under another name.
         del fields["rope_scaling"]
         if (scaling := checked.rope_scaling) is not None:
@@ -53,14 +54,20 @@ class SessaConfig(PreTrainedConfig):
         names = {*FIELDS, "rope_parameters"} - {"rope_scaling"}
         keys = {name: getattr(self, name) for name in names if hasattr(self, name)}
         keys["dtype"] = str(self.dtype).removeprefix("torch.")
+        keys["eos_token_id"] = _first_id(self.eos_token_id)
         return shared.SessaConfig.from_dict(keys)
 
     def to_dict(self) -> dict[str, Any]:
-        """The keys of config.json, without those of kinds of layers that the model has not."""
+        """The keys of config.json, without those of kinds of layers that the model has not.
+
+        Of several end tokens it has the first, which begins texts of this project; all of them are
+        in generation_config.json.
+        """
         keys = super().to_dict()
         unused = set(FIELDS) - self.architecture.to_dict().keys()
         used = {name: value for name, value in keys.items() if name not in unused}
-        return {**used, **copy.deepcopy(CODE_KEYS)}
+        first = {"eos_token_id": _first_id(self.eos_token_id)}
+        return {**used, **first, **copy.deepcopy(CODE_KEYS)}
 
     def save_pretrained(
         self, save_directory: str | PathLike[str], *args: Any, **kwargs: Any
@@ -73,6 +80,10 @@ class SessaConfig(PreTrainedConfig):
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
         """Do nothing: saving writes a short file that imports this module, not a copy of it."""
+
+
+def _first_id(ids: int | list[int] | None) -> int | None:
+    return ids[0] if isinstance(ids, list) else ids
 
 
 AutoConfig.register("sessa", SessaConfig, exist_ok=True)

@@ -9,10 +9,12 @@ from typing import Annotated, Any
 import typer
 
 from sessa_cli.common import make_console, print_json, say
+from sessa_common.checkpoint.clients import CLIENTS, convert_for
 from sessa_common.checkpoint.conversion import Report
 from sessa_common.checkpoint.conversion import convert as convert_source
 from sessa_common.checkpoint.folder import SHARD_SIZE
 from sessa_common.config import DTYPES
+from sessa_common.errors import SessaError
 
 
 def convert(
@@ -24,7 +26,18 @@ def convert(
             ".npz file of a model or of layers."
         ),
     ],
-    target: Annotated[Path, typer.Argument(help="New checkpoint folder.")],
+    target: Annotated[
+        Path | None,
+        typer.Argument(help="New checkpoint folder. With --for it may be left out."),
+    ] = None,
+    client: Annotated[
+        str | None,
+        typer.Option(
+            "--for",
+            help=f"Write what {' or '.join(CLIENTS)} needs; without TARGET into SOURCE itself, "
+            "where no weight changes.",
+        ),
+    ] = None,
     framework: Annotated[
         str | None,
         typer.Option(
@@ -108,9 +121,7 @@ def convert(
         "vocab_size": vocab_size,
         "feedback_key_dim": feedback_key_dim,
     }
-    report = convert_source(
-        source,
-        target,
+    options: dict[str, Any] = dict(
         framework=framework,
         dtype=dtype,
         bits=bits,
@@ -123,10 +134,16 @@ def convert(
         force=force,
         **{name: value for name, value in fields.items() if value is not None},
     )
+    if client is not None:
+        report = convert_for(client, source, target, **options)
+    elif target is not None:
+        report = convert_source(source, target, **options)
+    else:
+        raise SessaError("`target` is missing; name the new checkpoint folder, or give `client`")
     if json_output:
         print_json({**dataclasses.asdict(report), "proof": report.proof()})
     else:
-        _show(report, target)
+        _show(report, target or source)
 
 
 def _show(report: Report, target: Path) -> None:

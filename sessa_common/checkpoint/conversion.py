@@ -290,6 +290,12 @@ def _same(one: np.ndarray | None, other: np.ndarray) -> bool:
     )
 
 
+def report_unchanged(source: Source, note: str) -> Report:
+    """The report on a folder that was read and not written."""
+    source.notes.append(note)
+    return _report(source, source.weights, source.weights, [], [])
+
+
 def _report(
     source: Source, back: Tensors, stored: Tensors, files: list[str], carried: list[str]
 ) -> Report:

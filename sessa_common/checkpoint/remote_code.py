@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sessa_common.config import SessaConfig
+from sessa_common.json_files import read_json
 from sessa_common.storage import write_json, write_text
 
 # The keys of config.json by which transformers (`auto_map`) and mlx-lm find their file.
@@ -57,3 +58,13 @@ def write_code_files(folder: Path) -> None:
     """Write the files that `CODE_KEYS` names into a folder."""
     for name, text in CODE_FILES.items():
         write_text(folder / name, text)
+
+
+def has_code_files(folder: Path) -> bool:
+    """Return True when a folder has today's files and names them in its config.json."""
+    settings = read_json(folder / "config.json")
+    named = all(settings.get(key) == value for key, value in CODE_KEYS.items())
+    return named and all(
+        (folder / name).is_file() and (folder / name).read_text(encoding="utf-8") == text
+        for name, text in CODE_FILES.items()
+    )

@@ -28,6 +28,7 @@ from sessa_common.checkpoint.folder import load_config
 from sessa_common.checkpoint.initialization import initial_weights
 from sessa_common.checkpoint.remote_code import CODE_FILES
 from sessa_common.errors import SessaError
+from sessa_common.inference.model_tokenizer import stop_tokens
 from sessa_torch.checkpoint import load_model, model_weights
 from sessa_torch.decoding import Decoder
 
@@ -186,6 +187,15 @@ def test_options_of_the_block_are_kept(family, tmp_path):
     assert np.array_equal(continued(model), greedy(folder, PROMPTS.numpy()))
     model.save_pretrained(tmp_path / "saved")
     assert load_config(tmp_path / "saved") == load_config(folder) == config
+
+
+def test_several_end_tokens_are_kept(folders, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(folders["grouped"], eos_token_id=[9, 256])
+    assert model.architecture.eos_token_id == 9
+    model.save_pretrained(tmp_path)
+    assert load_config(tmp_path).eos_token_id == 9
+    assert stop_tokens(tmp_path, load_config(tmp_path)) == {9, 256}
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).generation_config.eos_token_id == [9, 256]
 
 
 def test_a_folder_with_a_manifest_is_not_overwritten(models, folders):
