@@ -18,6 +18,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     DynamicCache,
+    dynamic_module_utils,
     pipeline,
 )
 
@@ -26,7 +27,7 @@ import sessa_torch
 import sessa_torch.hf
 from sessa_common.checkpoint.folder import load_config
 from sessa_common.checkpoint.initialization import initial_weights
-from sessa_common.checkpoint.remote_code import CODE_FILES
+from sessa_common.checkpoint.remote_code import CODE_FILES, CODE_KEYS
 from sessa_common.errors import SessaError
 from sessa_common.inference.model_tokenizer import stop_tokens
 from sessa_torch.checkpoint import load_model, model_weights
@@ -294,21 +295,20 @@ model.save_pretrained({1!r})
 """
 
 
-def run_fresh(code, tmp_path, path):
-    """A new process that has not imported Sessa, with transformers' modules in a folder here."""
-    environment = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, **environment, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-    )
-
-
 def test_the_file_in_the_folder_finds_the_installed_package(models, tmp_path):
     models["hybrid"].save_pretrained(tmp_path / "saved")
     code = FRESH.format(str(tmp_path / "saved"), str(tmp_path / "again"))
-    answer = run_fresh(code, tmp_path, os.pathsep.join(sys.path))
+    answer = subprocess.run(
+        [sys.executable, "-c", code],
+        env={
+            **os.environ,
+            "HF_MODULES_CACHE": str(tmp_path / "modules"),
+            "HF_HUB_OFFLINE": "1",
+            "PYTHONPATH": os.pathsep.join(sys.path),
+        },
+        capture_output=True,
+        text=True,
+    )
     assert answer.returncode == 0, answer.stderr
     assert answer.stdout.split() == ["sessa_torch.hf", "SessaForCausalLM"]
     first, second = tmp_path / "saved", tmp_path / "again"
@@ -318,13 +318,15 @@ def test_the_file_in_the_folder_finds_the_installed_package(models, tmp_path):
     assert AutoConfig.from_pretrained(second).auto_map == AutoConfig.from_pretrained(first).auto_map
 
 
-def test_without_the_package_the_message_says_how_to_install_it(models, tmp_path):
-    models["hybrid"].save_pretrained(tmp_path / "saved")
-    hidden = "import sys\nsys.modules['sessa_torch'] = None\n"
-    code = hidden + FRESH.format(str(tmp_path / "saved"), str(tmp_path / "again"))
-    answer = run_fresh(code, tmp_path, os.pathsep.join(sys.path))
-    assert answer.returncode != 0
-    assert "pip install 'sessa-toolchain[transformers]'" in answer.stderr
+def test_without_the_package_the_message_says_how_to_install_it(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setitem(sys.modules, "sessa_torch.hf", None)
+    monkeypatch.delitem(sys.modules, "transformers_modules", raising=False)
+    with pytest.raises(ImportError, match=r"pip install 'sessa-toolchain\[transformers\]'"):
+        dynamic_module_utils.get_class_from_dynamic_module(
+            CODE_KEYS["auto_map"]["AutoModelForCausalLM"], str(folders["hybrid"])
+        )
 
 
 @pytest.mark.parametrize("kind", ["hybrid", "mamba2_hybrid"])

@@ -96,6 +96,7 @@ def test_every_family_returns_bit_for_bit(folder, tmp_path):
     path, ids, want = folder
     convert(path, tmp_path / "ours", feedback="all", feedback_key_dim=6)
     report = convert(tmp_path / "ours", tmp_path / "back", framework="llama")
+    assert not list((tmp_path / "back").glob("*.py"))
     assert report.exact and "left out the feedback, whose gain is 0 in every layer" in report.notes
     before, after = (read_safetensors(x / "model.safetensors") for x in (path, tmp_path / "back"))
     assert before.keys() == after.keys()
