@@ -22,7 +22,8 @@ CHOICES = {
     "train": TRAINED,
     "loss_on": LOSS_ON,
 }
-LISTS = ("data", "validation_data", "task_options", "lora_targets")
+LISTS = ("data", "validation_data", "task_options", "lora_targets", "track")
+TRACKERS = ("tensorboard", "wandb")
 # Names that fields of TrainConfig had before version 0.2, for training.json files of that time.
 RENAMED_FIELDS = {
     "accumulation": "gradient_accumulation_steps",
@@ -56,7 +57,8 @@ class TrainConfig:
     names, such as "mixer.q_proj"; without names to all of them. `base` is the folder of the model
     that is fine-tuned. With `examples` the data are conversations and prompts with completions;
     fine-tuning sets both. The loss on examples counts the tokens of `loss_on`, which is "answers"
-    or "all"; `packing` puts several of them in one row.
+    or "all"; `packing` puts several of them in one row. `track` names trackers that get the
+    metrics: "tensorboard", "wandb".
     """
 
     task: str | None = None
@@ -100,6 +102,7 @@ class TrainConfig:
     examples: bool = False
     loss_on: str = "answers"
     packing: bool = False
+    track: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in (
@@ -142,6 +145,8 @@ class TrainConfig:
         for name, choices in CHOICES.items():
             value = getattr(self, name)
             expect(value in choices, name, value, ", ".join(choices))
+        for name in self.track:
+            expect(name in TRACKERS, "track", name, ", ".join(TRACKERS))
         for name in ("compile", "parse_special_tokens", "examples", "packing"):
             value = getattr(self, name)
             chosen = isinstance(value, bool) or (name == "compile" and value is None)

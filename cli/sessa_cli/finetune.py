@@ -78,6 +78,7 @@ def finetune(
     evaluate_batches: options.EvaluateBatches = None,
     checkpoint_every: options.CheckpointEvery = None,
     keep_checkpoints: options.KeepCheckpoints = None,
+    track: options.Track = None,
     json_output: options.JsonOutput = False,
 ) -> None:
     """Fine-tune a model: LoRA on the answers of conversations, unless options say otherwise.

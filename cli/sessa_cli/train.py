@@ -132,6 +132,7 @@ def train(
     evaluate_batches: options.EvaluateBatches = None,
     checkpoint_every: options.CheckpointEvery = None,
     keep_checkpoints: options.KeepCheckpoints = None,
+    track: options.Track = None,
     prompt: Annotated[str, of_run("--prompt", "First words of the closing paragraph.")] = "The",
     json_output: options.JsonOutput = False,
 ) -> None:

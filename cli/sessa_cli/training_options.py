@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sessa_common.train_config import TRAINED
+from sessa_common.train_config import TRACKERS, TRAINED
 
 
 def panel(name: str) -> Callable[[str, str], Any]:
@@ -139,6 +139,10 @@ ShardProcesses = Annotated[
         "--shard-processes",
         "Processes of torchrun that share one copy of the weights; 0 for all. Default: 1.",
     ),
+]
+Track = Annotated[
+    list[str] | None,
+    of_run("--track", f"Tracker that gets the metrics: {', '.join(TRACKERS)}; repeatable."),
 ]
 EvaluateEvery = Annotated[
     int | None, of_run("--evaluate-every", "Steps between evaluations; 0: only at the end.")

@@ -25,6 +25,7 @@ from sessa_common.checkpoint.folder import (
 from sessa_common.checkpoint.import_weights import Tensors
 from sessa_common.checkpoint.llama_names import their_config, their_tensors
 from sessa_common.checkpoint.manifest import SAVES, read_manifest
+from sessa_common.checkpoint.model_card import CardFacts, write_model_card
 from sessa_common.checkpoint.quantization import (
     GROUP_SIZE,
     quantize_weights,
@@ -37,7 +38,10 @@ from sessa_common.checkpoint.run_files import (
     METRICS,
     RESULT,
     STATE,
+    TENSORBOARD,
+    TRACKING,
     TRAINING,
+    WANDB,
 )
 from sessa_common.checkpoint.sources import Source, read_llama, read_source, state_file
 from sessa_common.checkpoint.upcycling import add_feedback, parse_layers, remove_feedback
@@ -160,6 +164,7 @@ def convert(
     with new_folder(target, force=force, inputs=inputs) as scratch:
         with_state = not (dtype or bits or theirs or feedback or merge)
         left_out = {STATE: not with_state, SAVES: not in_place or merge is not None}
+        left_out |= dict.fromkeys((TENSORBOARD, WANDB, TRACKING), not in_place)
         # A merged model is none of the run that made its base.
         left_out |= dict.fromkeys((TRAINING, METRICS, LOSS_PICTURE, RESULT), merge is not None)
         carried = _carry_files(source, scratch, left_out)
@@ -180,8 +185,24 @@ def convert(
             for name in CODE_FILES:
                 (scratch / name).unlink()
         back = read_llama(scratch, theirs).weights if theirs else load_weights(scratch)[1]
+        origin = f"Converted from {source.kind}" + "".join(f"; {note}" for note in source.notes)
+        facts = CardFacts(
+            config=stored_config,
+            origin=[f"{origin}."],
+            clients=_clients(stored_config, framework, bits),
+        )
+        write_model_card(scratch, facts, target)
         files = sorted(path.name for path in scratch.iterdir() if path.name not in carried)
     return _report(source, back, stored, files, carried)
+
+
+def _clients(config: SessaConfig, framework: str, bits: int | None) -> tuple[str, ...]:
+    """The clients that load a converted folder, by their names in a model card."""
+    if framework == "llama":
+        return ("llama",)
+    # MLX packs quantised matrices, and lays out convolutions in another order.
+    only_mlx = bits or (framework == "mlx" and any(not kind.attends for kind in config.kinds))
+    return ("sessa", "mlx-lm") if only_mlx else ("sessa", "transformers", "mlx-lm")
 
 
 def _with_feedback(source: Source, feedback: str, key_dim: int | None, seed: int) -> Source:

@@ -24,3 +24,5 @@ TOKENIZER_FILES = (
 )
 # The kind of an adapter and the model that it is for, beside its weights.
 ADAPTER_CONFIG = "adapter_config.json"
+# What trackers keep: TensorBoard's events, wandb's files, and the name of the run there.
+TENSORBOARD, WANDB, TRACKING = "tensorboard", "wandb", "tracking.json"

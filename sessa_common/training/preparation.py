@@ -62,6 +62,7 @@ FREE_ON_RESUME = {
     "evaluate_batches",
     "checkpoint_every",
     "keep_checkpoints",
+    "track",
     "data",
     "validation_data",
     "text_field",

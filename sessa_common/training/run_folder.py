@@ -32,6 +32,7 @@ from sessa_common.checkpoint.folder import (
     write_weights,
 )
 from sessa_common.checkpoint.manifest import is_undamaged, verify, write_manifest
+from sessa_common.checkpoint.model_card import CardFacts, write_model_card
 from sessa_common.checkpoint.remote_code import write_config
 from sessa_common.checkpoint.run_files import (
     ADAPTER_CONFIG,
@@ -113,7 +114,18 @@ def create_run_folder(
         else:
             write_config(scratch, config)
         write_json(scratch / TRAINING, run.settings.to_dict())
+        _write_card(scratch, run, run.folder)
         write_manifest(scratch, _write_save(scratch, run, state, 0, dtype), step=0)
+
+
+def _write_card(folder: Path, run: Run, target: Path | None = None) -> None:
+    has_config = (folder / "config.json").is_file()
+    facts = CardFacts(
+        config=load_config(folder) if has_config else run.config,
+        base=run.settings.base,
+        metrics=last_metrics(read_metrics(folder)),
+    )
+    write_model_card(folder, facts, target)
 
 
 def _write_tokenizer(folder: Path, run: Run) -> None:
@@ -173,6 +185,7 @@ def save_run(
         validation_loss=validation_loss,
         keep=run.settings.keep_checkpoints,
     )
+    _write_card(run.folder, run)
 
 
 def _write_save(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from sessa_common.training.run_folder import (
     restore_run,
     write_task_result,
 )
+from sessa_common.training.trackers import require_trackers, tracked
 from sessa_common.training.trained_parameters import trained_shapes
 from sessa_common.training.trainer import Reporter, Silent, Trainer
 
@@ -103,6 +104,7 @@ def _run_locked(
     processes: Processes,
 ) -> TrainResult:
     run = prepare(request, reporter.preparing)
+    require_trackers(run.settings.track)
     is_main = processes.rank == 0
     check_sizes(run.settings, processes)
     require_same_data(processes, run.source.fingerprint)
@@ -124,9 +126,10 @@ def _run_locked(
         step, state = 0, backend.state()
         if is_main:
             create_run_folder(run, state, backend.precision, force=request.force, lock_until=lock)
-    trainer = Trainer(backend, run, step, reporter, processes)
-    reporter.started(_first_record(trainer))
-    finished = trainer.train()
+    with tracked(reporter, run, step) if is_main else nullcontext(reporter) as told:
+        trainer = Trainer(backend, run, step, told, processes)
+        told.started(_first_record(trainer))
+        finished = trainer.train()
     if finished and isinstance(run.source, TaskBatches):
         task = run.source.data.task
         measures = run.source.test(backend.predict)

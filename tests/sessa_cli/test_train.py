@@ -70,6 +70,7 @@ def test_train_leaves_a_checkpoint_that_loads_and_a_paragraph(backend, text, tmp
     assert "tokens/s" in stderr and "validation loss" in stderr
     names = {path.name for path in out.iterdir()}
     assert names == {
+        "README.md",
         "config.json",
         "configuration_sessa.py",
         "mlx_lm_model.py",
