@@ -278,6 +278,8 @@ def _resumed_run(
     folder: Path, model_fields: Mapping[str, Any], given: Mapping[str, Any], tell: Tell
 ) -> Run:
     """The run in a folder, to go on with; SessaError when a field would make it another run."""
+    if not folder.is_dir():
+        raise SessaError(f"{folder}: no such checkpoint folder")
     settings = TrainConfig.from_dict(read_json(folder / TRAINING), str(folder / TRAINING))
     for name, value in given.items():
         if name not in FREE_ON_RESUME and getattr(settings, name) != value:
