@@ -295,7 +295,8 @@ model.save_pretrained({1!r})
 """
 
 
-def test_the_file_in_the_folder_finds_the_installed_package(models, tmp_path):
+@pytest.mark.slow
+def test_a_new_process_finds_the_installed_package(models, tmp_path):
     models["hybrid"].save_pretrained(tmp_path / "saved")
     code = FRESH.format(str(tmp_path / "saved"), str(tmp_path / "again"))
     answer = subprocess.run(
@@ -318,15 +319,24 @@ def test_the_file_in_the_folder_finds_the_installed_package(models, tmp_path):
     assert AutoConfig.from_pretrained(second).auto_map == AutoConfig.from_pretrained(first).auto_map
 
 
-def test_without_the_package_the_message_says_how_to_install_it(folders, tmp_path, monkeypatch):
+def remote_class(folder, tmp_path, monkeypatch):
+    """The class of a model that the code files of a folder name, found as transformers does."""
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path))
     monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.setitem(sys.modules, "sessa_torch.hf", None)
     monkeypatch.delitem(sys.modules, "transformers_modules", raising=False)
+    name = CODE_KEYS["auto_map"]["AutoModelForCausalLM"]
+    return dynamic_module_utils.get_class_from_dynamic_module(name, str(folder))
+
+
+def test_the_file_in_the_folder_finds_the_installed_package(folders, tmp_path, monkeypatch):
+    found = remote_class(folders["hybrid"], tmp_path, monkeypatch)
+    assert found is sessa_torch.hf.SessaForCausalLM
+
+
+def test_without_the_package_the_message_says_how_to_install_it(folders, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sessa_torch.hf", None)
     with pytest.raises(ImportError, match=r"pip install 'sessa-toolchain\[transformers\]'"):
-        dynamic_module_utils.get_class_from_dynamic_module(
-            CODE_KEYS["auto_map"]["AutoModelForCausalLM"], str(folders["hybrid"])
-        )
+        remote_class(folders["hybrid"], tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("kind", ["hybrid", "mamba2_hybrid"])

@@ -88,9 +88,13 @@ def test_a_larger_vocabulary_keeps_the_logits_of_the_old_one(folder, tmp_path):
 
 def test_an_automatic_device_map_changes_nothing(folder):
     placed = AutoModelForCausalLM.from_pretrained(folder, device_map="auto")
+    prompts = PROMPTS.to(placed.device)
     with torch.no_grad():
         expected = load_model(folder, device="cpu")(PROMPTS)
-        assert torch.allclose(placed(PROMPTS).logits.cpu(), expected, atol=1e-4)
+        assert torch.allclose(placed(prompts).logits.cpu(), expected, atol=1e-4)
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    plain = AutoModelForCausalLM.from_pretrained(folder).generate(PROMPTS, **options)
+    assert torch.equal(placed.generate(prompts, **options).cpu(), plain)
 
 
 class Hub(BaseHTTPRequestHandler):

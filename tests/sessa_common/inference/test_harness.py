@@ -153,12 +153,14 @@ def test_bad_requests_are_refused_by_name(folder, tasks, capsys, monkeypatch):
 def test_tasks_that_cannot_run_are_refused(folder, tasks, monkeypatch):
     decoder = framework("torch", "decoding").load_decoder(folder, device="cpu")
     tokenizer = ModelTokenizer.open(folder, decoder.config, parse_special=True)
-    text = (tasks / "writing.yaml").read_text()
-    (tasks / "long.yaml").write_text(
-        text.replace("task: writing", "task: long").replace("toks: 6", "toks: 300")
-    )
-    with pytest.raises(SessaError, match="asks for 300 new tokens"):
-        evaluate_tasks(decoder, tokenizer, ["long"], include_path=tasks)
+    text = (tasks / "writing.yaml").read_text().replace("task: writing", "task: wrong")
+    for old, new, message in (
+        ("toks: 6", "toks: 300", "asks for 300 new tokens"),
+        ("do_sample: false", "num_beams: 2", "generation_kwargs have num_beams"),
+    ):
+        (tasks / "wrong.yaml").write_text(text.replace(old, new))
+        with pytest.raises(SessaError, match=message):
+            evaluate_tasks(decoder, tokenizer, ["wrong"], include_path=tasks)
     # Without the harness's own tasks, whose index takes seconds.
     own = TaskManager(include_path=str(tasks), include_defaults=False)
     monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda **options: own)
