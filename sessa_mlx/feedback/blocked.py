@@ -34,6 +34,8 @@ def solve_forward(
     """
     B, T, D = f.shape
     P = k.shape[1] - T
+    if T == 1 and past_s is not None and P:
+        return _solve_one_row(f, q, k[:, :P], gamma, past_s, key_mask)
     work = mx.float64 if f.dtype == mx.float64 else mx.float32
     q, k, gamma = q.astype(work) * q.shape[-1] ** -0.5, k.astype(work), gamma.astype(work)
     # The states as later rows read them: zero where the key is hidden.
@@ -60,6 +62,29 @@ def solve_forward(
         s.append(_solve_causally(N[:, :, old:], gain, rhs, visible))
         states[:, old:new] = visible_rows(s[-1], visible)
     return mx.concatenate(s, 1).astype(f.dtype), mx.concatenate(lse, 1)
+
+
+def _solve_one_row(
+    f: mx.array,  # (B, 1, D)
+    q: mx.array,  # (B, 1, K)
+    k: mx.array,  # (B, P, K)
+    gamma: mx.array,  # (B, 1)
+    past_s: mx.array,  # (B, P, D)
+    key_mask: mx.array | None,  # (B, P+1)
+) -> tuple[mx.array, mx.array]:
+    """`solve_forward` of one row, which only adds known states: nothing is solved or copied."""
+    work = mx.float64 if f.dtype == mx.float64 else mx.float32
+    q, k, gamma, past_s = (x.astype(work) for x in (q, k, gamma, past_s))
+    scores = (q * q.shape[-1] ** -0.5) @ k.swapaxes(1, 2)  # (B, 1, P)
+    if key_mask is not None:
+        scores = mx.where(key_mask[:, None, : k.shape[1]], scores, -mx.inf)
+    top = mx.maximum(scores.max(-1, keepdims=True), mx.finfo(work).min)
+    weights = exp(scores - top)
+    total = weights.sum(-1, keepdims=True)
+    lse = mx.where(total == 0, mx.inf, mx.log(total) + top).squeeze(-1)
+    gain = gamma[..., None] / mx.where(total == 0, 1, total)
+    s = f.astype(work) + gain * (weights @ visible_rows(past_s, key_mask))
+    return s.astype(f.dtype), lse
 
 
 def solve_backward(
