@@ -13,6 +13,7 @@ import sys
 from types import ModuleType
 
 from sessa_common.errors import SessaError, expect
+from sessa_common.extras import install
 
 BACKENDS = ("auto", "mlx", "torch")
 
@@ -31,9 +32,9 @@ def choose_backend(name: str | None) -> str:
         order = ("mlx", "torch") if apple else ("torch", "mlx")
         name = next((backend for backend in order if is_installed(backend)), "")
         if not name:
-            raise SessaError("neither mlx nor torch is installed; pip install one of them")
+            raise SessaError(f"neither mlx nor torch is installed; {install('torch')} or [mlx]")
     if not is_installed(name):
-        raise SessaError(f"backend {name} is not installed; pip install {name}")
+        raise SessaError(f"backend {name} is not installed; {install(name)}")
     return name
 
 

@@ -12,14 +12,19 @@ from typing import Any
 
 import mlx.core as mx
 from mlx import nn
-from mlx_lm.models.cache import ArraysCache, CacheList, KVCache
 
 from sessa_common.checkpoint.folder import channels_first
 from sessa_common.checkpoint.stored_types import is_exact
 from sessa_common.config import SessaConfig
+from sessa_common.extras import install
 from sessa_common.layer_kinds import OLD_KEYS
 from sessa_mlx._linear import Linear, adds_bias_apart
 from sessa_mlx.model import SessaForCausalLM
+
+try:
+    from mlx_lm.models.cache import ArraysCache, CacheList, KVCache
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(f"{error}; {install('mlx-lm')}", name=error.name) from None
 
 
 class ModelArgs(SessaConfig):

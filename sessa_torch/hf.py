@@ -12,16 +12,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    Cache,
-    DynamicCache,
-    GenerationMixin,
-    PreTrainedModel,
-)
-from transformers.generation import GenerationConfig, GenerationMode
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.utils import can_return_tuple
+
+from sessa_common.extras import install
+
+try:
+    from transformers import (
+        AutoModelForCausalLM,
+        Cache,
+        DynamicCache,
+        GenerationMixin,
+        PreTrainedModel,
+    )
+    from transformers.generation import GenerationConfig, GenerationMode
+    from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+    from transformers.utils import can_return_tuple
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(f"{error}; {install('transformers')}", name=error.name) from None
 
 from sessa_common import config as shared
 from sessa_common.checkpoint.initialization import initial_weights

@@ -22,6 +22,7 @@ from sessa_common.experiments.influence_job import (
 )
 from sessa_common.experiments.influence_picture import draw_influence
 from sessa_common.experiments.influence_report import DRAWS, MEANING, Measurement, measure
+from sessa_common.extras import install
 from sessa_common.frameworks import choose_backend, framework
 from sessa_common.json_files import read_json
 from sessa_common.storage import write_json
@@ -112,7 +113,7 @@ def influence(
         if table.row_count:
             console.print(table)
     say(console, MEANING)
-    picture = out if is_drawn else "no picture, because matplotlib is not installed"
+    picture = out if is_drawn else f"no picture, which needs matplotlib ({install('plot')})"
     say(console, f"{picture}, numbers in {numbers}")
 
 

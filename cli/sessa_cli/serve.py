@@ -10,8 +10,9 @@ from sessa_cli import generation_options as options
 from sessa_cli.runtimes import open_decoder, say_aside
 from sessa_common.checkpoint.conversion import parse_size
 from sessa_common.errors import SessaError
+from sessa_common.extras import install
 
-INSTALL = "pip install 'sessa-toolchain[serve]'"
+INSTALL = install("serve")
 
 
 def serve(

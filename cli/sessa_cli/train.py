@@ -17,6 +17,7 @@ from sessa_common.checkpoint.run_files import LOSS_PICTURE, RESULT
 from sessa_common.config import SessaConfig
 from sessa_common.data.task_registry import TASKS
 from sessa_common.errors import SessaError
+from sessa_common.extras import install
 from sessa_common.frameworks import choose_backend, framework
 from sessa_common.layer_kinds import KINDS
 from sessa_common.presets import PRESETS
@@ -173,7 +174,7 @@ def train(
         again = f"sessa generate {result.folder}"
         say(console, f"wrote {result.folder} in {watch.seconds:.0f} s; try: {again}")
     if not importlib.util.find_spec("matplotlib"):
-        say(console, f"no {LOSS_PICTURE}: it needs matplotlib (pip install matplotlib)")
+        say(console, f"no {LOSS_PICTURE}: it needs matplotlib ({install('plot')})")
     if json_output:
         print_json(summary)
     if not result.finished:

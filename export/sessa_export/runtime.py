@@ -10,6 +10,7 @@ import numpy as np
 
 from sessa_common.config import SessaConfig
 from sessa_common.errors import SessaError
+from sessa_common.extras import install
 from sessa_common.inference.cache_contents import (
     MASK,
     check_cache_arrays,
@@ -23,7 +24,7 @@ from sessa_export.caches import BufferedCaches, GrownCaches
 from sessa_export.sessions import CONFIG_KEY, DTYPE_KEY, device_of, open_session
 
 MODEL_FILE = "model.onnx"
-INSTALL = "pip install 'sessa-toolchain[onnx]'"
+INSTALL = install("onnx")
 
 
 def require_onnx() -> None:

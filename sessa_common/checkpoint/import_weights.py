@@ -17,6 +17,7 @@ from sessa_common.checkpoint.initialization import initial_weights
 from sessa_common.checkpoint.quantization import dequantize_weights, is_quantized
 from sessa_common.config import SessaConfig, parameter_shapes
 from sessa_common.errors import SessaError
+from sessa_common.extras import install
 from sessa_common.frameworks import framework, is_installed
 from sessa_common.input_files import require_modest_archive
 from sessa_common.layer_kinds import LayerKind, infer_kind
@@ -61,7 +62,7 @@ def read_arrays(path: Path) -> Tensors:
         return read_safetensors(path)
     if path.suffix in TORCH_SUFFIXES:
         if not is_installed("torch"):
-            raise SessaError(f"{path}: reading it needs PyTorch; pip install torch")
+            raise SessaError(f"{path}: reading it needs PyTorch; {install('torch')}")
         return framework("torch", "state_dict_file").read_state_dict(path)
     if path.suffix != ".npz":
         raise SessaError(f"{path}: expected a checkpoint folder, .safetensors, .npz, .pt or .pth")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sessa_common.config import SessaConfig
+from sessa_common.extras import install
 from sessa_common.json_files import read_json
 from sessa_common.storage import write_json, write_text
 
@@ -29,7 +30,7 @@ try:
 except ModuleNotFoundError as error:
     raise ImportError(
         f"This model needs sessa-toolchain ({{error}}); "
-        "install it with: pip install 'sessa-toolchain[{client}]'"
+        "install it with: {command}"
     ) from error
 
 __all__ = [{quoted}]
@@ -38,7 +39,13 @@ __all__ = [{quoted}]
 
 def _text(client: str, module: str, *names: str) -> str:
     quoted = ", ".join(f'"{name}"' for name in names)
-    return TEXT.format(client=client, module=module, names=", ".join(names), quoted=quoted)
+    return TEXT.format(
+        client=client,
+        module=module,
+        names=", ".join(names),
+        quoted=quoted,
+        command=install(client),
+    )
 
 
 CODE_FILES = {

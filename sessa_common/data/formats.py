@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from sessa_common.errors import SessaError, check_text
+from sessa_common.extras import install
 from sessa_common.input_files import FREE_BYTES, open_regular, reason, require_regular
 
 PLAIN = (".txt", ".md", ".py")
@@ -199,12 +200,12 @@ def _open_zstd(path: Path, file: BinaryIO) -> Any:
         return reader(file, read_across_frames=True)
     if importlib.util.find_spec("pyarrow") is not None:
         return importlib.import_module("pyarrow").CompressedInputStream(file, "zstd")
-    raise SessaError(f"{path}: reading .zst needs zstandard; pip install zstandard")
+    raise SessaError(f"{path}: reading .zst needs zstandard or pyarrow; {install('data')}")
 
 
 def _parquet_rows(path: Path, column: str) -> Iterator[Row]:
     if importlib.util.find_spec("pyarrow") is None:
-        raise SessaError(f"{path}: reading .parquet needs pyarrow; pip install pyarrow")
+        raise SessaError(f"{path}: reading .parquet needs pyarrow; {install('data')}")
     import pyarrow
     from pyarrow import parquet
 

@@ -23,6 +23,7 @@ from sessa_common.checkpoint.run_files import TRAINING
 from sessa_common.data.formats import EXPECTED, Row, decode, field_of, format_of, read_rows
 from sessa_common.data.token_shards import TokenShards, is_token_folder
 from sessa_common.errors import SessaError
+from sessa_common.extras import install
 from sessa_common.input_files import reason, require_regular
 from sessa_common.train_config import TrainConfig
 
@@ -317,7 +318,7 @@ def _read_stream(stream: Any) -> str:
 
 def _hub_rows(name: str, source: TextSource) -> Iterator[Row]:
     if importlib.util.find_spec("datasets") is None:
-        raise SessaError(f"{HUB_PREFIX}{name}: reading it needs datasets; pip install datasets")
+        raise SessaError(f"{HUB_PREFIX}{name}: reading it needs datasets; {install('data')}")
     import datasets
     from huggingface_hub import HfApi
 

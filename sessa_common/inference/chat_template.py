@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from sessa_common.errors import SessaError
+from sessa_common.extras import install
 from sessa_common.inference.model_tokenizer import ModelTokenizer, encode_prompt
 from sessa_common.input_files import read_limited
 from sessa_common.json_files import read_json
 
-INSTALL = "pip install 'sessa-toolchain[chat]'"
+INSTALL = install("chat")
 LARGEST_TEMPLATE = 2**20
 # The template that fine-tuning gives to a model without one.
 DEFAULT_TEMPLATE = """\

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sessa_common.errors import SessaError, expect
+from sessa_common.extras import install
 from sessa_common.frameworks import is_installed
 from sessa_common.inference.generation import Decoder
 from sessa_common.inference.model_tokenizer import ModelTokenizer
@@ -32,9 +33,7 @@ class TaskScores:
 def require_harness() -> None:
     """Raise SessaError unless lm-evaluation-harness can be imported."""
     if not is_installed("lm_eval"):
-        raise SessaError(
-            "benchmarks need lm-evaluation-harness; pip install 'sessa-toolchain[eval]'"
-        )
+        raise SessaError(f"benchmarks need lm-evaluation-harness; {install('eval')}")
 
 
 def evaluate_tasks(

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sessa_common.errors import SessaError
+from sessa_common.extras import install
 from sessa_common.json_files import parse_json
 
 if TYPE_CHECKING:
     from sessa_common.inference.model_tokenizer import ModelTokenizer
 
-INSTALL = "pip install 'sessa-toolchain[json]'"
+INSTALL = install("json")
 
 
 class JsonGrammar:

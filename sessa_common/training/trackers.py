@@ -13,12 +13,13 @@ from typing import Any
 
 from sessa_common.checkpoint.run_files import TENSORBOARD, TRACKING
 from sessa_common.errors import SessaError
+from sessa_common.extras import install
 from sessa_common.json_files import read_json
 from sessa_common.storage import write_json
 from sessa_common.training.run_folder import Run
 from sessa_common.training.trainer import Reporter
 
-INSTALL = "pip install 'sessa-toolchain[track]'"
+INSTALL = install("track")
 # Entries of a record that are no measure of it.
 NO_MEASURES = ("step", "tokens", "seconds")
 

@@ -10,6 +10,8 @@ import importlib.util
 
 import torch
 
+from sessa_common.extras import install
+
 # CUDA allows this many programs in the second and third dimension of a grid.
 MOST_SEQUENCES = 65535
 OLDEST_CAPABILITY = (8, 0)
@@ -34,7 +36,7 @@ def unavailable_reason(device: torch.device, dtype: torch.dtype) -> str | None:
 def missing_triton() -> str | None:
     """The reason why Triton cannot be used here, or None if it can."""
     if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed (pip install triton)"
+        return f"Triton is not installed ({install('cuda')})"
     if importlib.util.find_spec("triton.tools.tensor_descriptor") is None:
         return "Triton is older than 3.4 (PyTorch 2.8 brings it)"
     return None

@@ -469,7 +469,9 @@ def test_backend_auto_prefers_mlx_on_apple_silicon(monkeypatch):
     monkeypatch.setattr("sessa_common.frameworks.is_installed", lambda name: False)
     with pytest.raises(SessaError, match="neither mlx nor torch"):
         choose_backend("auto")
-    with pytest.raises(SessaError, match="backend mlx is not installed; pip install mlx"):
+    with pytest.raises(
+        SessaError, match=r"backend mlx is not installed; pip install 'sessa-toolchain\[mlx\]'"
+    ):
         choose_backend("mlx")
 
 
