@@ -36,7 +36,7 @@ KINDS = {
     "mamba2": "mamba2",
 }
 # The kinds of caches that mlx-lm treats differently.
-TRIMMABLE = ["sessa", "standard"]
+TRIMMABLE = ["standard"]
 CACHES = [*TRIMMABLE, "hybrid"]
 PROMPT = np.random.default_rng(0).integers(0, 256, 37)
 COUNT = 24

@@ -7,15 +7,21 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
-from support.export_models import small_config, write_checkpoint
+from support.export_models import lively_weights, small_config, write_checkpoint
 
 from sessa_common.errors import SessaError
 
 pytest.importorskip("mlx_lm", reason="the extra mlx-lm is not installed")
 
+from mlx_lm import utils
+
 import sessa_mlx
 from sessa_common.checkpoint.folder import load_packed_weights, load_weights
+from sessa_common.checkpoint.remote_code import CODE_FILES
+from sessa_mlx import lm_commands
+from sessa_mlx.decoding import load_decoder
 from sessa_mlx.model import SessaLayer
 
 LAYERS = ("mamba2", "sessa", "sessa_transformer", "gated_attention")
@@ -82,16 +88,13 @@ def test_generate_writes_the_text_of_sessa_generate(mlx_lm, folder):
     assert generated(mlx_lm, folder) == own(folder)
 
 
-def test_a_cached_prompt_is_read_back(mlx_lm, folder, tmp_path):
-    cache = tmp_path / "cache.safetensors"
-    mlx_lm("cache_prompt", "--model", folder, "--prompt", "Hello", "--prompt-cache-file", cache)
-    out = mlx_lm(
-        "generate", "--model", folder, "--prompt-cache-file", cache, "--prompt", "x", "-m", 4
-    )
-    assert "Generation: 4 tokens" in out
+SLOW = pytest.mark.slow
 
 
-@pytest.mark.parametrize("mode", ["affine", "mxfp4", "nvfp4", "mxfp8"])
+@pytest.mark.parametrize(
+    "mode",
+    ["affine", "mxfp4", pytest.param("nvfp4", marks=SLOW), pytest.param("mxfp8", marks=SLOW)],
+)
 def test_quantised_folders_generate_and_are_dequantised(mlx_lm, folder, tmp_path, mode):
     packed, dense = tmp_path / "packed", tmp_path / "dense"
     mlx_lm("convert", "--hf-path", folder, "--mlx-path", packed, "-q", "--q-mode", mode)
@@ -126,6 +129,29 @@ def test_gptq_quantises_every_matrix_but_the_gain(mlx_lm, folder, tmp_path, cali
     assert {packing.bits for name, packing in packed.items() if name != EMBEDDING} == {4}
 
 
+@SLOW
+def test_learned_scales_differ_from_rounded_ones(mlx_lm, folder, data, tmp_path):
+    """DWQ starts from the rounded model and leaves another one, packed in the same way."""
+    rounded, out = tmp_path / "rounded", tmp_path / "learned"
+    mlx_lm("convert", "--hf-path", folder, "--mlx-path", rounded, "-q")
+    few = ("--num-samples", 4, "--batch-size", 2, "--max-seq-length", 33, "--data-path", data)
+    mlx_lm("quant.dwq", "--model", folder, "--mlx-path", out, "--learning-rate", 0.001, *few)
+    assert generated(mlx_lm, out) == own(out)
+    before, after = (load_packed_weights(path) for path in (rounded, out))
+    assert before[2] == after[2]
+    assert any((value != after[1][name]).any() for name, value in before[1].items())
+
+
+@SLOW
+def test_sensitive_matrices_get_more_bits(mlx_lm, folder, tmp_path, calibration, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where mlx-lm leaves the sensitivities
+    out = tmp_path / "packed"
+    mlx_lm("quant.dynamic_quant", "--model", folder, "--mlx-path", out)
+    assert generated(mlx_lm, out) == own(out)
+    _, _, packed = load_packed_weights(out)
+    assert {packing.bits for packing in packed.values()} == {4, 5}
+
+
 def test_awq_knows_its_architectures_only(mlx_lm, folder, tmp_path, calibration):
     with pytest.raises(NotImplementedError, match="sessa"):
         mlx_lm("quant.awq", "--model", folder, "--mlx-path", tmp_path / "packed")
@@ -147,7 +173,7 @@ def train(mlx_lm, folder, data, out, *options) -> None:
     )
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("kind", ["lora", pytest.param("dora", marks=SLOW)])
 def test_an_adapter_is_trained_and_fused(mlx_lm, folder, data, tmp_path, kind):
     adapter, fused = tmp_path / "adapter", tmp_path / "fused"
     train(mlx_lm, folder, data, adapter, "--fine-tune-type", kind)
@@ -173,10 +199,79 @@ def test_repeating_the_layers_in_the_backward_pass_trains_the_same(
         assert mx.allclose(value, found[1][name], atol=1e-5).item(), name
 
 
-def test_measurements_run(mlx_lm, folder, data):
-    assert "generation_tps" in mlx_lm("benchmark", "--model", folder, "-p", 20, "-g", 4, "-n", 1)
-    more = ("--data-path", data, "--sequence-length", 32, "--num-samples", 2)
-    assert "Perplexity" in mlx_lm("perplexity", "--model", folder, *more)
+QUESTIONS = (("a", "b", "Yes"), ("The sun is", "hot", "cold"), ("x", "y y y", "z"))
+TASK = """
+task: choices
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: answer
+metric_list: [{{metric: acc}}]
+"""
+
+
+def test_evaluate_scores_as_the_decoder_does(mlx_lm, folder, tmp_path, monkeypatch):
+    """One more question is answered rightly than the decoder's own likelihoods would get."""
+    pytest.importorskip("lm_eval", reason="the evaluation harness is not installed")
+    monkeypatch.chdir(tmp_path)
+    best = [
+        int(np.argmax([likelihood(folder, q, c) for c in choices])) for q, *choices in QUESTIONS
+    ]
+    keys = [*best[:-1], 1 - best[-1]]
+    lines = [
+        json.dumps({"question": question, "choices": choices, "answer": key})
+        for (question, *choices), key in zip(QUESTIONS, keys, strict=True)
+    ]
+    (tmp_path / "test.jsonl").write_text("\n".join(lines))
+    (tmp_path / "task.yaml").write_text(TASK.format(data=tmp_path / "test.jsonl"))
+    mlx_lm("evaluate", "--model", folder, "--tasks", "task.yaml", "--no-apply-chat-template")
+    (result,) = (json.loads(path.read_text()) for path in tmp_path.glob("eval*"))
+    assert result["choices"]["acc,none"] == pytest.approx(2 / 3)
+
+
+def likelihood(folder: Path, question: str, choice: str) -> float:
+    """The log-likelihood of a choice behind a question, by the decoder of sessa."""
+    prompt, ids = (list(text.encode()) for text in (question, f"{question} {choice}"))
+    logits = load_decoder(folder).logits(np.array([ids]))[0].astype(np.float64)
+    logprobs = logits - np.logaddexp.reduce(logits, -1, keepdims=True)
+    return sum(logprobs[i - 1, ids[i]] for i in range(len(prompt), len(ids)))
+
+
+@pytest.fixture
+def untrusting(monkeypatch, capsys):
+    """Run a command through `sessa_mlx.lm_commands`, which runs no file of a folder."""
+    for name in ("load_model", "load_tokenizer"):
+        monkeypatch.setattr(utils, name, getattr(utils, name))
+
+    def run(*arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["lm_commands", *map(str, arguments)])
+        capsys.readouterr()
+        lm_commands.main()
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_a_draft_folder_does_not_change_the_text(untrusting, tmp_path):
+    config = small_config("untied", layer_kinds=("sessa", "sessa_transformer"))
+    model, draft = tmp_path / "model", tmp_path / "draft"
+    for seed, path in enumerate((model, draft)):
+        write_checkpoint(path, config, lively_weights(config, seed))
+        for code in CODE_FILES:
+            (path / code).write_text("raise AssertionError")
+    more = ("--prompt", PROMPT, "--max-tokens", 16, "--ignore-chat-template")
+    out = untrusting("generate", "--model", model, "--draft-model", draft, *more)
+    assert out.split("=" * 10)[1].strip() == own(model)
+
+
+def test_a_folder_written_without_the_option_keeps_its_code_file(untrusting, folder, tmp_path):
+    untrusting("convert", "--hf-path", folder, "--mlx-path", tmp_path / "packed", "-q")
+    keys = json.loads((tmp_path / "packed/config.json").read_text())
+    assert keys["model_file"] == "mlx_lm_model.py"
+    assert (tmp_path / "packed/mlx_lm_model.py").is_file()
 
 
 def test_chat_answers(mlx_lm, folder, monkeypatch):

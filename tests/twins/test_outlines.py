@@ -29,7 +29,7 @@ ONE_SIDED = {
     "feedback/outputs.py",
     "feedback/products.py",
     "hf",
-    "lm.py",
+    "lm",
     "state_dict_file.py",
 }
 # The name of a module's call differs between the frameworks.
