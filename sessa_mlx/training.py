@@ -150,6 +150,8 @@ class TrainBackend:
         self.parameters: Arrays = {name: p for name, p in every.items() if name in trained}
         # The model keeps the others, in the type that it computes with.
         self.frozen = self._computed({n: p for n, p in every.items() if n not in trained})
+        # Threads of a step cannot evaluate what another thread has begun.
+        mx.eval(self.frozen)
         self.model.update(tree_unflatten(list(self.frozen.items())))
         self.head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
         self.moments: dict[str, Arrays] = {

@@ -67,6 +67,7 @@ def finetune_run(
     """
     expect(settings.tokenizer is None, "`tokenizer`", settings.tokenizer, "that of the model")
     expect(settings.task is None, "`task`", settings.task, "texts or examples in `data`")
+    settings = _with_split_files(settings)
     # Fails early, for parts that the model does not have.
     trained_shapes(config, settings)
     text = _Text.open(base, config)
@@ -86,6 +87,22 @@ def finetune_run(
         base=base,
         chat_template=DEFAULT_TEMPLATE if given else None,
     )
+
+
+def _with_split_files(settings: TrainConfig) -> TrainConfig:
+    """Settings for a folder of data in mlx-lm's form: train.jsonl, and valid.jsonl if there is one.
+
+    Its test.jsonl is left alone.
+    """
+    if len(settings.data) != 1:
+        return settings
+    train, valid = (Path(settings.data[0]) / f"{name}.jsonl" for name in ("train", "valid"))
+    if not train.is_file():
+        return settings
+    held_out = settings.validation_data
+    if not held_out and valid.is_file():
+        held_out = (str(valid),)
+    return dataclasses.replace(settings, data=(str(train),), validation_data=held_out)
 
 
 def resumed_finetune_run(folder: Path, settings: TrainConfig, tell: Tell) -> Run:

@@ -10,12 +10,16 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from support.adapters import write_model
+from support.adapters import CONFIG, write_model
 
 from sessa_common import convert
 from sessa_common.checkpoint.adapters import read_adapter
 from sessa_common.checkpoint.folder import load_weights, save_weights
+from sessa_common.checkpoint.initialization import initial_weights
+from sessa_common.data.batches import next_token_batch
+from sessa_common.train_config import TrainConfig
 from sessa_common.training.metrics import read_metrics
+from sessa_common.training.trained_parameters import with_adapter
 
 TWINS = ("torch", "mlx")
 # The number of steps that the comparison of the frameworks is made over, and that of other runs.
@@ -97,6 +101,21 @@ def test_the_losses_of_both_frameworks_are_equal(runs: Any, way: str) -> None:
     assert len(torch) == WAYS[way].get("steps", STEPS) + 1
     np.testing.assert_allclose(mlx, torch, rtol=1e-5)
     assert torch[-2] < torch[0] - 0.05
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_lora_in_bfloat16_is_near_lora_in_float32(name: str) -> None:
+    weights, losses = initial_weights(CONFIG, 1), {}
+    for precision in ("float32", "bfloat16"):
+        settings = TrainConfig(train="lora", precision=precision, compile=False)
+        given = with_adapter(CONFIG, settings, weights)
+        training = importlib.import_module(f"sessa_{name}.training")
+        backend = training.TrainBackend(CONFIG, settings, given, "cpu")
+        batch = next_token_batch(np.arange(60, dtype=np.int32).reshape(2, 30))
+        losses[precision] = [backend.step([batch], 0.02)[0] for _ in range(3)]
+        assert backend.weights()["model.layers.0.W_in.lora_A.weight"].dtype == np.float32
+    assert losses["bfloat16"] != losses["float32"]
+    np.testing.assert_allclose(losses["bfloat16"], losses["float32"], rtol=5e-3)
 
 
 @pytest.mark.parametrize("name", TWINS)

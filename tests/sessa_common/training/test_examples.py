@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from support.adapters import CONFIG as MODEL_CONFIG
+from support.adapters import write_model
 
 from sessa_common.config import SessaConfig
 from sessa_common.data.corpus import say_nothing
@@ -18,6 +21,7 @@ from sessa_common.inference.model_tokenizer import ModelTokenizer
 from sessa_common.train_config import TrainConfig
 from sessa_common.training.example_batches import ExampleBatches, pack_examples
 from sessa_common.training.examples import Example, has_examples, read_examples
+from sessa_common.training.finetuning import finetune_run
 
 CONFIG = SessaConfig(
     vocab_size=257, hidden_size=8, max_position_embeddings=40, eos_token_id=BYTES_END_ID
@@ -104,6 +108,18 @@ def test_the_first_row_says_what_a_file_has(tmp_path: Path) -> None:
         has_examples([chat, text], "text")
     with pytest.raises(SessaError, match="no row in it"):
         has_examples([write(tmp_path / "c.jsonl")], "text")
+
+
+def test_a_folder_of_mlx_lm_keeps_its_parts_apart(tmp_path: Path) -> None:
+    for part, count in (("train", 3), ("valid", 2), ("test", 5)):
+        write(tmp_path / f"{part}.jsonl", *[{"prompt": "a", "completion": "b"}] * count)
+    base = write_model(tmp_path / "base")
+    settings = TrainConfig.for_finetuning()
+    settings = dataclasses.replace(settings, data=(str(tmp_path),), batch_size=4)
+    run = finetune_run(tmp_path / "out", base, MODEL_CONFIG, settings, say_nothing)
+    assert run.source.summary.startswith("3 training examples")
+    assert [len(batch.inputs) for batch in run.source.validation()] == [2]
+    assert run.settings.data == (str(tmp_path / "train.jsonl"),)
 
 
 def examples(*lengths: int) -> list[Example]:
