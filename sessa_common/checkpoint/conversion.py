@@ -25,7 +25,7 @@ from sessa_common.checkpoint.folder import (
 from sessa_common.checkpoint.import_weights import Tensors
 from sessa_common.checkpoint.llama_names import their_config, their_tensors
 from sessa_common.checkpoint.manifest import SAVES, read_manifest
-from sessa_common.checkpoint.model_card import CardFacts, write_model_card
+from sessa_common.checkpoint.model_card import CARD, CardFacts, is_own_card, write_model_card
 from sessa_common.checkpoint.quantization import (
     GROUP_SIZE,
     quantize_weights,
@@ -277,7 +277,7 @@ def _carry_files(source: Source, scratch: Path, left_out: Mapping[str, bool]) ->
     if (folder := source.folder) is None:
         return []
     written_anew = dict.fromkeys((MANIFEST, "config.json", *CODE_FILES), True)
-    left_out = {**written_anew, **left_out}
+    left_out = {**written_anew, CARD: is_own_card(folder / CARD), **left_out}
     carried = []
     for path in sorted(folder.iterdir()):
         weights = is_model_file(path.name) or path.match("*weight*.npz")
