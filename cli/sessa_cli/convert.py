@@ -149,10 +149,11 @@ def convert(
 def _show(report: Report, target: Path) -> None:
     console = make_console()
     files = len([name for name in report.files if name.endswith(".safetensors")])
+    where = f" in {files} file{'s' if files > 1 else ''}" if files else ""
     say(
         console,
         f"{target}: {report.parameters:,} parameters, {report.bytes / 1e6:.2f} MB of "
-        f"{report.dtype} in {files} file{'s' if files > 1 else ''}; source: {report.source}",
+        f"{report.dtype}{where}; source: {report.source}",
     )
     for note in report.notes:
         say(console, f"  {note}")

@@ -74,6 +74,8 @@ class Report:
 
     def proof(self) -> str:
         """One line that says what was compared and how it came out."""
+        if not self.files:
+            return "no weight was written"
         if self.exact:
             return f"bit-exact: all {self.parameters:,} parameters read back equal to the source"
         return (
@@ -312,7 +314,7 @@ def _same(one: np.ndarray | None, other: np.ndarray) -> bool:
 
 
 def report_unchanged(source: Source, note: str) -> Report:
-    """The report on a folder that was read and not written."""
+    """The report on a folder whose weights were read and not written."""
     source.notes.append(note)
     return _report(source, source.weights, source.weights, [], [])
 
