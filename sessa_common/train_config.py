@@ -152,6 +152,12 @@ class TrainConfig:
             chosen = isinstance(value, bool) or (name == "compile" and value is None)
             expect(chosen, name, value, "true or false")
         self._check_texts()
+        for field in dataclasses.fields(self):
+            lora = field.name.startswith("lora_") and "lora" not in self.train
+            require(
+                not lora or getattr(self, field.name) == field.default,
+                f"`{field.name}` has no effect, because `train` is {self.train}; leave it out",
+            )
 
     def _as_float(self, name: str) -> float:
         # A file may write 0 for 0.0, which PyTorch's optimizer does not take.

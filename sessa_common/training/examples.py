@@ -51,11 +51,16 @@ def has_examples(names: Sequence[str], text_field: str) -> bool:
     The first row of each .jsonl file decides. Raises SessaError for rows of another kind, and when
     some files have examples and others texts.
     """
-    kinds = {
-        _kind_of_file(path, text_field): path
-        for name in split_weights(names)[0]
-        for path in _files(name)
-    }
+    kinds: dict[str, Path | str] = {}
+    for name in split_weights(names)[0]:
+        if (
+            name in ("pydoc", STANDARD_INPUT)
+            or name.startswith(HUB_PREFIX)
+            or is_token_folder(name)
+        ):
+            kinds["text"] = name
+        else:
+            kinds |= {_kind_of_file(path, text_field): path for path in find_files(name)}
     examples = {kind: path for kind, path in kinds.items() if kind != "text"}
     if examples and "text" in kinds:
         path = next(iter(examples.values()))
@@ -63,11 +68,6 @@ def has_examples(names: Sequence[str], text_field: str) -> bool:
             f"{path} has conversations and {kinds['text']} has texts; train on one kind at a time"
         )
     return bool(examples)
-
-
-def _files(name: str) -> list[Path]:
-    other = name in ("pydoc", STANDARD_INPUT) or name.startswith(HUB_PREFIX)
-    return [] if other or is_token_folder(name) else find_files(name)
 
 
 def _kind_of_file(path: Path, text_field: str) -> str:
@@ -97,9 +97,8 @@ def read_examples(
 ) -> tuple[list[Example], bool]:
     """Read every example of the named .jsonl files; the second result says if any has messages.
 
-    `loss_on` is "answers" or "all", `end_id` ends a completion. Raises
-    SessaError with file and line for a row that is no example, and for messages that the template
-    refuses.
+    `loss_on` is "answers" or "all", `end_id` ends a completion. Raises SessaError with file and
+    line for a row that is no example, and for messages that the template refuses.
     """
     written = [
         _write(row, where, template)

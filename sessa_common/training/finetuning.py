@@ -72,6 +72,12 @@ def finetune_run(
     trained_shapes(config, settings)
     text = _Text.open(base, config)
     examples = has_examples(settings.data, settings.text_field)
+    for name in () if examples else ("loss_on", "packing"):
+        if getattr(settings, name) != getattr(TrainConfig(), name):
+            raise SessaError(
+                f"`{name}` is about conversations and prompts, but `data` has texts, which fill "
+                "their rows and count as a whole; leave it out"
+            )
     settings = dataclasses.replace(settings, base=str(base.resolve()), examples=examples)
     source, has_messages = read_source(text, config, settings, tell)
     config = dataclasses.replace(config, dtype="float32")

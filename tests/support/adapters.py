@@ -43,7 +43,8 @@ def write_model(folder: Path) -> Path:
 def write_random_adapter(folder: Path, train: str = "feedback+lora") -> Path:
     """Write an adapter of rank 3 and scale 5/3, every array of it random."""
     folder.mkdir()
-    settings = TrainConfig(train=train, lora_rank=3, lora_alpha=5)
+    lora = {"lora_rank": 3, "lora_alpha": 5.0} if "lora" in train else {}
+    settings = TrainConfig(train=train, **lora)
     shapes, rng = trained_shapes(CONFIG, settings), np.random.default_rng(1)
     write_adapter(
         folder,

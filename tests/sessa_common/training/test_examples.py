@@ -106,6 +106,8 @@ def test_the_first_row_says_what_a_file_has(tmp_path: Path) -> None:
     assert not has_examples([write(tmp_path / "b.jsonl", {"prompt": "a", "body": "b"})], "body")
     with pytest.raises(SessaError, match=r"chat.jsonl has conversations and .*text.jsonl has"):
         has_examples([chat, text], "text")
+    with pytest.raises(SessaError, match=r"chat.jsonl has conversations and pydoc has texts"):
+        has_examples([chat, "pydoc"], "text")
     with pytest.raises(SessaError, match="no row in it"):
         has_examples([write(tmp_path / "c.jsonl")], "text")
 
@@ -120,6 +122,17 @@ def test_a_folder_of_mlx_lm_keeps_its_parts_apart(tmp_path: Path) -> None:
     assert run.source.summary.startswith("3 training examples")
     assert [len(batch.inputs) for batch in run.source.validation()] == [2]
     assert run.settings.data == (str(tmp_path / "train.jsonl"),)
+
+
+def test_settings_without_effect_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(SessaError, match="`lora_rank` has no effect, because `train` is all"):
+        TrainConfig(lora_rank=3)
+    text = write(tmp_path / "text.jsonl", {"text": "a"})
+    settings = TrainConfig(train="lora", data=(text,), packing=True)
+    with pytest.raises(SessaError, match="`packing` is about conversations"):
+        finetune_run(
+            tmp_path / "out", write_model(tmp_path / "b"), MODEL_CONFIG, settings, say_nothing
+        )
 
 
 def examples(*lengths: int) -> list[Example]:
