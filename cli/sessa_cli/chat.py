@@ -14,15 +14,18 @@ import typer
 
 from sessa_cli import generation_options as options
 from sessa_cli.common import make_console, say
-from sessa_cli.generation_options import read_rules, read_sampling
+from sessa_cli.generation_options import read_rules, read_sampling, read_shortcuts
 from sessa_cli.messages import name_options
-from sessa_cli.runtimes import open_decoder
+from sessa_cli.runtimes import find_home
 from sessa_cli.terminal import for_output
 from sessa_common.checkpoint.adapters import text_folder
 from sessa_common.errors import SessaError
 from sessa_common.inference.chat_template import ChatTemplate, check_messages
 from sessa_common.inference.conversation import Conversation
 from sessa_common.inference.model_tokenizer import ModelTokenizer
+from sessa_common.inference.prompt_cache import CacheOwner
+from sessa_common.inference.prompt_cache import save_prompt_cache as write_cache
+from sessa_common.inference.shortcuts import start_conversation
 from sessa_common.json_files import read_json
 from sessa_common.storage import write_json
 
@@ -56,6 +59,11 @@ def chat(
     logit_bias: options.LogitBias = None,
     json_schema: options.JsonSchema = None,
     seed: options.Seed = None,
+    prompt_cache: options.PromptCache = None,
+    save_prompt_cache: options.SavePromptCache = None,
+    draft_model: options.DraftModel = None,
+    draft_tokens: options.DraftTokens = None,
+    prompt_lookup: options.PromptLookup = None,
     backend: options.Backend = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
@@ -67,17 +75,22 @@ def chat(
     Example: sessa chat runs/first --system "You are brief."
     """
     sampling, rules = read_sampling(context.params), read_rules(context.params)
+    shortcuts = read_shortcuts(context.params)
     before = [] if conversation is None else _read(conversation)
-    decoder = open_decoder(checkpoint, backend, device, dtype, native, no_graphs, adapter)
+    home = find_home(checkpoint, backend, device, dtype, native, no_graphs, adapter)
+    decoder = home.open(checkpoint)
     texts = text_folder(checkpoint, adapter)
+    tokenizer = ModelTokenizer.open(texts, decoder.config)
+    begun = start_conversation(shortcuts, decoder, tokenizer, home)
     talk = Conversation(
-        decoder,
-        ModelTokenizer.open(texts, decoder.config),
+        begun.decoder,
+        tokenizer,
         ChatTemplate.open(texts),
         sampling,
         rules=rules,
         max_tokens=max_tokens,
         system=system,
+        cached=begun.prompts[0][: begun.cached],
     )
     talk.restore(before)
     if talk.template.source is None:
@@ -88,6 +101,18 @@ def chat(
             _obey(talk, line)
         elif line:
             _answer(talk, line)
+    if begun.acceptance is not None:
+        _tell(str(begun.acceptance))
+    if begun.owner is not None and save_prompt_cache is not None:
+        _save_cache(talk, save_prompt_cache, begun.owner)
+
+
+def _save_cache(talk: Conversation, path: Path, owner: CacheOwner) -> None:
+    if ids := talk.cached[: talk.decoder.length]:
+        write_cache(path, talk.decoder, ids, owner)
+        _tell(f"the cache of {len(ids)} tokens is in {path}")
+    else:
+        _tell(f"nothing was said, so {path} was not written")
 
 
 def _lines() -> Iterator[str]:

@@ -10,20 +10,19 @@ from typing import Annotated, Any
 import typer
 
 from sessa_cli import generation_options as options
-from sessa_cli.common import Stopwatch, given_fields, print_json
+from sessa_cli.common import Stopwatch, print_json
 from sessa_cli.generate_file import open_lines, write_lines
-from sessa_cli.generation_options import read_rules, read_sampling
+from sessa_cli.generation_options import read_rules, read_sampling, read_shortcuts
 from sessa_cli.runtimes import find_home, say_aside
 from sessa_cli.terminal import for_output, read_standard_input
 from sessa_common.checkpoint.adapters import text_folder
 from sessa_common.data.formats import decode
 from sessa_common.errors import SessaError
-from sessa_common.fields import build
 from sessa_common.inference.chat_template import ChatTemplate, with_system
 from sessa_common.inference.logit_rules import prepare_rules
 from sessa_common.inference.model_tokenizer import ModelTokenizer
 from sessa_common.inference.prompt_cache import cache_owner
-from sessa_common.inference.shortcuts import Shortcuts, Start, start
+from sessa_common.inference.shortcuts import Start, start
 from sessa_common.inference.speculation import Acceptance
 from sessa_common.inference.texts import BATCH_SIZE, Continuation, TextWriter
 from sessa_common.input_files import read_limited
@@ -86,24 +85,11 @@ def generate(
     dtype: options.Dtype = None,
     native: options.Native = False,
     no_graphs: options.NoGraphs = False,
-    prompt_cache: Annotated[
-        Path | None,
-        typer.Option(help="File that --save-prompt-cache wrote: what it holds is not read again."),
-    ] = None,
-    save_prompt_cache: Annotated[
-        Path | None, typer.Option(help="File for the cache of the prompt, once it is read.")
-    ] = None,
-    draft_model: Annotated[
-        Path | None,
-        typer.Option(help="Folder of a smaller model of the same vocabulary that guesses tokens."),
-    ] = None,
-    draft_tokens: Annotated[
-        int | None, typer.Option(help="Tokens that the draft model guesses at once. Default: 4.")
-    ] = None,
-    prompt_lookup: Annotated[
-        int | None,
-        typer.Option(help="Guess so many tokens at once from earlier places in the text."),
-    ] = None,
+    prompt_cache: options.PromptCache = None,
+    save_prompt_cache: options.SavePromptCache = None,
+    draft_model: options.DraftModel = None,
+    draft_tokens: options.DraftTokens = None,
+    prompt_lookup: options.PromptLookup = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the file of --output.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -112,7 +98,7 @@ def generate(
     Example: sessa generate runs/first --prompt "The list of" --max-tokens 100
     """
     sampling, rules = read_sampling(context.params), read_rules(context.params)
-    shortcuts = build(Shortcuts, given_fields(context.params, Shortcuts))
+    shortcuts = read_shortcuts(context.params)
     if file is not None and (prompt or prompt_file):
         raise SessaError("give `file`, or `prompt` and `prompt_file`, not both")
     lines = open_lines(file, output, force)

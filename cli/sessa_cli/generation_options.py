@@ -12,6 +12,7 @@ from sessa_common.errors import SessaError
 from sessa_common.fields import build
 from sessa_common.inference.logit_rules import LogitRules
 from sessa_common.inference.sampling import SamplingConfig
+from sessa_common.inference.shortcuts import Shortcuts
 from sessa_common.json_files import read_json
 
 Checkpoint = Annotated[
@@ -47,6 +48,24 @@ LogitBias = Annotated[
 ]
 JsonSchema = Annotated[
     Path | None, typer.Option(help="File with a JSON schema that the text must follow.")
+]
+PromptCache = Annotated[
+    Path | None,
+    typer.Option(help="File that --save-prompt-cache wrote: what it holds is not read again."),
+]
+SavePromptCache = Annotated[
+    Path | None,
+    typer.Option(help="File for the cache of what was read: of a prompt, or of a whole chat."),
+]
+DraftModel = Annotated[
+    Path | None,
+    typer.Option(help="Folder of a smaller model of the same vocabulary that guesses tokens."),
+]
+DraftTokens = Annotated[
+    int | None, typer.Option(help="Tokens that the draft model guesses at once. Default: 4.")
+]
+PromptLookup = Annotated[
+    int | None, typer.Option(help="Guess so many tokens at once from earlier places in the text.")
 ]
 Backend = Annotated[str | None, typer.Option(help="auto, torch, mlx or onnx (an exported folder).")]
 Device = Annotated[
@@ -84,6 +103,11 @@ def read_rules(params: dict[str, Any]) -> LogitRules:
     if "json_schema" in fields:
         fields["json_schema"] = read_json(fields["json_schema"])
     return build(LogitRules, fields)
+
+
+def read_shortcuts(params: dict[str, Any]) -> Shortcuts:
+    """The caches and the way of guessing tokens that the options of a command ask for."""
+    return build(Shortcuts, given_fields(params, Shortcuts))
 
 
 def _bias(text: str) -> tuple[int, float]:

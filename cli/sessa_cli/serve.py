@@ -9,7 +9,7 @@ import typer
 from sessa_cli import generation_options as options
 from sessa_cli.runtimes import open_decoder, say_aside
 from sessa_common.checkpoint.conversion import parse_size
-from sessa_common.errors import SessaError
+from sessa_common.errors import SessaError, expect
 from sessa_common.extras import install
 
 INSTALL = install("serve")
@@ -41,6 +41,7 @@ def serve(
             "Default: 512MB."
         ),
     ] = None,
+    adapter: options.Adapter = None,
     backend: options.Backend = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
@@ -65,9 +66,12 @@ def serve(
         given["prefix_bytes"] = (
             0 if prefix_cache == "0" else parse_size(prefix_cache, "prefix_cache")
         )
+    expect(api_key != "", "`api_key`", api_key, "a key of at least one character")
     with bind(host, port) as listener:
-        decoder = open_decoder(checkpoint, backend, device, dtype, native, no_graphs)
-        service = Service.open(checkpoint, decoder, host=host, api_key=api_key, **given)
+        decoder = open_decoder(checkpoint, backend, device, dtype, native, no_graphs, adapter)
+        service = Service.open(
+            checkpoint, decoder, adapter=adapter, host=host, api_key=api_key, **given
+        )
         address = f"[{host}]" if ":" in host else host
         url = f"http://{address}:{listener.getsockname()[1]}/v1"
         if api_key is None and service.hosts is None:

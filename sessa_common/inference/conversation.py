@@ -22,8 +22,9 @@ ANSWER_ROOM = 256
 class Conversation:
     """The messages so far, and a decoder whose cache holds as many of their tokens as it can.
 
-    `max_tokens` limits an answer; by default it may fill the context. `dropped` is the number of
-    the oldest messages that no longer fit in the context; a system message stays.
+    `max_tokens` limits an answer; by default it may fill the context. `cached` are the ids that the
+    decoder holds already, as those of a prompt cache. `dropped` is the number of the oldest
+    messages that no longer fit in the context; a system message stays.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class Conversation:
         rules: LogitRules | None = None,
         max_tokens: int | None = None,
         system: str | None = None,
+        cached: Sequence[int] = (),
     ) -> None:
         ok = max_tokens is None or max_tokens >= 1
         expect(ok, "max_tokens", max_tokens, "at least 1")
@@ -43,12 +45,14 @@ class Conversation:
         self.sampling, self.max_tokens = sampling, max_tokens
         self.rules = prepare_rules(rules, tokenizer)
         self.system = with_system([], system)
-        self.reset()
+        self.turns: list[Message] = []
+        self.dropped, self.cached = 0, list(cached)
+        if not self.cached:
+            self._forget()
 
     def reset(self) -> None:
         """Forget all but the system message."""
-        self.turns: list[Message] = []
-        self.dropped = 0
+        self.turns, self.dropped = [], 0
         self._forget()
 
     def restore(self, messages: Sequence[Message]) -> None:
@@ -61,8 +65,7 @@ class Conversation:
         roles = [m["role"] for m in turns]
         if roles != ["user", "assistant"] * (len(turns) // 2):
             raise SessaError("the messages must be those of a user and an assistant, in turn")
-        self.reset()
-        self.system, self.turns = system or self.system, turns
+        self.system, self.turns, self.dropped = system or self.system, turns, 0
         self.template.render([*self.messages, {"role": "user", "content": "Hello"}])
 
     @property
@@ -97,7 +100,7 @@ class Conversation:
 
     def _forget(self) -> None:
         self.decoder.reset()
-        self.cached: list[int] = []
+        self.cached = []
 
     def _fit(self) -> list[int]:
         """Token ids of the conversation, without the oldest turns that leave no room to answer."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -40,15 +41,8 @@ class JsonGrammar:
         self.grammar = llguidance.LLMatcher.grammar_from_json_schema(
             _as_text(schema), overrides={"whitespace_flexible": False}
         )
-        try:
-            self.tokenizer = llguidance.LLTokenizer(
-                tokenizer.tokenizer.to_str(), n_vocab=self.vocab_size, eos_token=self.stop_ids
-            )
-        except ValueError as error:
-            raise SessaError(
-                f"`json_schema` needs a tokenizer whose tokens are bytes of text; llguidance "
-                f"cannot read this one ({error})"
-            ) from None
+        text = tokenizer.tokenizer.to_str()
+        self.tokenizer = _read_tokenizer(text, self.vocab_size, tuple(self.stop_ids))
         if wrong := llguidance.LLMatcher.validate_grammar(self.grammar, self.tokenizer):
             raise SessaError(f"`json_schema` cannot be used: {wrong.splitlines()[0]}")
 
@@ -82,6 +76,20 @@ class JsonText:
     def _check(self) -> None:
         if self.matcher.is_error():
             raise SessaError(f"`json_schema` cannot be followed: {self.matcher.get_error()}")
+
+
+@functools.lru_cache(maxsize=1)
+def _read_tokenizer(text: str, vocab_size: int, stop_ids: tuple[int, ...]) -> Any:
+    """The tokenizer of a tokenizer.json as llguidance has it; a server asks for it again."""
+    import llguidance
+
+    try:
+        return llguidance.LLTokenizer(text, n_vocab=vocab_size, eos_token=list(stop_ids))
+    except ValueError as error:
+        raise SessaError(
+            f"`json_schema` needs a tokenizer whose tokens are bytes of text; llguidance "
+            f"cannot read this one ({error})"
+        ) from None
 
 
 def _as_text(schema: Mapping[str, Any] | str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,12 @@ from sessa_common.checkpoint.folder import weight_files
 from sessa_common.errors import SessaError, expect, require
 from sessa_common.inference.generation import Decoder, prefill, reuse_prefix, token_budget
 from sessa_common.inference.model_tokenizer import ModelTokenizer
-from sessa_common.inference.prompt_cache import cache_owner, load_prompt_cache, save_prompt_cache
+from sessa_common.inference.prompt_cache import (
+    CacheOwner,
+    cache_owner,
+    load_prompt_cache,
+    save_prompt_cache,
+)
 from sessa_common.inference.speculation import (
     DRAFT_TOKENS,
     Acceptance,
@@ -72,7 +77,8 @@ class Start:
     """The parts of a generation: a decoder that may speculate, and prompts as ids.
 
     `cached` ids of the only prompt are in the decoder's cache. `acceptance` counts guesses while
-    they are made. `notes` are sentences for the user.
+    they are made. `notes` are sentences for the user. `owner` is the owner of a cache that a
+    conversation is to write at its end, None without one.
     """
 
     decoder: Decoder
@@ -80,6 +86,7 @@ class Start:
     cached: int = 0
     acceptance: Acceptance | None = None
     notes: list[str] = field(default_factory=list)
+    owner: CacheOwner | None = None
 
     @property
     def batch_size(self) -> int | None:
@@ -100,38 +107,59 @@ def start(
     An empty prompt behind a prompt cache stands for the text of the cache. Raises SessaError before
     the model runs.
     """
-    draft = None
-    if shortcuts.guesses:
-        require_trimmable_model(decoder.config, "the model")
-    if shortcuts.draft_model is not None:
-        draft = _open_draft(Path(shortcuts.draft_model), decoder, tokenizer, home)
-    cached, notes = 0, list[str]()
+    draft = _open_draft(shortcuts, decoder, tokenizer, home)
     if shortcuts.caches:
         ids, cached, notes = _open_prompt(shortcuts, decoder, tokenizer, prompts, home, max_tokens)
-        texts = [ids]
+        found = Start(decoder=decoder, prompts=[ids], cached=cached, notes=notes)
     else:
         texts = [_ids(tokenizer, prompt) for prompt in prompts]
+        found = Start(decoder=decoder, prompts=texts)
+    return _speculating(shortcuts, draft, found)
+
+
+def start_conversation(
+    shortcuts: Shortcuts, decoder: Decoder, tokenizer: ModelTokenizer, home: ModelHome
+) -> Start:
+    """Load what a conversation needs, and check it; the only prompt is the text of the cache.
+
+    Raises SessaError before the model runs.
+    """
+    draft = _open_draft(shortcuts, decoder, tokenizer, home)
+    known: list[int] = []
+    owner = None
+    if shortcuts.caches:
+        target, owner = _target(shortcuts), _owner(decoder, tokenizer, home)
+        if shortcuts.prompt_cache is not None:
+            known = load_prompt_cache(Path(shortcuts.prompt_cache), decoder, owner)
+        owner = owner if target is not None else None
+    cached = decoder.length if known else 0
+    found = Start(decoder=decoder, prompts=[known], cached=cached, owner=owner)
+    return _speculating(shortcuts, draft, found)
+
+
+def _speculating(shortcuts: Shortcuts, draft: Decoder | None, found: Start) -> Start:
+    """The same start with a decoder that guesses tokens, if it is to."""
     if not shortcuts.guesses:
-        return Start(decoder=decoder, prompts=texts, cached=cached, notes=notes)
-    speculative = speculate(
-        decoder,
+        return found
+    decoder = speculate(
+        found.decoder,
         draft=draft,
         draft_tokens=shortcuts.draft_tokens,
         prompt_lookup=shortcuts.prompt_lookup,
-        tokens=texts[0][:cached] if cached else (),
+        tokens=found.prompts[0][: found.cached] if found.cached else (),
     )
-    return Start(
-        decoder=speculative,
-        prompts=texts,
-        cached=cached,
-        acceptance=speculative.acceptance,
-        notes=notes,
-    )
+    return replace(found, decoder=decoder, acceptance=decoder.acceptance)
 
 
 def _open_draft(
-    folder: Path, decoder: Decoder, tokenizer: ModelTokenizer, home: ModelHome
-) -> Decoder:
+    shortcuts: Shortcuts, decoder: Decoder, tokenizer: ModelTokenizer, home: ModelHome
+) -> Decoder | None:
+    """The draft model, if there is one; SessaError where no guess can be undone."""
+    if shortcuts.guesses:
+        require_trimmable_model(decoder.config, "the model")
+    if shortcuts.draft_model is None:
+        return None
+    folder = Path(shortcuts.draft_model)
     require(folder.is_dir(), f"{folder}: no such folder for `draft_model`")
     draft = home.open(folder)
     require_trimmable_model(draft.config, f"the draft model {folder}")
@@ -154,15 +182,9 @@ def _open_prompt(
 
     Returns the ids of the prompt, how many of them the decoder has read, and notes.
     """
-    if home.folder is None:
-        raise SessaError(
-            "a prompt cache is checked against the files of a model; give its folder, not a model "
-            "in memory"
-        )
     if len(prompts) != 1:
         raise SessaError(f"a prompt cache holds one prompt; {len(prompts)} were given")
-    target = _target(shortcuts)
-    owner = cache_owner(home.folder, decoder.config, tokenizer.tokenizer, home.files(home.folder))
+    target, owner = _target(shortcuts), _owner(decoder, tokenizer, home)
     known: list[int] = []
     if shortcuts.prompt_cache is not None:
         known = load_prompt_cache(Path(shortcuts.prompt_cache), decoder, owner)
@@ -183,6 +205,16 @@ def _open_prompt(
         cached = len(ids) - 1
         save_prompt_cache(target, decoder, ids, owner)
     return ids, cached, notes
+
+
+def _owner(decoder: Decoder, tokenizer: ModelTokenizer, home: ModelHome) -> CacheOwner:
+    """The owner of the model's caches; SessaError for a model in memory."""
+    if home.folder is None:
+        raise SessaError(
+            "a prompt cache is checked against the files of a model; give its folder, not a model "
+            "in memory"
+        )
+    return cache_owner(home.folder, decoder.config, tokenizer.tokenizer, home.files(home.folder))
 
 
 def _target(shortcuts: Shortcuts) -> Path | None:

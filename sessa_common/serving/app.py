@@ -20,7 +20,8 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from tokenizers import Tokenizer
 
-from sessa_common.errors import SessaError, expect
+from sessa_common.checkpoint.adapters import text_folder
+from sessa_common.errors import SessaError
 from sessa_common.inference.chat_template import ChatTemplate
 from sessa_common.inference.generation import Decoder
 from sessa_common.inference.model_tokenizer import ModelTokenizer
@@ -87,7 +88,8 @@ class Job:
             while running:
                 piece = await self.pieces.get()
                 if isinstance(piece, Exception):
-                    raise piece
+                    # The engine has logged it. Beyond an ApiError the connection would be closed.
+                    raise _as_api_error(piece) from None
                 if piece.finish is not None:
                     running -= 1
                     self.written += piece.tokens
@@ -139,6 +141,7 @@ class Service:
         folder: Path,
         decoder: Decoder,
         *,
+        adapter: Path | None = None,
         host: str = HOST,
         api_key: str | None = None,
         batch_size: int = BATCH_SIZE,
@@ -148,16 +151,16 @@ class Service:
     ) -> Service:
         """Serve the model of a folder by a decoder of it; SessaError for what cannot be used.
 
-        The model bears the name of the folder. `host` is the address that will be listened at.
+        The model bears the name of the folder; an `adapter` may have another tokenizer. `host` is the address that will be listened at.
         """
-        expect(api_key != "", "api_key", api_key, "a key of at least one character")
         engine = Engine(
             decoder, batch_size=batch_size, max_waiting=max_waiting, prefix_bytes=prefix_bytes
         )
+        texts = text_folder(folder, adapter)
         return cls(
             engine,
-            ModelTokenizer.open(folder, decoder.config),
-            ChatTemplate.open(folder),
+            ModelTokenizer.open(texts, decoder.config),
+            ChatTemplate.open(texts),
             folder.resolve().name,
             also_named=[str(folder)],
             api_key=api_key,
@@ -207,7 +210,9 @@ class Service:
                 status=403,
             )
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if self.api_key and not hmac.compare_digest(given.encode(), self.api_key.encode()):
+        if self.api_key is not None and not hmac.compare_digest(
+            given.encode(), self.api_key.encode()
+        ):
             raise ApiError("the API key is missing or wrong", status=401, code="invalid_api_key")
 
     async def _answer(self, request: Request, read: Read) -> Response:

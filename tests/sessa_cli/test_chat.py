@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from typer.testing import CliRunner
 from sessa_cli.main import app
 from sessa_common.inference.texts import TextWriter
 from sessa_export.exporter import export_checkpoint
+from sessa_torch.decoding import Decoder
 
 TEMPLATE = (
     "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}"
@@ -66,6 +68,44 @@ def test_a_conversation_in_every_runtime(folders, folder: str, backend: str) -> 
     chosen = ["--temperature", 0, "--max-tokens", 12, *OPTIONS, "--system", "Short.", "--json"]
     said, _ = run("generate", folders[folder], "--prompt", "Hello", *chosen, "--backend", backend)
     assert json.loads(said)["texts"][0]["text"] == answers[0]
+
+
+@pytest.mark.parametrize("folder, backend", [("checkpoint", "mlx"), ("exported", "onnx")])
+def test_guesses_change_no_answer(folders, folder: str, backend: str) -> None:
+    typed = "Hello\nMe\n"
+    expected, _ = talk(folders[folder], typed, "--backend", backend)
+    guessed, err = talk(folders[folder], typed, "--backend", backend, "--prompt-lookup", 3)
+    assert guessed == expected and "guessed" in err
+
+
+def test_a_conversation_goes_on_from_the_cache_of_another_day(folders, tmp_path: Path) -> None:
+    model, file, cache = (
+        folders["checkpoint"],
+        tmp_path / "talk.json",
+        tmp_path / "talk.safetensors",
+    )
+    whole, _ = talk(model, "Hello, who is there?\nMe\n")
+    typed = f"Hello, who is there?\n/save {file}\n"
+    first, err = talk(model, typed, "--save-prompt-cache", cache)
+    assert re.search(rf"the cache of (\d+) tokens is in {cache}", err)[1] > "30"
+    read: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Decoder, "step", counting(Decoder.step, read))
+        patch.setattr(Decoder, "feed", counting(Decoder.feed, read))
+        options = ["--conversation", file, "--prompt-cache", cache, "--backend", "torch"]
+        second, _ = talk(model, "Me\n", *options)
+    assert first + second == whole and max(read) < len("[user]Hello, who is there?")
+    nothing = tmp_path / "nothing.safetensors"
+    _, err = talk(model, "", "--save-prompt-cache", nothing)
+    assert "nothing was said" in err and not nothing.exists()
+
+
+def counting(method, read: list[int]):
+    def counted(decoder, tokens, mask=None):
+        read.append(tokens.size)
+        return method(decoder, tokens, mask)
+
+    return counted
 
 
 def test_commands(folders, tmp_path: Path) -> None:

@@ -273,6 +273,30 @@ def slow_turn(engine: Engine) -> bool:
     return TURN(engine)
 
 
+def test_a_failure_is_said_without_its_reason(server, client, monkeypatch, caplog) -> None:
+    def broken(*arguments: object) -> None:
+        raise RuntimeError("a secret of the machine")
+
+    fields = {"model": "first", "prompt": "a prompt that no cache has", "max_tokens": 3}
+    with monkeypatch.context() as patch:
+        patch.setattr(type(server.service.engine._empty), "step", broken)
+        with pytest.raises(openai.InternalServerError, match="its log says why") as failed:
+            client.completions.create(**fields)
+    assert "secret" not in str(failed.value) and "a secret of the machine" in caplog.text
+    assert client.completions.create(**fields).usage.completion_tokens <= 3
+
+
+def test_a_server_that_stops_ends_its_streams(folders, monkeypatch) -> None:
+    monkeypatch.setattr(Engine, "turn", slow_turn)
+    fields = {"model": "first", "prompt": "x", "max_tokens": 250, "stream": True}
+    with running_server(folders["torch"], "torch") as server:
+        stream = server.client().completions.create(**fields)
+        next(iter(stream))
+        server.service.engine.close()
+        with pytest.raises(openai.APIError, match="the server is stopping"):
+            list(stream)
+
+
 def test_what_cannot_be_served_is_said_before_the_model_is_loaded(
     folders, capsys, monkeypatch
 ) -> None:
@@ -280,6 +304,7 @@ def test_what_cannot_be_served_is_said_before_the_model_is_loaded(
         port = taken.getsockname()[1]
         said = fails(capsys, "serve", folders["torch"], "--port", port)
         assert f"cannot listen at 127.0.0.1, --port {port}" in said
+    assert "--api-key is ''" in fails(capsys, "serve", folders["torch"], "--api-key", "")
     assert "--prefix-cache is 'x'" in fails(
         capsys, "serve", folders["torch"], "--prefix-cache", "x"
     )
