@@ -151,7 +151,8 @@ class Service:
     ) -> Service:
         """Serve the model of a folder by a decoder of it; SessaError for what cannot be used.
 
-        The model bears the name of the folder; an `adapter` may have another tokenizer. `host` is the address that will be listened at.
+        The model bears the name of the folder; an `adapter` may have a tokenizer of its own. `host`
+        is the address that will be listened at.
         """
         engine = Engine(
             decoder, batch_size=batch_size, max_waiting=max_waiting, prefix_bytes=prefix_bytes
@@ -202,7 +203,7 @@ class Service:
 
     def _admit(self, request: Request) -> None:
         """Raise ApiError for a request without the key, or from a page of another site."""
-        host = urlsplit(f"//{request.headers.get('host', '')}").hostname
+        host = _host_name(request.headers.get("host", ""))
         if self.hosts is not None and host not in self.hosts:
             raise ApiError(
                 f"the header Host names {host!r}, but this server answers to "
@@ -247,6 +248,13 @@ class Service:
         if not isinstance(body, dict):
             raise ApiError(f"the request is a {type(body).__name__}, expected a JSON object")
         return body
+
+
+def _host_name(header: str) -> str | None:
+    try:
+        return urlsplit(f"//{header}").hostname
+    except ValueError:
+        return None
 
 
 async def _collect(job: Job) -> list[Piece]:

@@ -228,6 +228,7 @@ def test_a_page_of_another_site_is_refused(server) -> None:
     """A site can have its own name lead to 127.0.0.1; the header Host then betrays it."""
     answer = httpx.get(f"{server.url}/v1/models", headers={"Host": "evil.example"})
     assert answer.status_code == 403 and "evil.example" in answer.json()["error"]["message"]
+    assert httpx.get(f"{server.url}/v1/models", headers={"Host": "[::1"}).status_code == 403
     name = f"localhost:{server.url.rpartition(':')[2]}"
     assert httpx.get(f"{server.url}/v1/models", headers={"Host": name}).status_code == 200
 
