@@ -17,6 +17,8 @@ def test_the_page_runs_as_written(tmp_path, monkeypatch, capsys):
     pytest.importorskip("peft")
     monkeypatch.chdir(tmp_path)
     names: dict = {}
+    # The loss curves take longer to draw than the losses to compute.
+    monkeypatch.setattr("sessa_common.training.trainer.draw_losses", lambda folder: False)
     answers = []
     for kind, text in BLOCK.findall(PAGE.read_text(encoding="utf-8")):
         if kind == "python":

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from support.kills import KILLED, Commands, Ended
 
+from sessa_common.checkpoint.adapters import read_adapter
 from sessa_common.checkpoint.folder import load_weights
 from sessa_common.checkpoint.manifest import verify
 from sessa_common.storage import LEFTOVER, LOCK, MANIFEST
@@ -68,6 +69,10 @@ class Scenario:
 
 
 START = "train --data {w}/d.txt TINY --steps 4 --out {w}/run --backend {b}"
+FINETUNE = (
+    "finetune {w}/run --data {w}/d.txt --steps 4 --batch-size 2 --evaluate-every 2 "
+    "--evaluate-batches 1 --checkpoint-every 2 --device cpu --out {w}/tuned --backend {b}"
+)
 EXPORT = "export {w}/run {w}/onnx"
 COMPARE = (
     "compare --data {w}/d.txt --models sessa --seeds 1 --steps 2 --batch-size 1 --context 16 "
@@ -77,6 +82,12 @@ SCENARIOS = {
     "train": Scenario(START, again=("train --resume {w}/run --backend {b}", START)),
     "resume": Scenario("train --resume {w}/run --steps 8 --backend {b}", (START,)),
     "replace": Scenario(f"{START} --seed 1 --force", (START,)),
+    "finetune": Scenario(
+        FINETUNE,
+        (START,),
+        again=("finetune --resume {w}/tuned --backend {b}", FINETUNE),
+        result="tuned",
+    ),
     "convert": Scenario("convert {w}/run {w}/out --shard-size 4KB", (START,), result="out"),
     "in-place": Scenario(
         "convert {w}/run {w}/run --force --shard-size 4KB --dtype float16", (START,)
@@ -133,7 +144,8 @@ class Trial:
     def check(self) -> None:
         """Look at what an interruption left, and let the next commands finish the work."""
         found = content(self.result)
-        if "train" not in self.scenario.command:  # Training saves in between.
+        # Training saves in between.
+        if self.scenario.command.split()[0] not in ("train", "finetune"):
             assert found in (None, self.before, self.after)
         assert found is not None or self.before is None
         ended = [self._next(line) for line in self.scenario.again or (self.scenario.command,)]
@@ -160,6 +172,8 @@ def content(folder: Path) -> dict[str, object] | None:
         rows = json.loads(table.read_text())["models"] if table.exists() else []
         losses = {row["name"]: row["mean"]["validation_loss"] for row in rows if "mean" in row}
         return losses or None
+    if (folder / "adapter_config.json").exists():
+        return {name: value.tobytes() for name, value in read_adapter(folder).arrays.items()}
     if (folder / "config.json").exists() and not (folder / "model.onnx").exists():
         return {name: value.tobytes() for name, value in load_weights(folder)[1].items()}
     files = (path for path in folder.iterdir() if path.name not in (MANIFEST, LOCK))
