@@ -1,4 +1,7 @@
-"""The commands of the page on mlx-lm run as they stand, on a small folder."""
+"""The commands of the page on mlx-lm run as they stand, on a small folder.
+
+`tests/sessa_mlx/test_lm_server.py` runs the one that does not end.
+"""
 
 from __future__ import annotations
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import socket
 import subprocess
 import sys
@@ -24,12 +26,17 @@ import sessa_mlx
 PROMPTS = ["The cat", "A much longer prompt about dogs and cats", "x", "The cat sat"]
 
 
+# The command of the page, which says no port.
+PAGE = Path(__file__).parents[2] / "docs/mlx-lm.md"
+COMMAND = re.findall(r"^mlx_lm\.server.*$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)[0]
+FOLDERS = ("first", "second")
 KINDS = {"trimmable": ("sessa", "sessa_transformer"), "with a state": ("mamba2", "sessa")}
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
-    found = {name: tmp_path_factory.mktemp("models") / "model" for name in KINDS}
+    root = tmp_path_factory.mktemp("server")
+    found = {name: root / "runs" / folder for name, folder in zip(KINDS, FOLDERS, strict=True)}
     for name, path in found.items():
         config = small_config("untied", layer_kinds=KINDS[name], mamba_d_head=16)
         write_checkpoint(path, config)
@@ -37,17 +44,16 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory):
+def address(folders):
     """The address of a running server, which loads the model that a request names."""
-    root = tmp_path_factory.mktemp("server")
+    root = folders["trimmable"].parents[1]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "mlx_lm", "server", "--trust-remote-code"]
-    command += ["--port", str(port)]
+    command = [sys.executable, "-m", *shlex.split(COMMAND), "--port", str(port)]
     with (root / "log").open("w") as log:
         process = subprocess.Popen(
-            command, stdout=log, stderr=log, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+            command, stdout=log, stderr=log, cwd=root, env={**os.environ, "HF_HUB_OFFLINE": "1"}
         )
     try:
         address = f"http://127.0.0.1:{port}"
