@@ -13,6 +13,7 @@ from sessa_cli.common import INTERRUPTED, Stopwatch, given_fields, make_console,
 from sessa_cli.progress import TerminalReporter
 from sessa_cli.terminal import for_output
 from sessa_cli.training_options import of_data, of_model, of_run
+from sessa_common.checkpoint.adapters import is_adapter
 from sessa_common.checkpoint.run_files import LOSS_PICTURE, RESULT
 from sessa_common.config import SessaConfig
 from sessa_common.data.task_registry import TASKS
@@ -168,6 +169,9 @@ def train(
     elif result.task_result is not None:
         say(console, _test_line(result.task_result["test"]))
         say(console, f"wrote {result.folder} in {watch.seconds:.0f} s, with {RESULT}")
+    elif is_adapter(result.folder):
+        again = f"sessa generate {init or 'MODEL'} --adapter {result.folder}"
+        say(console, f"wrote {result.folder} in {watch.seconds:.0f} s; try: {again}")
     else:
         summary["text"] = _paragraph(result.folder, backend, device, prompt)
         console.print(f"\n{for_output(summary['text'])}\n", markup=False, highlight=False)
