@@ -7,13 +7,12 @@ parameters stay whole in every process, in float32, so that no rounding changes 
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from sessa_torch.checkpoint import to_numpy
 
@@ -24,6 +23,10 @@ def shard(root: nn.Module, layers: nn.ModuleList, processes: int, *, bfloat16: b
     Each of the `layers` is gathered alone; what else `root` holds, embedding and head, stays
     float32 and is gathered for a whole pass. Parameters are replaced by DTensors.
     """
+    # Importing FSDP takes long, and training with one process does not need it.
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     device, size = next(root.parameters()).device.type, dist.get_world_size()
     if processes == size:
         mesh = init_device_mesh(device, (size,), mesh_dim_names=("shard",))
@@ -43,20 +46,22 @@ def _is_matrix(parameter: Tensor) -> bool:
 
 def is_sharded(parameter: Tensor) -> bool:
     """Return True for a parameter of which this process holds a part."""
-    return isinstance(parameter, DTensor)
+    return hasattr(parameter, "full_tensor")
 
 
 def whole_array(tensor: Tensor) -> np.ndarray:
     """Return a copy of a tensor as a NumPy array; every process that shares it must call."""
-    if isinstance(tensor, DTensor):
+    if hasattr(tensor, "full_tensor"):
         tensor = tensor.full_tensor()
     return to_numpy(tensor).copy()
 
 
-def own_part(whole: Tensor, like: Tensor) -> Tensor:
+def own_part(whole: Tensor, like: Any) -> Tensor:
     """Return the part of a tensor that this process holds of `like`, on its device."""
     whole = whole.to(like.device)
-    if isinstance(like, DTensor):
+    if is_sharded(like):
+        from torch.distributed.tensor import distribute_tensor
+
         # Every process has the same values, so none has to be sent.
         return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
     return whole
@@ -65,12 +70,12 @@ def own_part(whole: Tensor, like: Tensor) -> Tensor:
 @torch.no_grad()
 def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
     """Scale the gradients down to the global norm `max_norm`; return the norm before."""
-    given = [(p, p.grad) for p in parameters if p.grad is not None]
-    parts = [g.to_local() for _, g in given if isinstance(g, DTensor)]
-    others = [g for _, g in given if not isinstance(g, DTensor)]
+    gradients: list[Any] = [p.grad for p in parameters if p.grad is not None]
+    parts = [g.to_local() for g in gradients if is_sharded(g)]
+    others = [g for g in gradients if not is_sharded(g)]
     squares = torch.nn.utils.get_total_norm(parts).float() ** 2
-    sharded = next(p for p in parameters if isinstance(p, DTensor))
-    dist.all_reduce(squares, group=sharded.device_mesh.get_group("shard"))
+    mesh = next(g for g in gradients if is_sharded(g)).device_mesh
+    dist.all_reduce(squares, group=mesh.get_group("shard"))
     norm = (squares + torch.nn.utils.get_total_norm(others) ** 2).sqrt()
     factor = (max_norm / (norm + 1e-6)).clamp(max=1)
     torch._foreach_mul_(parts + others, factor)

@@ -1,0 +1,86 @@
+"""Print what training of 1 and 7 billion parameters on many GPUs should reach, and the assumptions.
+
+    python benchmarks/scaling.py [--utilisation 0.32] [--peak 989e12] [--nvlink 3.4e11]
+                                 [--network 4e10]
+
+This is arithmetic from one measured utilisation, not a measurement; docs/scaling.md says more.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from measure import table
+from model_operations import PEAKS, operations_per_token
+
+from sessa_common.config import SessaConfig, parameter_count
+
+# sessa-131m, 8 rows of 4,096 tokens, vocabulary 32,768, bfloat16, compiled, on one H200 with
+# PyTorch 2.11 on 2026-11-30: 181,530 tokens/s.
+MEASURED_TOKENS, MEASURED = 181_530, SessaConfig(
+    vocab_size=32_768, hidden_size=768, num_hidden_layers=24, num_attention_heads=12
+)  # fmt: skip
+# The same step with layers checkpointed is to keep this part of the speed; not measured yet.
+CHECKPOINTED = 0.72
+MODELS = {
+    "1B": SessaConfig(
+        vocab_size=32_768, hidden_size=2048, num_hidden_layers=24, num_attention_heads=16
+    ),
+    "7B": SessaConfig(
+        vocab_size=32_768, hidden_size=4096, num_hidden_layers=44, num_attention_heads=32
+    ),
+}
+T, MACHINE, BATCH, MOST_TOKENS = 4096, 8, 2**22, 2**15
+GPUS = (8, 64, 1024)
+
+
+def point(name: str, gpus: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Return a row of the table: weights sharded in a machine, copies between machines."""
+    config = MODELS[name]
+    N, machines = parameter_count(config), gpus // MACHINE
+    tokens = min(MOST_TOKENS, BATCH // gpus)
+    done = operations_per_token(config, T) * tokens
+    compute = done / (options.peak * options.utilisation * CHECKPOINTED)
+    # bfloat16 weights for both passes; float32 gradients to their shards.
+    inside = (2 + 2 + 4) * N * (MACHINE - 1) / MACHINE / options.nvlink
+    # All-reduce of a float32 shard between the copies.
+    between = 2 * 4 * N / MACHINE * (machines - 1) / machines / options.network
+    apart, together = compute + inside + between, max(compute, inside + between)
+    return {
+        "model": name,
+        "GPUs": gpus,
+        "tokens a GPU and pass": tokens,
+        "compute s": round(compute, 3),
+        "in the machine s": round(inside, 3),
+        "between machines s": round(between, 3),
+        "utilisation": " to ".join(f"{done / options.peak / t:.2f}" for t in (apart, together)),
+        "tokens/s": " to ".join(f"{tokens * gpus / t:,.0f}" for t in (apart, together)),
+        "weights, gradients, moments GiB a GPU": round(16 * N / MACHINE / 2**30, 1),
+    }
+
+
+def measured_utilisation() -> float:
+    """Return the utilisation of the measured point."""
+    return MEASURED_TOKENS * operations_per_token(MEASURED, T) / PEAKS["H200"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--utilisation", type=float, default=measured_utilisation())
+    parser.add_argument("--peak", type=float, default=PEAKS["H200"], help="operations/s of a GPU")
+    parser.add_argument("--nvlink", type=float, default=3.4e11, help="bytes/s a GPU, one way")
+    parser.add_argument("--network", type=float, default=4e10, help="bytes/s a GPU, one way")
+    options = parser.parse_args()
+    print(
+        f"utilisation without checkpointing {options.utilisation:.3f}, with it x {CHECKPOINTED} "
+        f"(not measured); {options.peak:.3g} operations/s; {options.nvlink:.3g} bytes/s in a "
+        f"machine of {MACHINE}, {options.network:.3g} between; rows of {T:,} tokens, at most "
+        f"{MOST_TOKENS:,} tokens a GPU and pass, at most {BATCH:,} in all\n"
+    )
+    print(table([point(name, gpus, options) for name in MODELS for gpus in GPUS]))
+    print("\nmeasured on two GPUs: missing (benchmarks/scale.py)")
+
+
+if __name__ == "__main__":
+    main()
