@@ -264,6 +264,9 @@ class TrainBackend:
         return loss
 
     def _on_device(self, batch: Batch) -> list[Tensor]:
+        # The sums of shared rows do not know where documents begin.
+        apart = self.context is not None and batch.starts is not None
+        require(not apart, "`context_parallel` is above 1, but documents are kept apart; give 1")
         return [self._own(tensor).to(self.device) for tensor in _tensors(batch)]
 
     def _own(self, tokens: Tensor) -> Tensor:

@@ -111,24 +111,33 @@ class Exchange:
     ) -> Callable[[], list[Tensor]]:
         """Begin to send the parts of block i from its owner; return the call that waits for them.
 
-        `parts` gives the tensors of some own rows. Their shapes must depend on the number of rows
-        alone, because the others receive into `parts` of as many rows.
+        `parts` gives tensors (..., rows, width) of some own rows, of which the others learn types
+        and widths from their own first row.
         """
-        if self.deal.owns(i):
-            tensors = [x.contiguous() for x in parts(self.deal.rows(i))]
-        else:
-            # The last block of all may be higher than what is left of another process's rows.
-            m = self.deal.height(i)
-            tensors = [_empty(x, m) for x in parts(slice(0, 1))]
+        m, owner = self.deal.height(i), self.deal.owner(i)
+        own = self.deal.owns(i)
+        tensors = parts(self.deal.rows(i) if own else slice(0, 1))
+        widths = [x.shape[-1] for x in tensors]
+        # One message for each type, because sending many small tensors takes long.
+        packed: dict[torch.dtype, Tensor] = {}
+        for dtype in {x.dtype: None for x in tensors}:
+            alike = torch.cat([x for x in tensors if x.dtype == dtype], -1)
+            packed[dtype] = alike if own else alike.new_empty(*alike.shape[:-2], m, alike.shape[-1])
         waiting = [
-            dist.broadcast(x, group=self.group, group_src=self.deal.owner(i), async_op=True)
-            for x in tensors
+            dist.broadcast(x, group=self.group, group_src=owner, async_op=True)
+            for x in packed.values()
         ]
 
         def receive() -> list[Tensor]:
             for work in waiting:
                 work.wait()
-            return tensors
+            unread = dict.fromkeys(packed, 0)
+            found = []
+            for x, width in zip(tensors, widths, strict=True):
+                first = unread[x.dtype]
+                unread[x.dtype] += width
+                found.append(packed[x.dtype][..., first : unread[x.dtype]])
+            return found
 
         return receive
 
@@ -145,11 +154,6 @@ class Exchange:
             return part if self.deal.owns(i) else None
 
         return receive
-
-
-def _empty(x: Tensor, m: int) -> Tensor:
-    """Return an empty tensor like x, whose next to last axis are rows, with m rows."""
-    return x.new_empty(*x.shape[:-2], m, x.shape[-1])
 
 
 def sweep_forward(

@@ -24,7 +24,7 @@ TEXT = "A short text that is read again and again, by every process. " * 40
 FIELDS = {
     "data": "text.txt",
     "tokenizer": "bytes",
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "hidden_size": 16,
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
@@ -38,19 +38,14 @@ FIELDS = {
 # Ways to share the work, by the name of the run.
 WAYS: dict[str, dict[str, Any]] = {
     "data": {},
-    "shard": {"shard_processes": 0},
-    "shard-accumulate": {
+    "shard": {
         "shard_processes": 0,
         "checkpoint_activations": "layers",
         "batch_size": 2,
         "gradient_accumulation_steps": 2,
     },
     "context": {"context_parallel": 2},
-    "context-shard": {
-        "context_parallel": 2,
-        "shard_processes": 0,
-        "checkpoint_activations": "layers",
-    },
+    "context-shard": {"context_parallel": 2, "shard_processes": 0},
 }
 # Ways that need four processes.
 MORE_WAYS = {
