@@ -202,8 +202,11 @@ def test_folder_holds_what_goes_with_the_model(exported) -> None:
     checkpoint, out = exported
     names = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
     assert {file.name for file in out.iterdir()} == {"model.onnx", MANIFEST, *names}
-    for name in names:
+    for name in names - {"config.json"}:
         assert (out / name).read_bytes() == (checkpoint / name).read_bytes()
+    ours, keys = (json.loads((f / "config.json").read_text()) for f in (out, checkpoint))
+    # What names the code files of the checkpoint's clients stays with those files.
+    assert ours == {name: keys[name] for name in keys.keys() - {"auto_map", "model_file"}}
 
 
 def test_large_weights_become_external_data(tmp_path: Path) -> None:

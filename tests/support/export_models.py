@@ -80,7 +80,7 @@ def lively_weights(config: SessaConfig, seed: int = 0) -> Weights:
             weights[name] = (value + rng.normal(0, 0.3, value.shape)).astype(np.float32)
         elif name.endswith(("embed_tokens.weight", "lm_head.weight")):
             weights[name] = value * np.float32(25)
-        elif name.endswith("norm.weight"):
+        elif config.norm_type == "rms" and name.endswith("norm.weight"):
             weights[name] = (value + rng.normal(0, 0.2, value.shape)).astype(np.float32)
         elif name.endswith(("proj_fb.weight", "gamma_ctx.weight")):
             weights[name] = value * np.float32(2)

@@ -1,19 +1,17 @@
 """Stands for `sessa train` in the tests of `sessa compare`: the same options, files and exit codes.
 
 Accuracies are by model and seed, the best rate by model. A file "slow", "broken" or "data" beside
-the comparison's folder changes it.
+the comparison's folder changes it. The variable PRESETS names a file with the keys of the presets,
+because importing the library takes longer than everything else here.
 """
 
 import argparse
-import dataclasses
 import json
 import os
 import pathlib
 import signal
 import sys
 import time
-
-from sessa_common.presets import PRESETS
 
 p = argparse.ArgumentParser()
 p.add_argument("--task-option", action="append", default=[])
@@ -63,10 +61,11 @@ else:
     start = folder.with_name(folder.name + ".start")
     start.mkdir(parents=True)
     (start / "training.json").write_text(json.dumps(given))
-    config = dataclasses.replace(PRESETS[a.preset], vocab_size=613, max_position_embeddings=300)
+    config = json.loads(pathlib.Path(os.environ["PRESETS"]).read_text())[a.preset]
+    config |= {"vocab_size": 613, "max_position_embeddings": 300}
     if a.layer_kinds:
-        config = dataclasses.replace(config, layer_kinds=a.layer_kinds)
-    (start / "config.json").write_text(json.dumps(config.to_dict()))
+        config["layer_kinds"] = a.layer_kinds
+    (start / "config.json").write_text(json.dumps(config))
     data = folder.parent.parent.parent / "data"
     about = {"step": 1, "fingerprint": data.read_text() if data.exists() else "first"}
     head = json.dumps({"__metadata__": {"training": json.dumps(about)}}).encode()

@@ -34,6 +34,7 @@ from sessa_common.experiments.comparison_results import (
     trained_lags,
 )
 from sessa_common.experiments.comparison_runner import Runner, Running, TrainCommand
+from sessa_common.presets import PRESETS
 from sessa_common.storage import LOCK
 
 if "compare" not in {each.callback.__name__ for each in app.registered_commands if each.callback}:
@@ -50,6 +51,9 @@ FEW = (*MQAR, "--models", "sessa,mamba2", "--seeds", "1")
 
 @pytest.fixture
 def trainer(tmp_path, monkeypatch):
+    presets = tmp_path / "presets.json"
+    presets.write_text(json.dumps({name: config.to_dict() for name, config in PRESETS.items()}))
+    monkeypatch.setenv("PRESETS", str(presets))
     monkeypatch.setattr(command, "TRAIN", (sys.executable, str(TRAINER)))
     return TRAINER
 
