@@ -19,6 +19,7 @@ from sessa_common.checkpoint.quantization import dequantize_weights, quantize_we
 from sessa_common.checkpoint.sources import Source, read_source
 from sessa_common.config import SessaConfig
 from sessa_common.errors import SessaError
+from sessa_common.inference.generation import left_pad
 from sessa_common.reference.model import model_logits
 
 STORIES = Path(__file__).parents[2] / "fixtures" / "stories260K"
@@ -90,6 +91,31 @@ def test_every_family_gives_the_logits_of_transformers(folder, tmp_path):
         decoding = pytest.importorskip(f"sessa_{backend}.decoding")
         decoder = decoding.load_decoder(tmp_path / "ours")
         assert relative_error(decoder.logits(ids), want) <= 1e-5
+        # A padded batch, then single tokens with the cache of both rows.
+        decoder.reset()
+        tokens, mask = left_pad([ids[0, :30], ids[1, :11]])
+        assert relative_error(decoder.step(tokens, mask), want[[0, 1], [29, 10]]) <= 1e-5
+        for t in range(5):
+            logits = decoder.step(ids[[0, 1], [30 + t, 11 + t]][:, None])
+            assert relative_error(logits, want[[0, 1], [30 + t, 11 + t]]) <= 1e-5
+
+
+def test_every_family_gives_the_logits_of_mlx_lm(folder, tmp_path):
+    path, ids, _ = folder
+    mx, mlx_lm = pytest.importorskip("mlx.core"), pytest.importorskip("mlx_lm.utils")
+    settings = json.loads((path / "config.json").read_text())
+    if settings["model_type"] == "qwen3" and settings["attention_bias"]:
+        pytest.skip("mlx-lm has no biases in Qwen3")
+    # mlx-lm reads what older versions of transformers wrote.
+    rope = settings.pop("rope_parameters")
+    settings |= {"rope_theta": rope.pop("rope_theta")}
+    settings |= {"rope_scaling": rope} if rope["rope_type"] != "default" else {}
+    (path / "config.json").write_text(json.dumps(settings))
+    model, _ = mlx_lm.load_model(path)
+    convert(path, tmp_path / "ours", feedback="all", feedback_key_dim=6)
+    ours = pytest.importorskip("sessa_mlx").load_model(tmp_path / "ours")
+    want = np.array(model(mx.array(ids)))
+    assert relative_error(np.array(ours(mx.array(ids))), want) <= 1e-5
 
 
 def test_every_family_returns_bit_for_bit(folder, tmp_path):
