@@ -6,6 +6,7 @@ import dataclasses
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,18 @@ from sessa_common.checkpoint.folder import (
     SHARD_SIZE,
     channels_last,
     is_model_file,
-    load_weights,
     read_tensors,
     require_own_file,
     save_weights,
 )
-from sessa_common.checkpoint.import_weights import Tensors
+from sessa_common.checkpoint.hub import local_source
+from sessa_common.checkpoint.lazy_tensors import LazyTensors, Spec, spec_of
 from sessa_common.checkpoint.llama_names import their_config, their_tensors
 from sessa_common.checkpoint.manifest import SAVES, read_manifest
 from sessa_common.checkpoint.model_card import CARD, CardFacts, is_own_card, write_model_card
 from sessa_common.checkpoint.quantization import (
     GROUP_SIZE,
-    quantize_weights,
+    quantize_lazily,
     undivided,
 )
 from sessa_common.checkpoint.remote_code import CODE_FILES
@@ -45,12 +46,14 @@ from sessa_common.checkpoint.run_files import (
 )
 from sessa_common.checkpoint.sources import Source, read_llama, read_source, state_file
 from sessa_common.checkpoint.upcycling import add_feedback, parse_layers, remove_feedback
-from sessa_common.config import DTYPES, FOREIGN_KEYS, SessaConfig
+from sessa_common.config import DTYPES, FOREIGN_KEYS, SessaConfig, parameter_count
 from sessa_common.errors import SessaError, expect
 from sessa_common.fields import split_fields
 from sessa_common.input_files import require_regular
 from sessa_common.json_files import read_json
 from sessa_common.storage import MANIFEST, check_new_folder, new_folder, write_json
+
+Tensors = Mapping[str, np.ndarray]
 
 FRAMEWORKS = {"torch": "pt", "mlx": "mlx", "llama": "pt"}
 UNITS = {"GB": 10**9, "MB": 10**6, "KB": 10**3, "B": 1, "": 1}
@@ -85,20 +88,26 @@ class Report:
         )
 
 
-def cast(weights: Mapping[str, np.ndarray], dtype: str) -> Tensors:
-    """Round every tensor to `dtype`; SessaError when a finite number becomes infinite.
+def cast(weights: Mapping[str, np.ndarray], dtype: str) -> LazyTensors:
+    """Round every tensor to `dtype`; reading one whose finite number becomes infinite fails.
 
     There are no exceptions: gains, A_log, dt_bias and D too are stored in `dtype`. The layers
-    compute with them in float32.
+    compute with them in float32. The error is a SessaError.
     """
-    out = {}
-    for name, value in weights.items():
-        with np.errstate(over="ignore"):
-            out[name] = value.astype(NUMPY_DTYPES[dtype])
-        finite = np.isfinite(value.astype(np.float64))
-        if not np.isfinite(out[name].astype(np.float64))[finite].all():
-            raise SessaError(f"{name} has numbers beyond {dtype}; choose float32 or bfloat16")
+    out, target = LazyTensors(), NUMPY_DTYPES[dtype]
+    for name in weights:
+        spec = Spec(spec_of(weights, name).shape, target)
+        out.defer(name, spec, partial(_cast_one, weights, name, dtype))
     return out
+
+
+def _cast_one(weights: Mapping[str, np.ndarray], name: str, dtype: str) -> np.ndarray:
+    value = weights[name]
+    with np.errstate(over="ignore"):
+        rounded = value.astype(NUMPY_DTYPES[dtype])
+    if not np.isfinite(rounded)[np.isfinite(value)].all():
+        raise SessaError(f"{name} has numbers beyond {dtype}; choose float32 or bfloat16")
+    return rounded
 
 
 def convert(
@@ -119,7 +128,8 @@ def convert(
 ) -> Report:
     """Write `source` as a checkpoint folder, read it back and compare it with the source.
 
-    The source is a checkpoint folder or a weight file. framework is "torch" or "mlx", which decides
+    The source is a checkpoint folder, a weight file, or "hf:owner/name" on the Hugging Face hub.
+    framework is "torch" or "mlx", which decides
     the layout of convolutions (by default mlx with `bits`, else torch), or "llama" for a folder of
     transformers' Llama family; dtype None keeps each tensor's; bits quantises in MLX's affine
     format with one scale for group_size numbers (64); shard_size is in bytes, or a text such as
@@ -131,6 +141,8 @@ def convert(
     SessaError before the folder appears.
     """
     target, size = Path(target), parse_size(shard_size)
+    if not isinstance(source, Source):
+        source = local_source(source)
     expect(framework in (None, *FRAMEWORKS), "`framework`", framework, f"{' or '.join(FRAMEWORKS)}")
     expect(dtype in (None, *DTYPES), "`dtype`", dtype, f"one of {', '.join(DTYPES)}")
     if group_size is not None and not bits:
@@ -153,7 +165,7 @@ def convert(
         source = _without_feedback(source)
     in_place = source.folder is not None and source.folder.resolve() == target.resolve()
     _refuse_overlap(source.folder, target)
-    weights = cast(source.weights, dtype) if dtype else dict(source.weights)
+    weights = cast(source.weights, dtype) if dtype else source.weights
     stored_config = dataclasses.replace(source.config, dtype=dtype or source.config.dtype)
     theirs = their_config(stored_config) if framework == "llama" else None
     stored, quantization = _as_stored(stored_config, weights, framework, bits, group_size)
@@ -172,6 +184,9 @@ def convert(
         carried = _carry_files(source, scratch, left_out)
         if merge is not None and (Path(merge) / CHAT_TEMPLATE).is_file():
             shutil.copyfile(Path(merge) / CHAT_TEMPLATE, scratch / CHAT_TEMPLATE)
+        generation = scratch / "generation_config.json"
+        if source.end_ids and not generation.exists():
+            write_json(generation, {"eos_token_id": source.end_ids})
         save_weights(
             scratch,
             stored_config,
@@ -181,12 +196,12 @@ def convert(
             extra_config=extra | quantization,
             more_files=[name for name in carried if name == STATE],
         )
-        _compare_stored(read_tensors(scratch), stored, target)
+        _compare_stored(read_tensors(scratch, mapped=True), stored, target)
         if theirs:
             write_json(scratch / "config.json", theirs)
             for name in CODE_FILES:
                 (scratch / name).unlink()
-        back = read_llama(scratch, theirs).weights if theirs else load_weights(scratch)[1]
+        back = read_llama(scratch, theirs) if theirs else read_source(scratch)
         origin = f"Converted from {source.kind}" + "".join(f"; {note}" for note in source.notes)
         facts = CardFacts(
             config=stored_config,
@@ -195,7 +210,7 @@ def convert(
         )
         write_model_card(scratch, facts, target)
         files = sorted(path.name for path in scratch.iterdir() if path.name not in carried)
-    return _report(source, back, stored, files, carried)
+    return _report(source, back.weights, stored, files, carried)
 
 
 def _clients(config: SessaConfig, framework: str, bits: int | None) -> tuple[str, ...]:
@@ -234,7 +249,7 @@ def _as_stored(
     config: SessaConfig, weights: Tensors, framework: str, bits: int | None, group_size: int
 ) -> tuple[Tensors, dict[str, Any]]:
     """The tensors of the new folder, and what its config.json says of their quantisation."""
-    if framework == "mlx" and any(value.dtype == np.float64 for value in weights.values()):
+    if framework == "mlx" and any(spec_of(weights, name).dtype == np.float64 for name in weights):
         raise SessaError("MLX cannot read float64 from safetensors; choose `dtype` float32")
     if bits and framework != "mlx":
         raise SessaError("quantised weights are MLX's format; choose `framework` mlx")
@@ -243,7 +258,7 @@ def _as_stored(
     if not bits:
         return channels_last(weights), {}
     settings = {"group_size": group_size, "bits": bits, "mode": "affine"}
-    packed = channels_last(quantize_weights(weights, bits, group_size))
+    packed = channels_last(quantize_lazily(weights, bits, group_size))
     return packed, {"quantization": settings, "quantization_config": settings}
 
 
@@ -300,16 +315,24 @@ def _carry_files(source: Source, scratch: Path, left_out: Mapping[str, bool]) ->
 
 
 def _compare_stored(back: Tensors, stored: Tensors, target: Path) -> None:
-    wrong = [name for name in stored if not _same(back.get(name), stored[name])]
+    wrong = [name for name in stored if name not in back or not _same(back[name], stored[name])]
     if wrong or back.keys() != stored.keys():
         raise SessaError(f"{target}: {wrong or 'extra tensors'} read back differently; not written")
 
 
-def _same(one: np.ndarray | None, other: np.ndarray) -> bool:
-    return (
-        one is not None
-        and (one.shape, one.dtype) == (other.shape, other.dtype)
-        and one.tobytes() == other.tobytes()
+def _same(one: np.ndarray, other: np.ndarray) -> bool:
+    """Return True for arrays of the same type and bits."""
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    first, second = (np.ascontiguousarray(x).reshape(-1).view(np.uint8) for x in (one, other))
+    return np.array_equal(first, second)
+
+
+def _largest_difference(one: np.ndarray, other: np.ndarray) -> float:
+    """The largest difference of two arrays, computed row by row in float64."""
+    rows = zip(np.atleast_1d(one), np.atleast_1d(other), strict=True)
+    return max(
+        (float(np.abs(a.astype(np.float64) - b).max(initial=0.0)) for a, b in rows), default=0.0
     )
 
 
@@ -322,22 +345,24 @@ def report_unchanged(source: Source, note: str) -> Report:
 def _report(
     source: Source, back: Tensors, stored: Tensors, files: list[str], carried: list[str]
 ) -> Report:
-    worst, scale, where = 0.0, 1.0, ""
-    exact = all(_same(back[name], value) for name, value in source.weights.items())
+    worst, scale, where, exact = 0.0, 1.0, "", True
     for name, value in source.weights.items():
-        before = value.astype(np.float64)
-        difference = float(np.abs(back[name].astype(np.float64) - before).max(initial=0.0))
+        found = back[name]
+        if _same(found, value):
+            continue
+        difference, exact = _largest_difference(found, value), False
         if difference > worst:
-            worst, scale, where = difference, float(np.abs(before).max()), name
-    dtypes = sorted({str(value.dtype) for value in stored.values()})
+            worst, scale, where = difference, float(np.abs(value).max()), name
+    specs = [spec_of(stored, name) for name in stored]
+    dtypes = sorted({str(spec.dtype) for spec in specs})
     notes = list(source.notes)
     if carried:
         notes.append(f"carried along: {', '.join(carried)}")
     return Report(
         source=source.kind,
         tensors=len(stored),
-        parameters=sum(value.size for value in source.weights.values()),
-        bytes=sum(value.nbytes for value in stored.values()),
+        parameters=parameter_count(source.config),
+        bytes=sum(spec.nbytes for spec in specs),
         dtype=", ".join(dtypes),
         files=files,
         notes=notes,

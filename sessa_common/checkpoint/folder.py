@@ -14,9 +14,9 @@ import ml_dtypes
 import numpy as np
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from sessa_common.checkpoint.finite import require_finite_weights
+from sessa_common.checkpoint.lazy_tensors import spec_of
 from sessa_common.checkpoint.manifest import (
     is_plain_name,
     manifest_files,
@@ -32,6 +32,7 @@ from sessa_common.checkpoint.quantization import (
 )
 from sessa_common.checkpoint.remote_code import write_config
 from sessa_common.checkpoint.run_files import ADAPTER_CONFIG
+from sessa_common.checkpoint.safetensors_file import map_tensors, write_tensors
 from sessa_common.config import SessaConfig, parameter_shapes
 from sessa_common.errors import SessaError
 from sessa_common.input_files import require_regular
@@ -73,19 +74,34 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
-def write_safetensors(
-    path: Path, arrays: Mapping[str, np.ndarray], metadata: dict[str, str] | None = None
-) -> None:
-    """Write a safetensors file atomically, with text metadata in its header.
+def map_safetensors(path: Path) -> dict[str, np.ndarray]:
+    """Map every tensor of one safetensors file, which takes no memory; they cannot be changed.
 
-    Raises SessaError when the disk is full.
+    Raises SessaError as `open_safetensors` does.
     """
-    whole = {name: np.ascontiguousarray(a).reshape(a.shape) for name, a in arrays.items()}
+    with open_safetensors(path):
+        try:
+            return map_tensors(path)
+        except KeyError as error:
+            raise ValueError(f"type {error} is not known") from None
+
+
+def write_safetensors(
+    path: Path,
+    arrays: Mapping[str, np.ndarray],
+    metadata: dict[str, str] | None = None,
+    names: Iterable[str] | None = None,
+) -> None:
+    """Write tensors, or those of these names, as a safetensors file with text in its header.
+
+    The file appears whole, and one tensor at a time is in memory. Raises SessaError when the disk
+    is full.
+    """
     try:
-        with atomic_path(path) as scratch:
-            save_file(whole, scratch, metadata=metadata)
-    except SafetensorError as error:
-        raise SessaError(f"{path}: cannot be written ({error})") from None
+        with atomic_path(path) as scratch, scratch.open("wb") as file:
+            write_tensors(file, arrays, arrays if names is None else names, metadata)
+    except OSError as error:
+        raise SessaError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -184,7 +200,7 @@ def load_weights(folder: Path | str) -> tuple[SessaConfig, dict[str, np.ndarray]
     if is_quantized(weights):
         settings = read_json(folder / "config.json").get("quantization")
         weights = dequantize_weights(weights, settings, config.hidden_size, str(folder))
-    weights = channels_first(weights)
+    weights = dict(channels_first(weights))
     check_weights(config, weights, str(folder))
     require_finite_weights(weights, str(folder))
     return config, weights
@@ -200,7 +216,7 @@ def load_packed_weights(
     """
     folder = Path(folder)
     config = load_config(folder)
-    tensors = channels_first(read_tensors(folder))
+    tensors = dict(channels_first(read_tensors(folder)))
     settings = read_json(folder / "config.json").get("quantization")
     packed = packings(tensors, settings, config.hidden_size, str(folder))
     check_weights(config, _unpacked_shapes(tensors, packed), str(folder))
@@ -222,13 +238,17 @@ def _unpacked_shapes(
     return found
 
 
-def read_tensors(folder: Path) -> dict[str, np.ndarray]:
-    """Every tensor of a folder's weight files, as it is stored; SessaError for one stored twice."""
+def read_tensors(folder: Path, *, mapped: bool = False) -> dict[str, np.ndarray]:
+    """Every tensor of a folder's weight files, as it is stored; SessaError for one stored twice.
+
+    Mapped tensors stay in the files, take no memory and cannot be changed.
+    """
+    read_file = map_safetensors if mapped else read_safetensors
 
     def read() -> dict[str, np.ndarray]:
         tensors: dict[str, np.ndarray] = {}
         for file in weight_files(folder):
-            found = read_safetensors(file)
+            found = read_file(file)
             if twice := sorted(tensors.keys() & found.keys()):
                 raise SessaError(f"{file}: tensor {twice[0]} is also in another file of the model")
             tensors |= found
@@ -237,8 +257,10 @@ def read_tensors(folder: Path) -> dict[str, np.ndarray]:
     return read_settled(folder, read)
 
 
-def channels_first(weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def channels_first(weights: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
     """Turn convolutions from MLX's layout (channels, width, 1) to ours, (channels, 1, width)."""
+    if not has_convolutions(weights):
+        return weights
     # The axis of length 1 tells the layouts apart; at width 1 they are the same.
     return {
         name: value.swapaxes(1, 2) if is_convolution(name, value) and value.shape[2] == 1 else value
@@ -246,12 +268,19 @@ def channels_first(weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     }
 
 
-def channels_last(weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def channels_last(weights: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
     """Turn convolutions from our layout to MLX's; the inverse of `channels_first`."""
+    if not has_convolutions(weights):
+        return weights
     return {
         name: value.swapaxes(1, 2) if is_convolution(name, value) else value
         for name, value in weights.items()
     }
+
+
+def has_convolutions(weights: Iterable[str]) -> bool:
+    """Return True when any name is that of a Mamba-2 layer's depth-wise convolution."""
+    return any(name.endswith(".conv1d.weight") for name in weights)
 
 
 def is_convolution(name: str, value: np.ndarray) -> bool:
@@ -273,12 +302,11 @@ def check_weights(config: SessaConfig, weights: Mapping[str, np.ndarray], where:
             f"{where}: tensor {extra[0]} is not part of this model ({len(extra)} in all)"
         )
     for name, shape in expected.items():
-        if tuple(weights[name].shape) != shape:
-            raise SessaError(
-                f"{where}: {name} has shape {tuple(weights[name].shape)}, expected {shape}"
-            )
-        if weights[name].dtype not in NUMPY_DTYPES.values():
-            raise SessaError(f"{where}: {name} is {weights[name].dtype}, expected a floating type")
+        found = spec_of(weights, name)
+        if found.shape != shape:
+            raise SessaError(f"{where}: {name} has shape {found.shape}, expected {shape}")
+        if found.dtype not in NUMPY_DTYPES.values():
+            raise SessaError(f"{where}: {name} is {found.dtype}, expected a floating type")
 
 
 def save_weights(
@@ -310,13 +338,13 @@ def write_weights(
 ) -> list[str]:
     """Write the tensors, with an index when there are several shards; the names of the files."""
     split = split_state_dict_into_shards_factory(
-        dict(weights),
-        get_storage_size=lambda value: value.nbytes,
+        {name: spec_of(weights, name) for name in weights},
+        get_storage_size=lambda spec: spec.nbytes,
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=shard_size,
     )
     for file, inside in split.filename_to_tensors.items():
-        write_safetensors(folder / file, {n: weights[n] for n in inside}, {"format": framework})
+        write_safetensors(folder / file, weights, {"format": framework}, inside)
     names = list(split.filename_to_tensors)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}

@@ -107,7 +107,7 @@ def map_names(
                 found.weights[f"model.layers.{i}.{name}"] = value
             elif i == 0:
                 found.buffers[name.removeprefix("mixer.")] = value
-    found.weights = channels_first(found.weights)
+    found.weights = dict(channels_first(found.weights))
     return found
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from sessa_common.checkpoint.lazy_tensors import LazyTensors, spec_of
 from sessa_common.config import SessaConfig
 from sessa_common.errors import SessaError, expect, require
 from sessa_common.rope import with_rope_scaling
@@ -120,11 +121,17 @@ def _llama_config(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str
         "qk_norm": family.qk_norm,
         "dtype": settings.get("dtype") or settings.get("torch_dtype") or "float32",
     }
-    ends, notes = settings.get("eos_token_id"), []
-    if isinstance(ends, list):
-        notes.append(f"kept eos_token_id {ends[0]} of {ends}")
-        ends = ends[0]
-    return {**keys, "eos_token_id": ends}, notes
+    end, notes = settings.get("eos_token_id"), []
+    if several := end_ids(settings):
+        end = several[0]
+        notes.append(f"config.json has the first of the end tokens {several}")
+    return {**keys, "eos_token_id": end}, notes
+
+
+def end_ids(settings: Mapping[str, Any]) -> list[int]:
+    """The ids that end a text where their config.json has several, else none."""
+    given = settings.get("eos_token_id")
+    return list(given) if isinstance(given, list) else []
 
 
 def _refuse_windows(settings: Mapping[str, Any]) -> None:
@@ -142,30 +149,42 @@ def _refuse_windows(settings: Mapping[str, Any]) -> None:
         )
 
 
-def llama_tensors(config: SessaConfig, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def llama_tensors(config: SessaConfig, tensors: Mapping[str, np.ndarray]) -> LazyTensors:
     """Tensors by our names, with the rotary pairs of queries and keys side by side.
 
     The family rotates the rows i and i + d/2 of a head, this project 2i and 2i + 1. A buffer of
     frequencies is left out, and so is a head that only repeats the tied embedding.
     """
-    found = {}
-    for name, value in tensors.items():
+    found = LazyTensors()
+    for name in tensors:
         ours = _rename(name, NAMES)
         repeats = ours == "lm_head.weight" and config.tie_word_embeddings
         if not repeats and not ours.endswith(".rotary_emb.inv_freq"):
-            rotated = ROTATED.fullmatch(ours)
-            found[ours] = interleave_halves(value, config.head_dim) if rotated else value
+            _add(found, ours, tensors, name, interleave_halves, config.head_dim)
     return found
 
 
-def their_tensors(config: SessaConfig, weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def their_tensors(config: SessaConfig, weights: Mapping[str, np.ndarray]) -> LazyTensors:
     """Weights by the names of the family, with its rotary halves; undoes `llama_tensors`."""
-    return {
-        _rename(name, THEIR_NAMES): separate_pairs(value, config.head_dim)
-        if ROTATED.fullmatch(name)
-        else value
-        for name, value in weights.items()
-    }
+    found = LazyTensors()
+    for name in weights:
+        _add(found, _rename(name, THEIR_NAMES), weights, name, separate_pairs, config.head_dim)
+    return found
+
+
+def _add(
+    found: LazyTensors,
+    name: str,
+    tensors: Mapping[str, np.ndarray],
+    there: str,
+    turn: Callable[[np.ndarray, int], np.ndarray],
+    head_dim: int,
+) -> None:
+    """Add a tensor under a new name, with its rows turned where RoPE rotates them."""
+    if ROTATED.fullmatch(name) or ROTATED.fullmatch(there):
+        found.defer(name, spec_of(tensors, there), lambda: turn(tensors[there], head_dim))
+    else:
+        found.link(name, tensors, there)
 
 
 def their_config(config: SessaConfig) -> dict[str, Any]:

@@ -8,12 +8,15 @@ with `X.scales` and `X.biases` (out, in/g) in the weight's floating type; a Line
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
+from sessa_common.checkpoint.lazy_tensors import LazyTensors, Spec, spec_of
 from sessa_common.errors import SessaError
 
 BITS = (2, 3, 4, 5, 6, 8)
@@ -90,42 +93,50 @@ def quantize_weights(
     A matrix whose columns do not divide into groups stays as it is. Raises SessaError for bits or
     groups that MLX lacks, and when no matrix at all divides.
     """
+    return dict(quantize_lazily(weights, bits, group_size))
+
+
+def quantize_lazily(weights: Mapping[str, np.ndarray], bits: int, group_size: int) -> LazyTensors:
+    """`quantize_weights`, with every matrix quantised when its parts are read."""
     if bits not in BITS or group_size not in GROUP_SIZES:
         raise SessaError(
             f"cannot quantise to {bits} bits in groups of {group_size}: MLX has "
             f"bits {_either(BITS)} and groups of {_either(GROUP_SIZES)}"
         )
-    matrices = [name for name, value in weights.items() if _is_matrix(name, value)]
+    matrices = [name for name in weights if _is_matrix(name, spec_of(weights, name))]
     kept = set(undivided(weights, group_size))
     if matrices and len(kept) == len(matrices):
         name = matrices[0]
         raise SessaError(
-            f"{name} has {weights[name].shape[-1]} columns, which do not divide into groups of "
-            f"{group_size}, nor does any other matrix; choose another group size "
+            f"{name} has {spec_of(weights, name).shape[-1]} columns, which do not divide into "
+            f"groups of {group_size}, nor does any other matrix; choose another group size "
             f"({_either(GROUP_SIZES)})"
         )
-    out: dict[str, np.ndarray] = {}
-    for name, value in weights.items():
-        if name in kept or not _is_matrix(name, value):
-            out[name] = value
+    # The three parts of a matrix are read one after the other.
+    parts = functools.lru_cache(1)(lambda name: quantize(weights[name], bits, group_size))
+    out = LazyTensors()
+    for name in weights:
+        if name in kept or name not in matrices:
+            out.link(name, weights, name)
             continue
-        path = name.removesuffix(".weight")
-        packed = quantize(value, bits, group_size)
-        out |= dict(zip((name, f"{path}.scales", f"{path}.biases"), packed, strict=True))
+        spec, path = spec_of(weights, name), name.removesuffix(".weight")
+        rows, columns = spec.shape
+        packed = Spec((rows, columns * bits // 32), np.dtype(np.uint32))
+        scales = Spec((rows, columns // group_size), spec.dtype)
+        names = (name, f"{path}.scales", f"{path}.biases")
+        for i, (part, its) in enumerate(zip(names, (packed, scales, scales), strict=True)):
+            out.defer(part, its, lambda name=name, i=i: parts(name)[i])  # type: ignore[misc]
     return out
 
 
 def undivided(weights: Mapping[str, np.ndarray], group_size: int) -> list[str]:
     """Names of the matrices that `quantize_weights` leaves as they are."""
-    return [
-        name
-        for name, value in weights.items()
-        if _is_matrix(name, value) and value.shape[-1] % group_size
-    ]
+    specs = {name: spec_of(weights, name) for name in weights}
+    return [n for n, spec in specs.items() if _is_matrix(n, spec) and spec.shape[-1] % group_size]
 
 
-def _is_matrix(name: str, value: np.ndarray) -> bool:
-    return value.ndim == 2 and not name.endswith("gamma_ctx.weight")
+def _is_matrix(name: str, spec: Spec) -> bool:
+    return len(spec.shape) == 2 and not name.endswith("gamma_ctx.weight")
 
 
 def dequantize_weights(
@@ -139,13 +150,29 @@ def dequantize_weights(
     settings is config.json's "quantization", with per-path overrides; without it the groups are
     found from `width`, the number of columns. Raises SessaError when the parts do not fit together.
     """
+    return dict(dequantize_lazily(tensors, settings, width, where))
+
+
+def dequantize_lazily(
+    tensors: Mapping[str, np.ndarray],
+    settings: Mapping[str, Any] | None,
+    width: int,
+    where: str,
+) -> LazyTensors:
+    """`dequantize_weights`, with every matrix unpacked when it is read."""
     found = packings(tensors, settings, width, where)
     spent = {f"{path}.{part}" for path in found for part in ("scales", "biases")}
-    out = {name: value for name, value in tensors.items() if name not in spent}
+    out = LazyTensors({name: value for name, value in tensors.items() if name not in spent})
     for path, packing in found.items():
-        weight, scales, biases = (tensors[f"{path}.{p}"] for p in ("weight", "scales", "biases"))
-        out[f"{path}.weight"] = dequantize(weight, scales, biases, packing.bits)
+        scales = tensors[f"{path}.scales"]
+        spec = Spec((len(scales), scales.shape[1] * packing.group_size), scales.dtype)
+        out.defer(f"{path}.weight", spec, partial(_unpacked, tensors, path, packing.bits))
     return out
+
+
+def _unpacked(tensors: Mapping[str, np.ndarray], path: str, bits: int) -> np.ndarray:
+    weight, scales, biases = (tensors[f"{path}.{part}"] for part in ("weight", "scales", "biases"))
+    return dequantize(weight, scales, biases, bits)
 
 
 def packings(

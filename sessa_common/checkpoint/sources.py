@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from sessa_common.checkpoint.finite import require_finite_weights
 from sessa_common.checkpoint.folder import (
     channels_first,
@@ -15,16 +17,20 @@ from sessa_common.checkpoint.folder import (
     read_tensors,
 )
 from sessa_common.checkpoint.import_weights import (
-    Tensors,
     complete,
     find_config,
     map_names,
     read_arrays,
 )
-from sessa_common.checkpoint.llama_names import is_llama_family, llama_config, llama_tensors
+from sessa_common.checkpoint.llama_names import (
+    end_ids,
+    is_llama_family,
+    llama_config,
+    llama_tensors,
+)
 from sessa_common.checkpoint.mamba2_names import mamba2_config, mamba2_names
 from sessa_common.checkpoint.manifest import Manifest, read_manifest, read_settled, verify
-from sessa_common.checkpoint.quantization import dequantize_weights, is_quantized
+from sessa_common.checkpoint.quantization import dequantize_lazily, is_quantized
 from sessa_common.checkpoint.run_files import STATE
 from sessa_common.config import FOREIGN_KEYS, SessaConfig, parameter_shapes
 from sessa_common.errors import SessaError
@@ -34,15 +40,19 @@ from sessa_common.layer_kinds import with_layer_kinds
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A model read from any form: its weights by our names and what was said on the way."""
+    """A model read from any form: its weights by our names and what was said on the way.
+
+    Weights of a folder may lie in its files or be computed when they are read.
+    """
 
     config: SessaConfig
-    weights: Tensors
+    weights: Mapping[str, np.ndarray]
     kind: str
     notes: list[str] = field(default_factory=list)
     folder: Path | None = None  # whose other files belong to the checkpoint
     manifest: Manifest | None = None  # of that folder, when it was read
     settings: dict[str, Any] = field(default_factory=dict)  # its config.json
+    end_ids: list[int] = field(default_factory=list)  # where there are several
 
 
 def read_source(path: Path, given: Mapping[str, Any] | None = None, seed: int = 0) -> Source:
@@ -92,17 +102,18 @@ def _read_folder(folder: Path, given: Mapping[str, Any]) -> Source:
     settings = with_layer_kinds(settings)
     config = SessaConfig.from_dict(settings, str(folder / "config.json"))
     _require_agreement(config, settings, given, folder)
+    tensors: Mapping[str, np.ndarray]
     arrays = [path for path in sorted(folder.glob("*.npz")) if "weight" in path.stem]
     if arrays and not any(folder.glob("model*.safetensors")):
         tensors, kind = read_arrays(arrays[0]), "MLX .npz folder"
     else:
-        tensors, kind = read_tensors(folder), "checkpoint folder"
+        tensors, kind = read_tensors(folder, mapped=True), "checkpoint folder"
     if not tensors.keys() & parameter_shapes(config).keys():
         tensors = map_names(tensors, settings, str(folder)).weights
     if is_quantized(tensors):
         kind = "MLX-quantised folder"
         quantization = settings.get("quantization")
-        tensors = dequantize_weights(tensors, quantization, config.hidden_size, str(folder))
+        tensors = dequantize_lazily(tensors, quantization, config.hidden_size, str(folder))
     tensors = channels_first(tensors)
     check_weights(config, tensors, str(folder))
     require_finite_weights(tensors, str(folder))
@@ -140,13 +151,21 @@ def read_llama(
     keys, notes = llama_config(settings, str(folder / "config.json"))
     config = SessaConfig.from_dict(keys, str(folder / "config.json"))
     _require_agreement(config, keys, given or {}, folder)
-    tensors, kind = read_tensors(folder), f"transformers {settings['model_type']} folder"
+    tensors: Mapping[str, np.ndarray] = read_tensors(folder, mapped=True)
+    kind = f"transformers {settings['model_type']} folder"
     if is_quantized(tensors):
         kind = f"MLX-quantised {settings['model_type']} folder"
         quantization = settings.get("quantization")
-        tensors = dequantize_weights(tensors, quantization, config.hidden_size, str(folder))
-    weights = llama_tensors(config, tensors)
-    return _checked(Source(config=config, weights=weights, kind=kind, notes=notes, folder=folder))
+        tensors = dequantize_lazily(tensors, quantization, config.hidden_size, str(folder))
+    source = Source(
+        config=config,
+        weights=llama_tensors(config, tensors),
+        kind=kind,
+        notes=notes,
+        folder=folder,
+        end_ids=end_ids(settings),
+    )
+    return _checked(source)
 
 
 def _checked(source: Source) -> Source:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from sessa_common.checkpoint.lazy_tensors import LazyTensors
 from sessa_common.config import SessaConfig
 from sessa_common.errors import SessaError, expect, require
 
@@ -39,7 +40,7 @@ def add_feedback(
     layers: Sequence[int],
     key_dim: int | None = None,
     seed: int = 0,
-) -> tuple[SessaConfig, dict[str, np.ndarray]]:
+) -> tuple[SessaConfig, LazyTensors]:
     """Return the model with feedback in these layers, whose gain is exactly 0.
 
     `proj_fb` (2K, D) is drawn from N(0, 1/D), and the weights of the gain are 0, so that s = f. K
@@ -61,10 +62,10 @@ def add_feedback(
             f"feedback_key_dim is {K}, but the feedback that the model already has is "
             f"{config.feedback_key_dim} wide; leave it out"
         )
-    found = dict(weights)
+    found = LazyTensors(weights)
     for i in layers:
         prefix = f"model.layers.{i}.mixer."
-        dtype = found[prefix + "q_proj.weight"].dtype
+        dtype = found.spec(prefix + "q_proj.weight").dtype
         drawn = np.random.default_rng((seed, i)).normal(0.0, D**-0.5, (2 * K, D))
         found[prefix + "proj_fb.weight"] = drawn.astype(dtype)
         found[prefix + "proj_fb.bias"] = np.zeros(2 * K, dtype)
@@ -75,13 +76,13 @@ def add_feedback(
 
 def remove_feedback(
     config: SessaConfig, weights: Mapping[str, np.ndarray]
-) -> tuple[SessaConfig, dict[str, np.ndarray]]:
+) -> tuple[SessaConfig, LazyTensors]:
     """Return the model without its feedback, which undoes `add_feedback`.
 
     Raises SessaError that names the first layer whose gain is not 0.
     """
     without = {name: plain for plain, name in WITH_FEEDBACK.items()}
-    kinds, found = [kind.name for kind in config.kinds], dict(weights)
+    kinds, found = [kind.name for kind in config.kinds], LazyTensors(weights)
     for i, kind in enumerate(config.kinds):
         if not kind.feeds_back:
             continue

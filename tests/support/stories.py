@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -27,11 +28,11 @@ def write_stories(folder: Path, gain: float | None = None) -> Path:
     convert(STORIES, folder, feedback="all", feedback_key_dim=KEY_DIM)
     if gain:
         source = read_source(folder)
-        rng = np.random.default_rng(0)
-        for name, value in source.weights.items():
+        rng, weights = np.random.default_rng(0), dict(source.weights)
+        for name, value in weights.items():
             if name.endswith("gamma_bias"):
-                value[...] = gain
+                weights[name] = np.full_like(value, gain)
             elif name.endswith("gamma_ctx.weight"):
-                value[...] = rng.normal(0, gain / 4, value.shape)
-        convert(source, folder, force=True)
+                weights[name] = rng.normal(0, gain / 4, value.shape).astype(value.dtype)
+        convert(dataclasses.replace(source, weights=weights), folder, force=True)
     return folder

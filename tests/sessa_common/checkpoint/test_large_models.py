@@ -1,0 +1,118 @@
+"""Conversion of models that are larger than memory, and files that are written tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save
+
+from sessa_common.checkpoint.folder import map_safetensors, read_safetensors, write_safetensors
+from sessa_common.checkpoint.lazy_tensors import LazyTensors, Spec, spec_of
+from sessa_common.errors import SessaError
+
+SIZES = {
+    "model_type": "llama",
+    "vocab_size": 1024,
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "eos_token_id": [3, 5],
+}
+# The model has 203 MB, 410 MB in float32; its largest tensor has 16 MB in float32.
+LIMIT = 150 * 2**20
+CONVERT = """
+import resource, sys
+from pathlib import Path
+from sessa_common.checkpoint.conversion import convert
+used = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_DATA, (used + int(sys.argv[4]),) * 2)
+convert(sys.argv[1], sys.argv[2], feedback="all", feedback_key_dim=64, **eval(sys.argv[3]))
+"""
+
+
+def write_model(folder: Path) -> None:
+    """A Llama of 100 million parameters, all its matrices cut from one block of random numbers."""
+    D, F, bfloat16 = SIZES["hidden_size"], SIZES["intermediate_size"], ml_dtypes.bfloat16
+    block = np.random.default_rng(0).normal(0, 0.02, F * D).astype(bfloat16)
+    one = np.ones(D, bfloat16)
+    tensors = {"model.embed_tokens.weight": block[: 1024 * D].reshape(1024, D)}
+    for i in range(SIZES["num_hidden_layers"]):
+        layer = f"model.layers.{i}"
+        for name in "qkvo":
+            tensors[f"{layer}.self_attn.{name}_proj.weight"] = block[: D * D].reshape(D, D)
+        for name, shape in (("gate", (F, D)), ("up", (F, D)), ("down", (D, F))):
+            tensors[f"{layer}.mlp.{name}_proj.weight"] = block.reshape(shape)
+        tensors[f"{layer}.input_layernorm.weight"] = one
+        tensors[f"{layer}.post_attention_layernorm.weight"] = one
+    tensors["model.norm.weight"] = one
+    folder.mkdir()
+    write_safetensors(folder / "model.safetensors", tensors)
+    (folder / "config.json").write_text(json.dumps(SIZES))
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the limit is Linux's")
+@pytest.mark.parametrize("options", ["dict(dtype='float32')", "dict(bits=4)"])
+def test_a_model_converts_in_less_memory_than_it_has_bytes(tmp_path, options):
+    write_model(tmp_path / "model")
+    arguments = [str(tmp_path / "model"), str(tmp_path / "out"), options, str(LIMIT)]
+    done = subprocess.run(
+        [sys.executable, "-c", CONVERT, *arguments], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    ends = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert ends == {"eos_token_id": [3, 5]}
+
+
+def test_written_bytes_are_those_of_the_library(tmp_path):
+    tensors = {
+        "b": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "a": np.ones(3, ml_dtypes.bfloat16),
+        "words é": np.arange(5, dtype=np.uint32),
+        "scalar": np.float32(2.5).reshape(()),
+        "none": np.zeros((0, 4), np.int64),
+        "turned": np.arange(6, dtype=np.float16).reshape(2, 3).T,
+    }
+    write_safetensors(tmp_path / "x.safetensors", tensors, {"format": "pt"})
+    whole = {name: np.ascontiguousarray(a).reshape(a.shape) for name, a in tensors.items()}
+    assert (tmp_path / "x.safetensors").read_bytes() == save(whole, {"format": "pt"})
+    read, mapped = (f(tmp_path / "x.safetensors") for f in (read_safetensors, map_safetensors))
+    assert read.keys() == mapped.keys() == tensors.keys()
+    for name, value in tensors.items():
+        assert mapped[name].dtype == value.dtype
+        np.testing.assert_array_equal(mapped[name], value)
+
+
+def test_a_damaged_file_is_not_mapped(tmp_path):
+    (tmp_path / "x.safetensors").write_bytes(b"\x08" + b"\0" * 7 + b"{}      \0")
+    with pytest.raises(SessaError, match="not a readable safetensors file"):
+        map_safetensors(tmp_path / "x.safetensors")
+
+
+def test_lazy_tensors_are_made_when_they_are_read():
+    made = []
+    tensors = LazyTensors({"there": np.ones(2)})
+    tensors.defer("later", Spec((3,), np.dtype(np.int8)), lambda: made.append(1) or np.ones(3))
+    assert (
+        spec_of(tensors, "later").nbytes == 3
+        and not made
+        and list(tensors)
+        == [
+            "there",
+            "later",
+        ]
+    )
+    copy = LazyTensors(tensors)
+    copy["there"] = np.zeros(2)
+    del copy["later"]
+    assert "later" in tensors and tensors["there"].sum() == 2
+    assert tensors["later"].shape == (3,) and made == [1]
