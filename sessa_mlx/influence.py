@@ -56,9 +56,7 @@ class InfluenceProbe:
         """Gains (T,), largest weights (T,) and kernel columns (T, n); see the protocol."""
         block = self.backbone.layers[layer]
         x = self.inputs[layer]
-        a = block.ln(x)
-        if self.config.kinds[layer].block == "gated":
-            a = nn.gelu(mx.split(block.W_in(a), 2, -1)[0])
+        a = block.mixer_input(x)
         q, k = mx.split(block.mixer.proj_fb(a), 2, -1)
         gamma = block.mixer.gain(a)
         impulses = mx.zeros((1, self.length, len(sources)), dtype=gamma.dtype)

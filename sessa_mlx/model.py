@@ -48,6 +48,10 @@ class SessaLayer(nn.Module):
         s = self.mixer(nn.gelu(a), rope=rope, cache=cache, key_mask=key_mask)
         return x + self.W_out(s * g)
 
+    def mixer_input(self, x: mx.array) -> mx.array:
+        """The input a (B, T, D) of the mixer for x (B, T, D)."""
+        return nn.gelu(mx.split(self.W_in(self.ln(x)), 2, -1)[0])
+
 
 class MLP(nn.Module):
     """down_proj(gelu(up_proj(x))), D -> intermediate_size -> D.
@@ -96,6 +100,10 @@ class TransformerLayer(nn.Module):
         """Apply the block to x (B, T, D); the other arguments as in `AttentionMixer`."""
         x = x + self.mixer(self.ln(x), rope=rope, cache=cache, key_mask=key_mask)
         return x + self.mlp(self.ln_mlp(x))
+
+    def mixer_input(self, x: mx.array) -> mx.array:
+        """The input a (B, T, D) of the mixer for x (B, T, D)."""
+        return self.ln(x)
 
 
 class Mamba2Layer(nn.Module):
@@ -190,6 +198,16 @@ class SessaModel(nn.Module):
             layer_cache = cache.layers[i] if cache is not None else None
             x = run(layer, x, rope=rope, cache=layer_cache, key_mask=mask)
         return self.norm(x)
+
+    def gains(self, ids: mx.array) -> dict[int, mx.array]:
+        """The gains (B, T) of every layer with feedback on ids (B, T), by the layer's number."""
+        x, found = self.embed_tokens(ids), {}
+        for i, kind in enumerate(self.config.kinds):
+            layer = self.layers[i]
+            if kind.feeds_back:
+                found[i] = layer.mixer.gain(layer.mixer_input(x))
+            x = layer(x)
+        return found
 
 
 class SessaForCausalLM(nn.Module):

@@ -205,6 +205,15 @@ class TrainBackend:
         hidden = self._hidden(self.parameters, mx.array(inputs))
         return to_numpy(likeliest(hidden, self._head(self.parameters)).astype(mx.int32))
 
+    def gains(self, inputs: np.ndarray) -> dict[int, np.ndarray]:
+        """Return the gains float32 (B, T) of every layer with feedback on inputs (B, T)."""
+        if not self.model.config.feeds_back:
+            return {}
+        self._fill_model(self.parameters)
+        found = self.model.model.gains(mx.array(inputs))
+        self._release_model()
+        return {i: to_numpy(gamma.astype(mx.float32)) for i, gamma in found.items()}
+
     def weights(self) -> dict[str, np.ndarray]:
         """Return the float32 weights that are trained."""
         return {name: to_numpy(value) for name, value in self.parameters.items()}
@@ -320,10 +329,13 @@ class TrainBackend:
         return parameters[self.head] if self.head in parameters else self.frozen[self.head]
 
     def _hidden(self, parameters: Arrays, inputs: mx.array) -> mx.array:
-        self.model.update(tree_unflatten(list(self._computed(parameters).items())))
+        self._fill_model(parameters)
         hidden = self.model.model(inputs)
         self._release_model()
         return hidden
+
+    def _fill_model(self, parameters: Arrays) -> None:
+        self.model.update(tree_unflatten(list(self._computed(parameters).items())))
 
     def _computed(self, parameters: Arrays) -> Arrays:
         """Parameters in the types that the model computes with."""

@@ -59,9 +59,7 @@ class InfluenceProbe:
         """Gains (T,), largest weights (T,) and kernel columns (T, n); see the protocol."""
         block: Any = self.backbone.layers[layer]
         x = self.inputs[layer]
-        a = block.ln(x)
-        if self.config.kinds[layer].block == "gated":
-            a = F.gelu(block.W_in(a).chunk(2, -1)[0])
+        a = block.mixer_input(x)
         q, k = block.mixer.proj_fb(a).chunk(2, -1)
         gamma = block.mixer.gain(a)
         impulses = torch.zeros(1, self.length, len(sources), dtype=gamma.dtype, device=x.device)

@@ -219,6 +219,20 @@ class TrainBackend:
         ids = self.objective(likeliest, given.to(self.device))
         return to_numpy((ids if self.context is None else self.context.whole(ids)).int())
 
+    @torch.no_grad()
+    def gains(self, inputs: np.ndarray) -> dict[int, np.ndarray]:
+        """Return the gains float32 (B, T) of every layer with feedback on inputs (B, T).
+
+        Sharded weights are gathered for whole layers only, so there are no gains with them.
+        """
+        if self.shards or not self.model.config.feeds_back:
+            return {}
+        ids = torch.from_numpy(np.ascontiguousarray(inputs)).to(self.device)
+        low = self.precision == "bfloat16"
+        with torch.autocast(self.device.split(":")[0], dtype=torch.bfloat16, enabled=low):
+            found = self.model.model.gains(ids.long())
+        return {i: to_numpy(gamma.float()) for i, gamma in found.items()}
+
     def weights(self) -> dict[str, np.ndarray]:
         """Return the float32 weights that are trained."""
         return {name: whole_array(parameter) for name, parameter in self.parameters.items()}

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from sessa_cli.common import say
 from sessa_common.inference.evaluation import perplexity
+from sessa_common.training.gains import gain_summary
 
 # Share of the newest step in the shown loss and speed, which makes them steady enough to read.
 SMOOTHING = 0.1
@@ -85,9 +86,10 @@ class TerminalReporter:
         measured = f"perplexity {record['validation_perplexity']:.1f}"
         if "validation_accuracy" in record:
             measured = f"accuracy {record['validation_accuracy']:.3f}"
+        gains = f"; {told}" if (told := gain_summary(record)) else ""
         self.console.print(
             f"step {record['step']:>6}  {self._status()}  "
-            f"validation loss {record['validation_loss']:.3f}, " + measured,
+            f"validation loss {record['validation_loss']:.3f}, {measured}{gains}",
             highlight=False,
             soft_wrap=True,
         )

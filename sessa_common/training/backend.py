@@ -37,6 +37,9 @@ class TrainBackend(Protocol):
     def predict(self, inputs: np.ndarray) -> np.ndarray:
         """Return the likeliest next ids int32 (B, T) after inputs (B, T)."""
 
+    def gains(self, inputs: np.ndarray) -> dict[int, np.ndarray]:
+        """Return the gains float32 (B, T) of every layer with feedback on inputs (B, T)."""
+
     def weights(self) -> dict[str, np.ndarray]:
         """Return the float32 weights that are trained."""
 

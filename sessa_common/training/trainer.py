@@ -18,6 +18,7 @@ from sessa_common.data.batches import Batch
 from sessa_common.errors import DivergedError
 from sessa_common.inference.evaluation import perplexity
 from sessa_common.training.backend import TrainBackend, learning_rate
+from sessa_common.training.gains import gain_record
 from sessa_common.training.metrics import MetricsLog, draw_losses
 from sessa_common.training.processes import OneProcess, Processes, any_process
 from sessa_common.training.run_folder import Run, save_run
@@ -40,7 +41,10 @@ class Reporter(Protocol):
         """One step is done: step, loss, learning_rate, gradient_norm, tokens, seconds."""
 
     def validation(self, record: Mapping[str, Any]) -> None:
-        """An evaluation is done: step, validation_loss, validation_perplexity."""
+        """An evaluation is done: step, validation_loss, validation_perplexity.
+
+        A model with feedback adds the statistics of `sessa_common.training.gains`.
+        """
 
 
 class Silent:
@@ -162,6 +166,7 @@ class Trainer:
             "validation_loss": loss,
             "validation_perplexity": perplexity(loss),
             **self.source.score(predicted),
+            **gain_record(self.backend.gains(batches[0].inputs)),
         }
         self.validation_loss = loss
         if self.metrics is not None:
