@@ -22,8 +22,8 @@ def convert(
         Path,
         typer.Argument(
             help="Checkpoint folder (of this project, quantised by MLX, or Llama, "
-            "Mistral, Qwen2, Qwen3 or Mamba-2 of transformers), or a .pt, .pth, .safetensors or "
-            ".npz file of a model or of layers."
+            "Mistral, Qwen2, Qwen3 or Mamba-2 of transformers), hf:owner/name on the Hugging Face "
+            "hub, or a .pt, .pth, .safetensors or .npz file of a model or of layers."
         ),
     ],
     target: Annotated[

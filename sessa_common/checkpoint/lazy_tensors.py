@@ -55,6 +55,10 @@ class LazyTensors(MutableMapping[str, np.ndarray]):
     def __delitem__(self, name: str) -> None:
         del self._specs[name], self._makers[name]
 
+    def __contains__(self, name: object) -> bool:
+        # Inherited, it would compute the tensor.
+        return name in self._specs
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._specs)
 

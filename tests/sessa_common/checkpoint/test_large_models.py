@@ -104,15 +104,8 @@ def test_lazy_tensors_are_made_when_they_are_read():
     made = []
     tensors = LazyTensors({"there": np.ones(2)})
     tensors.defer("later", Spec((3,), np.dtype(np.int8)), lambda: made.append(1) or np.ones(3))
-    assert (
-        spec_of(tensors, "later").nbytes == 3
-        and not made
-        and list(tensors)
-        == [
-            "there",
-            "later",
-        ]
-    )
+    assert spec_of(tensors, "later").nbytes == 3 and "later" in tensors and not made
+    assert list(tensors) == ["there", "later"]
     copy = LazyTensors(tensors)
     copy["there"] = np.zeros(2)
     del copy["later"]
