@@ -6,7 +6,7 @@ BIN := .venv/bin
 OPENBLAS := $(wildcard /usr/lib/*-linux-gnu/openblas-pthread/libblas.so.3)
 PRELOAD := $(if $(OPENBLAS),LD_PRELOAD=$(firstword $(OPENBLAS)) OPENBLAS_NUM_THREADS=1)
 
-.PHONY: setup web demo test check bench fuzz ort-op-fuzz ort-op-sanitize oldest-onnx metal-races metal-compile \
+.PHONY: setup web demo test check bench data-scale fuzz ort-op-fuzz ort-op-sanitize oldest-onnx metal-races metal-compile \
 	report wheel publish kill-tests power-cut audit clean
 
 setup: .venv/.installed
@@ -40,6 +40,15 @@ bench: setup
 	$(BIN)/python benchmarks/mixer.py --device cpu
 	$(BIN)/python benchmarks/ort_op.py
 	$(BIN)/python benchmarks/exported_model.py
+
+# Synthetic text through `sessa data tokenize` and training, with the memory that both take. CI runs
+# it with BYTES=5e6 STEPS=30.
+BYTES ?= 10e9
+STEPS ?= 1000
+data-scale: setup
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/data_scale.py \
+		--bytes $(BYTES) --steps $(STEPS)
+	rm -rf data-scale
 
 # Damaged files through every command that reads them; failures are shown, cases go to fuzz.log.
 fuzz: setup
