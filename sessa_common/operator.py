@@ -8,7 +8,8 @@ the device.
 
 A hidden key has no influence, whatever it and its state hold, and its gradients are 0. A row that
 is not finite changes no row before it; the CUDA kernels promise this between tiles of rows, not
-within one, where a guard would slow down every solve.
+within one, where a guard would slow down every solve. What is not finite in one document of a row
+may spoil the documents behind it.
 """
 
 from __future__ import annotations
@@ -24,24 +25,35 @@ log = logging.getLogger("sessa")
 
 
 def check_arrays(
-    kind: type, f: Any, q: Any, k: Any, gamma: Any, past_s: Any, key_mask: Any
+    kind: type,
+    f: Any,
+    q: Any,
+    k: Any,
+    gamma: Any,
+    past_s: Any,
+    key_mask: Any,
+    document_starts: Any = None,
 ) -> None:
     """Raise TypeError that names the argument unless every argument is an array of this kind.
 
-    past_s and key_mask may be None.
+    past_s, key_mask and document_starts may be None.
     """
     for name, array in (("f", f), ("q", q), ("k", k), ("gamma", gamma)):
         if not isinstance(array, kind):
             raise TypeError(f"{name} is a {type(array).__name__}, expected a {kind.__name__}")
-    for name, array in (("past_s", past_s), ("key_mask", key_mask)):
+    optional = {"past_s": past_s, "key_mask": key_mask, "document_starts": document_starts}
+    for name, array in optional.items():
         if array is not None and not isinstance(array, kind):
             raise TypeError(f"{name} is a {type(array).__name__}, expected a {kind.__name__}")
 
 
-def check_shapes(f: Any, q: Any, k: Any, gamma: Any, past_s: Any, key_mask: Any) -> None:
+def check_shapes(
+    f: Any, q: Any, k: Any, gamma: Any, past_s: Any, key_mask: Any, document_starts: Any = None
+) -> None:
     """Raise ValueError that names the argument unless all shapes fit one feedback solve.
 
-    f (B, T, D), q (B, T, K), k (B, P+T, K), gamma (B, T), past_s (B, P, D), key_mask (B, P+T).
+    f (B, T, D), q (B, T, K), k (B, P+T, K), gamma (B, T), past_s (B, P, D), key_mask (B, P+T),
+    document_starts (B, T), which goes with neither of the last two.
     """
     for name, array in (("f", f), ("q", q), ("k", k)):
         if array.ndim != 3:
@@ -61,10 +73,13 @@ def check_shapes(f: Any, q: Any, k: Any, gamma: Any, past_s: Any, key_mask: Any)
         "gamma": (gamma, (B, T)),
         "past_s": (past_s, (B, P, D)),
         "key_mask": (key_mask, (B, P + T)),
+        "document_starts": (document_starts, (B, T)),
     }
     for name, (array, shape) in wanted.items():
         if array is not None and tuple(array.shape) != shape:
             raise ValueError(f"{name} has shape {tuple(array.shape)}, expected {shape}")
+    if document_starts is not None and (past_s is not None or key_mask is not None):
+        raise ValueError("document_starts goes with neither past_s nor key_mask")
 
 
 def check_backend(backend: str) -> None:

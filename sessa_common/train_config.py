@@ -13,6 +13,7 @@ from sessa_common.fields import read_fields
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 CHECKPOINTS = ("none", "layers")
+DOCUMENTS = (None, "separate", "joined")
 TRAINED = ("all", "lora", "feedback", "feedback+lora")
 LOSS_ON = ("answers", "all")
 # Fields that hold one of several words, and fields that hold a list of texts.
@@ -21,6 +22,7 @@ CHOICES = {
     "checkpoint_activations": CHECKPOINTS,
     "train": TRAINED,
     "loss_on": LOSS_ON,
+    "documents": DOCUMENTS,
 }
 LISTS = ("data", "validation_data", "task_options", "lora_targets", "track")
 TRACKERS = ("tensorboard", "wandb")
@@ -39,8 +41,10 @@ class TrainConfig:
     The defaults are the demonstration run of `sessa train`. Raises SessaError for values that
     cannot train. `tokenizer` is None (a byte-level BPE of the model's vocab_size), a size, "bytes"
     or a path; `sequence_length` is the number of tokens in a training row, 0 for the model's
-    max_position_embeddings; a step uses batch_size *
-    gradient_accumulation_steps rows; the learning rate rises
+    max_position_embeddings; the `documents` of a row are "separate" (none reads another,
+    positions begin anew, and the first token of a document is no target) or "joined"; None is
+    "separate", but "joined" with `context_parallel`, which cannot separate them; a step uses
+    batch_size * gradient_accumulation_steps rows; the learning rate rises
     linearly over warmup_steps and falls along a cosine to min_lr_ratio of itself; an interval of 0
     means "only at the end"; the last keep_checkpoints saves are kept, and the best by validation
     loss. `task` is "symbolsoup", "diffuse-mqar" or a folder of `sessa data`, to
@@ -73,6 +77,7 @@ class TrainConfig:
     tokenizer: str | None = None
     parse_special_tokens: bool = False
     sequence_length: int = 0
+    documents: str | None = None
     steps: int = 800
     batch_size: int = 4
     gradient_accumulation_steps: int = 1
@@ -144,7 +149,7 @@ class TrainConfig:
         require(len(self.data) > 0, "data is empty, expected at least one file, folder or name")
         for name, choices in CHOICES.items():
             value = getattr(self, name)
-            expect(value in choices, name, value, ", ".join(choices))
+            expect(value in choices, name, value, ", ".join(map(str, choices)))
         for name in self.track:
             expect(name in TRACKERS, "track", name, ", ".join(TRACKERS))
         for name in ("compile", "parse_special_tokens", "examples", "packing"):

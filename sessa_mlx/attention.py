@@ -62,16 +62,21 @@ def rope_of(
     x: mx.array,  # (B, T, D)
     past: int,
     key_mask: mx.array | None = None,  # (B, P+T)
+    document_starts: mx.array | None = None,  # (B, T)
 ) -> Rope | None:
     """The tables for rows x that follow `past` cached ones; None when the model has no RoPE.
 
-    The position of a token is the number of visible tokens before it, so padding does not count.
+    The position of a token is the number of visible tokens of its document before it, so padding
+    does not count.
     """
     if not config.use_forward_rope:
         return None
-    if key_mask is None:
+    if document_starts is not None:
+        positions = mx.arange(x.shape[1]) - document_starts
+    elif key_mask is None:
         return _rope_from(config, mx.array([past]), x)
-    positions = mx.maximum(mx.cumsum(key_mask.astype(mx.int32), -1) - 1, 0)[:, past:]
+    else:
+        positions = mx.maximum(mx.cumsum(key_mask.astype(mx.int32), -1) - 1, 0)[:, past:]
     d, theta = config.head_dim, config.rope_theta
     return rope_tables(positions, d, theta, x.dtype, config.rope_scaling)
 
@@ -115,16 +120,18 @@ def causal_attention(
     k: mx.array,  # (B, G, P+T, K)
     v: mx.array,  # (B, G, P+T, d)
     key_mask: mx.array | None = None,  # (B, P+T)
+    document_starts: mx.array | None = None,  # (B, T)
 ) -> mx.array:
     """Softmax attention over keys j <= P + t, scale K^-1/2, in O(T) memory; (B, H, T, d).
 
     Queries and keys may have another width than values. Every query sees itself, so a padded row is
     never NaN; its result has no meaning. Hidden keys and values are read as zeros, because a weight
-    of 0 would not hide NaN or infinity.
+    of 0 would not hide NaN or infinity. With document_starts, which go with neither a past nor a
+    mask, no key before the first row of the own document is read.
     """
     if key_mask is not None:
         k, v = (mx.where(key_mask[:, None, :, None], x, 0) for x in (k, v))
-    return attend(q, k, v, key_mask)
+    return attend(q, k, v, key_mask, document_starts)
 
 
 class AttentionMixer(nn.Module):
@@ -157,11 +164,13 @@ class AttentionMixer(nn.Module):
         rope: Rope | None = None,
         cache: SessaLayerCache | None = None,
         key_mask: mx.array | None = None,  # (B, P+T)
+        document_starts: mx.array | None = None,  # (B, T)
     ) -> mx.array:
         """Mix a (B, T, D) over time; with a cache, a follows the cached positions.
 
-        `rope` are the tables of `rope_of`, from a caller that shares them between layers. Without
-        them they are built here, from the position of the cache and the mask.
+        document_starts are, for each position, the first one of its document; they go with neither
+        a cache nor a mask. `rope` are the tables of `rope_of`, from a caller that shares them
+        between layers. Without them they are built here, from the cache, the mask or the documents.
         """
         if isinstance(cache, StepLayerCache):
             return self._step(a, cache)
@@ -174,13 +183,14 @@ class AttentionMixer(nn.Module):
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is None:
-            rope = rope_of(self.config, a, 0 if cache is None else cache.k.length, key_mask)
+            past = 0 if cache is None else cache.k.length
+            rope = rope_of(self.config, a, past, key_mask, document_starts)
         if rope is not None:
             q, k = apply_rope(q, rope), apply_rope(k, rope)
         if cache is not None:
             k, v = (hide_rows(x, key_mask) for x in (k, v))
             k, v = cache.k.append(k), cache.v.append(v)
-        f = causal_attention(q, k, v, key_mask).swapaxes(1, 2).reshape(B, T, -1)
+        f = causal_attention(q, k, v, key_mask, document_starts).swapaxes(1, 2).reshape(B, T, -1)
         return self.out_proj(f) if self.projects else f
 
     def _step(self, a: mx.array, cache: StepLayerCache) -> mx.array:

@@ -38,17 +38,22 @@ def attend(
     k: mx.array,  # (B, G, S, K)
     v: mx.array,  # (B, G, S, d)
     key_mask: mx.array | None = None,  # (B, S)
+    document_starts: mx.array | None = None,  # (B, T)
 ) -> mx.array:
     """Softmax attention over keys j <= P + t, scale K^-1/2; (B, H, T, d) in the dtype of q.
 
-    Every query sees itself, whatever key_mask says. Hidden keys and values must be finite.
+    Every query sees itself, whatever key_mask says. Hidden keys and values must be finite. With
+    document_starts, which go with neither a past nor a mask, no key before the first row of the own
+    document is seen.
     """
     T, S = q.shape[2], k.shape[2]
-    if T > FEW_ROWS and (key_mask is not None or not _has_fused_gradient(q, v)):
-        return _operator()(*((q, k, v) if key_mask is None else (q, k, v, key_mask)))
+    optional = {"key_mask": key_mask, "document_starts": document_starts}
+    given = {name: array for name, array in optional.items() if array is not None}
+    if T > FEW_ROWS and (given or not _has_fused_gradient(q, v)):
+        return _operator(tuple(given))(q, k, v, *given.values())
     mask: mx.array | str | None = "causal" if T > 1 else None
-    if key_mask is not None:
-        mask = _visible(S - T, slice(0, T), slice(0, S), key_mask)
+    if given:
+        mask = _visible(S - T, slice(0, T), slice(0, S), **optional)
     return mx.fast.scaled_dot_product_attention(q, k, v, scale=_scale(q), mask=mask)
 
 
@@ -79,16 +84,19 @@ def _scale(q: mx.array) -> float:
 
 
 @cache
-def _operator() -> Any:
+def _operator(given: tuple[str, ...]) -> Any:
+    """The differentiable operator over q, k, v and the optional arrays of these names."""
+
     @mx.custom_function
     def forward(*arrays: mx.array) -> mx.array:
-        return attention_forward(*arrays)
+        return attention_forward(*arrays[:3], **dict(zip(given, arrays[3:], strict=True)))
 
     @forward.vjp
     def backward(primals: Any, cotangent: mx.array, output: mx.array) -> tuple[mx.array, ...]:
-        q, k, v, *mask = primals
-        gradients = attention_backward(cotangent, q, k, v, output, *mask)
-        return (*gradients, *map(mx.zeros_like, mask))
+        q, k, v, *rest = primals
+        optional = dict(zip(given, rest, strict=True))
+        gradients = attention_backward(cotangent, q, k, v, output, **optional)
+        return (*gradients, *map(mx.zeros_like, rest))
 
     return forward
 
@@ -98,10 +106,11 @@ def attention_forward(
     k: mx.array,  # (B, G, S, K)
     v: mx.array,  # (B, G, S, d)
     key_mask: mx.array | None = None,  # (B, S)
+    document_starts: mx.array | None = None,  # (B, T)
 ) -> mx.array:
     """Return the attention (B, H, T, d), by the fused kernel on Metal and by blocks elsewhere."""
     fused = _has_fused_forward(q, v)
-    if fused and key_mask is None:
+    if fused and key_mask is None and document_starts is None:
         return _fused(q, k, v, "causal")
     past = k.shape[2] - q.shape[2]
     out: list[mx.array] = []
@@ -109,10 +118,10 @@ def attention_forward(
         keys = slice(0, past + segment.stop)
         own = mx.depends(q[:, :, rows], out[-1:])
         if fused:
-            visible = _visible(past, rows, keys, key_mask)
+            visible = _visible(past, rows, keys, key_mask, document_starts)
             out.append(_fused(own, k[:, :, keys], v[:, :, keys], visible))
             continue
-        weights = _weights(own, k[:, :, keys], past, rows, key_mask)
+        weights = _weights(own, k[:, :, keys], past, rows, key_mask, document_starts)
         values = v[:, :, keys].astype(weights.dtype)
         out.append(_heads(weights @ values, q.shape[1]).astype(q.dtype))
     return mx.concatenate(out, 2)
@@ -125,6 +134,7 @@ def attention_backward(
     v: mx.array,  # (B, G, S, d)
     out: mx.array,  # (B, H, T, d)
     key_mask: mx.array | None = None,  # (B, S)
+    document_starts: mx.array | None = None,  # (B, T)
 ) -> tuple[mx.array, mx.array, mx.array]:
     """Return the gradients of q, k and v, from the last block of rows to the first.
 
@@ -146,7 +156,7 @@ def attention_backward(
         segment = next_segment
         keys = slice(0, past + segment.stop)
         own = mx.depends(q[:, :, rows], [dk, dv, *dq[:1]])
-        weights = _weights(own, k[:, :, keys], past, rows, key_mask)
+        weights = _weights(own, k[:, :, keys], past, rows, key_mask, document_starts)
         down = dout[:, :, rows]
         r = (down.astype(work) * out[:, :, rows].astype(work)).sum(-1, keepdims=True)
         down = _groups(down, G).astype(storage)
@@ -179,22 +189,32 @@ def _weights(
     past: int,
     rows: slice,
     key_mask: mx.array | None,
+    document_starts: mx.array | None,
 ) -> mx.array:
     """Return the softmax weights (B, G, H/G n, L) of query rows over the first L keys."""
     work = _work(q)
     queries = _groups(q.astype(work) * _scale(q), k.shape[1])
     scores = queries @ k.astype(work).swapaxes(2, 3)
     B, G, _, L = scores.shape
-    visible = _visible(past, rows, slice(0, L), key_mask)[:, :, None]  # (B or 1, 1, 1, n, L)
+    visible = _visible(past, rows, slice(0, L), key_mask, document_starts)
+    visible = visible[:, :, None]  # (B or 1, 1, 1, n, L)
     scores = mx.where(visible, scores.reshape(B, G, -1, q.shape[2], L), -mx.inf)
     return softmax(scores.reshape(B, G, -1, L))
 
 
-def _visible(past: int, rows: slice, keys: slice, key_mask: mx.array | None) -> mx.array:
+def _visible(
+    past: int,
+    rows: slice,
+    keys: slice,
+    key_mask: mx.array | None,
+    document_starts: mx.array | None,
+) -> mx.array:
     """Return True (B or 1, 1, n, L) where a row sees a key: itself and visible keys before it."""
     row = mx.arange(past + rows.start, past + rows.stop)[:, None]
     column = mx.arange(keys.stop)
     visible = (column <= row)[None, None]
+    if document_starts is not None:
+        visible = visible & (column >= document_starts[:, None, rows, None])
     if key_mask is None:
         return visible
     return visible & (key_mask[:, None, None, : keys.stop] | (column == row))

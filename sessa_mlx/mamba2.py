@@ -36,27 +36,37 @@ def ssd_chunked(
     b: mx.array,  # (B, T, N)
     c: mx.array,  # (B, T, N)
     state: mx.array | None = None,  # (B, H, P, N)
+    document_starts: mx.array | None = None,  # (B, T)
 ) -> tuple[mx.array, mx.array]:
     """T rows of the recurrence of `ssd_step` as matrix products: y (B, T, H, P), the last state.
 
     dt and A must be float32 at least: decays and states are computed in their dtype, the large
     products in the dtype of x. Section 6 of arXiv 2405.21060. Memory is O(T Q) up to T = Q^3, where
-    the (T/Q)^2 decays between chunks become more numerous.
+    the (T/Q)^2 decays between chunks become more numerous. At document_starts the state begins
+    anew.
     """
     T, H, P = x.shape[1:]
     Q = min(CHUNK, T)
+    documents = None if document_starts is None else _Documents(document_starts, Q)
     x, dt, b, c = (_chunks(rows, Q) for rows in (x, dt, b, c))
     # A decay below exp(-40) is zero to float64 precision; the bound keeps sums of logs accurate.
     logs = mx.cumsum(mx.maximum(dt * A, -40), axis=2)  # (B, n, Q, H)
     inputs = (x * dt[..., None]).astype(x.dtype)  # (B, n, Q, H, P)
-    weights = (c @ b.swapaxes(2, 3))[:, :, None] * _decays(logs.swapaxes(2, 3)).astype(
-        x.dtype
-    )  # (B, n, H, Q, Q)
+    pairs = c @ b.swapaxes(2, 3)  # (B, n, Q, Q)
+    if documents is not None:
+        pairs = pairs * documents.pairs
+    decays = _decays(logs.swapaxes(2, 3)).astype(x.dtype)
+    weights = pairs[:, :, None] * decays  # (B, n, H, Q, Q)
     inside = (weights @ inputs.swapaxes(2, 3)).swapaxes(2, 3)  # (B, n, Q, H, P)
     kept = mx.exp(logs[:, :, -1:] - logs)[..., None]
+    if documents is not None:
+        kept = kept * documents.kept
     local = b.swapaxes(2, 3) @ (inputs * kept).astype(x.dtype).flatten(3)  # (B, n, N, H P)
-    states = _carry(mx.unflatten(local, -1, (H, P)), logs[:, :, -1], state)
+    between = None if documents is None else documents.between
+    states = _carry(mx.unflatten(local, -1, (H, P)), logs[:, :, -1], state, between)
     before = mx.unflatten(c @ states[:, :-1].astype(x.dtype).flatten(3), -1, (H, P))
+    if documents is not None:
+        before = before * documents.before
     y = inside + before * mx.exp(logs)[..., None]
     return y.flatten(1, 2)[:, :T], states[:, -1].transpose(0, 2, 3, 1)
 
@@ -77,10 +87,31 @@ def _decays(logs: mx.array) -> mx.array:
     return mx.exp(logs[..., :, None] - logs[..., None, :] + future)
 
 
-def _carry(local: mx.array, totals: mx.array, state: mx.array | None) -> mx.array:
+class _Documents:
+    """Factors that are 1 within a document and 0 between two, for chunks of Q rows.
+
+    pairs (B, n, Q, Q) of rows in a chunk; kept (B, n, Q, 1, 1) of a row and the end of its chunk;
+    before (B, n, Q, 1, 1) of a row and the end of the chunk before; between (B, 1, n+1, n+1) of the
+    ends of two chunks, the first of which is the beginning. What is kept at the end of a last chunk
+    with padding is not defined, because nothing reads it.
+    """
+
+    def __init__(self, document_starts: mx.array, Q: int) -> None:
+        starts = _chunks(document_starts, Q)
+        ends = mx.pad(starts[:, :, -1], [(0, 0), (1, 0)], constant_values=-1)  # (B, n+1)
+        self.pairs = starts[..., :, None] == starts[..., None, :]
+        self.kept = (starts == starts[:, :, -1:])[..., None, None]
+        self.before = (starts == ends[:, :-1, None])[..., None, None]
+        self.between = (ends[:, :, None] == ends[:, None, :])[:, None]
+
+
+def _carry(
+    local: mx.array, totals: mx.array, state: mx.array | None, between: mx.array | None
+) -> mx.array:
     """States (B, n+1, N, H, P) before, between and after the chunks.
 
-    `local` is what each chunk adds to the state, `totals` the logarithm of its decay.
+    `local` is what each chunk adds to the state, `totals` the logarithm of its decay; `between` is
+    False for two chunks that end in different documents.
     """
     local = local.astype(totals.dtype)
     first = mx.zeros_like(local[:, 0]) if state is None else state.transpose(0, 3, 1, 2)
@@ -88,6 +119,8 @@ def _carry(local: mx.array, totals: mx.array, state: mx.array | None) -> mx.arra
     decays = _decays(
         mx.pad(mx.cumsum(totals, axis=1), [(0, 0), (1, 0), (0, 0)]).swapaxes(1, 2)
     )  # (B, H, n+1, n+1)
+    if between is not None:
+        decays = decays * between
     return mx.einsum("bhij,bjnhp->binhp", decays, local)
 
 
@@ -99,13 +132,16 @@ class CausalConv1d(nn.Module):
         self.weight = mx.zeros((channels, 1, width))
         self.bias = mx.zeros((channels,))
 
-    def __call__(self, x: mx.array) -> mx.array:
-        """(B, W-1+T, channels) -> (B, T, channels)."""
+    def __call__(self, x: mx.array, document_starts: mx.array | None = None) -> mx.array:
+        """(B, W-1+T, channels) -> (B, T, channels); none reads before document_starts (B, T)."""
         taps = self.weight[:, 0].T
         T = x.shape[1] - len(taps) + 1
         y = self.bias
         for i, tap in enumerate(taps):
-            y = y + x[:, i : i + T] * tap
+            rows, ago = x[:, i : i + T], len(taps) - 1 - i
+            if document_starts is not None and ago:
+                rows = rows * (mx.arange(T) - ago >= document_starts)[..., None]
+            y = y + rows * tap
         return y
 
 
@@ -132,10 +168,12 @@ class Mamba2Mixer(nn.Module):
         *,
         cache: Mamba2LayerCache | None = None,
         key_mask: mx.array | None = None,  # (B, P+T)
+        document_starts: mx.array | None = None,  # (B, T)
     ) -> mx.array:
         """Mix a (B, T, D) over time; with a cache, a follows the cached positions.
 
-        A position that key_mask hides enters neither the convolution nor the state.
+        A position that key_mask hides enters neither the convolution nor the state; at
+        document_starts, which go with neither a cache nor a mask, both begin anew.
         """
         T = a.shape[1]
         ends = [self.inner, 2 * self.inner + 2 * self.states]
@@ -145,10 +183,10 @@ class Mamba2Mixer(nn.Module):
         if key_mask is not None:
             real = key_mask[:, -T:, None]
             xbc, dt = xbc * real, dt * real
-        xbc = nn.silu(self.conv1d(self._with_past(xbc, cache)))
+        xbc = nn.silu(self.conv1d(self._with_past(xbc, cache), document_starts))
         x, b, c = mx.split(xbc, [self.inner, self.inner + self.states], -1)
         x = mx.unflatten(x, -1, (self.heads, -1))
-        y = self._scan(x, dt, b, c, cache) + self.D.astype(work)[:, None] * x
+        y = self._scan(x, dt, b, c, cache, document_starts) + self.D.astype(work)[:, None] * x
         gated = y.flatten(2) * nn.silu(z)
         return self.out_proj(self.norm(gated.astype(self.norm.weight.dtype)))
 
@@ -163,11 +201,17 @@ class Mamba2Mixer(nn.Module):
         return rows
 
     def _scan(
-        self, x: mx.array, dt: mx.array, b: mx.array, c: mx.array, cache: Mamba2LayerCache | None
+        self,
+        x: mx.array,
+        dt: mx.array,
+        b: mx.array,
+        c: mx.array,
+        cache: Mamba2LayerCache | None,
+        document_starts: mx.array | None,
     ) -> mx.array:
         A = -mx.exp(self.A_log.astype(dt.dtype))
         if cache is None:
-            return ssd_chunked(x, dt, A, b, c)[0]
+            return ssd_chunked(x, dt, A, b, c, document_starts=document_starts)[0]
         if cache.state is not None and x.shape[1] == 1:
             y, cache.state = ssd_step(x, dt, A, b, c, cache.state)
         else:

@@ -46,15 +46,20 @@ class SessaMixer(AttentionMixer):
         rope: Rope | None = None,
         cache: SessaLayerCache | None = None,
         key_mask: mx.array | None = None,  # (B, P+T)
+        document_starts: mx.array | None = None,  # (B, T)
     ) -> mx.array:
         """Mix a (B, T, D) over time; arguments as in `AttentionMixer`."""
         if isinstance(cache, StepLayerCache):
             return self._step(a, cache)
-        f = super().__call__(a, rope=rope, cache=cache, key_mask=key_mask)
+        f = super().__call__(
+            a, rope=rope, cache=cache, key_mask=key_mask, document_starts=document_starts
+        )
         q, k = mx.split(self.proj_fb(a), 2, -1)
         gamma = self.gain(a)
         if cache is None:
-            return feedback_solve(f, q, k, gamma, key_mask=key_mask)
+            return feedback_solve(
+                f, q, k, gamma, key_mask=key_mask, document_starts=document_starts
+            )
         past_s = cache.s.rows
         # SessaLayerCache says why cached states and keys are in float32.
         work = mx.float64 if f.dtype == mx.float64 else mx.float32

@@ -17,7 +17,7 @@ from mlx import optimizers
 from mlx.utils import tree_flatten, tree_unflatten
 
 from sessa_common.config import SessaConfig, parameter_shapes
-from sessa_common.data.batches import Batch
+from sessa_common.data.batches import Batch, batch_arrays
 from sessa_common.errors import SessaError, expect
 from sessa_common.train_config import TrainConfig
 from sessa_common.training.backend import MOMENTS, decays
@@ -176,7 +176,7 @@ class TrainBackend:
         # Arrays, because compiled code takes a Python number for a constant. The sums of all
         # processes are averaged, so each is divided by its share of the weights.
         total = mx.array(sum(float(batch.weights.sum()) for batch in batches) / self.processes.size)
-        arrays = [_arrays(own_rows(batch, self.processes)) for batch in batches]
+        arrays = [self._arrays(own_rows(batch, self.processes)) for batch in batches]
         # A compiled step computes the gradients of the last batch too.
         last = arrays.pop() if self._compiled else None
         rates = self._rates(learning_rate)
@@ -195,8 +195,8 @@ class TrainBackend:
 
     def evaluate(self, batch: Batch) -> tuple[float, np.ndarray]:
         """Return the weighted sum of the losses of a batch, in nats, and its `predict`."""
-        inputs, targets, weights = _arrays(batch)
-        hidden = self._hidden(self.parameters, inputs)
+        inputs, targets, weights, *starts = self._arrays(batch)
+        hidden = self._hidden(self.parameters, inputs, *starts)
         loss, ids = loss_and_likeliest(hidden, self._head(self.parameters), targets, weights)
         return float(loss), to_numpy(ids.astype(mx.int32))
 
@@ -246,7 +246,7 @@ class TrainBackend:
     ) -> Sums:
         """Add the loss / total of a batch and its gradients to sums."""
         differentiated: Any = mx.value_and_grad(self._mean_loss)
-        new: Sums = differentiated(parameters, *batch, total)
+        new: Sums = differentiated(parameters, total, *batch)
         return new if sums is None else _added(sums, new)
 
     def _sums_by_threads(
@@ -317,25 +317,35 @@ class TrainBackend:
     def _mean_loss(
         self,
         parameters: Arrays,
+        total: mx.array,
         inputs: mx.array,
         targets: mx.array,
         weights: mx.array,
-        total: mx.array,
+        *starts: mx.array,
     ) -> mx.array:
-        hidden = self._hidden(parameters, inputs)
+        hidden = self._hidden(parameters, inputs, *starts)
         return weighted_loss(hidden, self._head(parameters), targets, weights) / total
 
     def _head(self, parameters: Arrays) -> mx.array:
         return parameters[self.head] if self.head in parameters else self.frozen[self.head]
 
-    def _hidden(self, parameters: Arrays, inputs: mx.array) -> mx.array:
+    def _hidden(
+        self, parameters: Arrays, inputs: mx.array, document_starts: mx.array | None = None
+    ) -> mx.array:
         self._fill_model(parameters)
-        hidden = self.model.model(inputs)
+        hidden = self.model.model(inputs, document_starts=document_starts)
         self._release_model()
         return hidden
 
     def _fill_model(self, parameters: Arrays) -> None:
         self.model.update(tree_unflatten(list(self._computed(parameters).items())))
+
+    def _arrays(self, batch: Batch) -> list[mx.array]:
+        """Inputs, targets and weights of a batch, and the starts of its documents.
+
+        A compiled step always gets them, others where a row has several documents.
+        """
+        return [mx.array(array) for array in batch_arrays(batch, always=self._compiled)]
 
     def _computed(self, parameters: Arrays) -> Arrays:
         """Parameters in the types that the model computes with."""
@@ -354,7 +364,3 @@ class TrainBackend:
 
 def _added(one: Sums, other: Sums) -> Sums:
     return one[0] + other[0], {name: g + other[1][name] for name, g in one[1].items()}
-
-
-def _arrays(batch: Batch) -> list[mx.array]:
-    return [mx.array(batch.inputs), mx.array(batch.targets), mx.array(batch.weights)]

@@ -14,6 +14,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 from sessa_common.config import SessaConfig
 from sessa_common.rope import RopeScaling
+from sessa_torch._documents import document_attention
 from sessa_torch.cache import SessaLayerCache
 from sessa_torch.cuda.device import MOST_SEQUENCES, unavailable_reason
 
@@ -52,14 +53,18 @@ def rope_of(
     x: Tensor,  # (B, T, D)
     past: int,
     key_mask: Tensor | None = None,  # (B, P+T)
+    document_starts: Tensor | None = None,  # (B, T)
 ) -> Rope | None:
     """The tables for rows x that follow `past` cached ones; None when the model has no RoPE.
 
-    The position of a token is the number of visible tokens before it, so padding does not count.
+    The position of a token is the number of visible tokens of its document before it, so padding
+    does not count.
     """
     if not config.use_forward_rope:
         return None
-    if key_mask is None:
+    if document_starts is not None:
+        positions = torch.arange(x.shape[1], device=x.device) - document_starts
+    elif key_mask is None:
         positions = torch.arange(past, past + x.shape[1], device=x.device)[None]
     else:
         positions = (key_mask.long().cumsum(-1) - 1).clamp_min(0)[:, past:]
@@ -91,13 +96,18 @@ def causal_attention(
     k: Tensor,  # (B, G, P+T, d)
     v: Tensor,  # (B, G, P+T, d)
     key_mask: Tensor | None = None,  # (B, P+T)
+    document_starts: Tensor | None = None,  # (B, T)
 ) -> Tensor:
     """Softmax attention over keys j <= P + t, scale d^-1/2, by the fused kernel; (B, H, T, d).
 
-    A mask is built only for padding, and elsewhere than on CUDA for a chunk after a past. Every
-    query sees itself, so a padded row is never NaN; its result has no meaning. Hidden keys and
-    values are read as zeros, because a weight of 0 would not hide NaN or infinity.
+    With document_starts, which go with neither a past nor a mask, no key before the first row of
+    the own document is read. A mask is built only for padding, and elsewhere than on CUDA for a
+    chunk after a past. Every query sees itself, so a padded row is never NaN; its result has no
+    meaning. Hidden keys and values are read as zeros, because a weight of 0 would not hide NaN or
+    infinity.
     """
+    if document_starts is not None:
+        return document_attention(q, k, v, document_starts)
     T, S = q.shape[2], k.shape[2]
     grouped = q.shape[1] != k.shape[1]
     if key_mask is None and q.is_cuda and 1 < T < S:
@@ -147,11 +157,13 @@ class AttentionMixer(nn.Module):
         rope: Rope | None = None,
         cache: SessaLayerCache | None = None,
         key_mask: Tensor | None = None,  # (B, P+T)
+        document_starts: Tensor | None = None,  # (B, T)
     ) -> Tensor:
         """Mix a (B, T, D) over time; with a cache, a follows the cached positions.
 
-        `rope` are the tables of `rope_of`, from a caller that shares them between layers. Without
-        them they are built here, from the position of the cache and the mask.
+        document_starts are, for each position, the first one of its document; they go with neither
+        a cache nor a mask. `rope` are the tables of `rope_of`, from a caller that shares them
+        between layers. Without them they are built here, from the cache, the mask or the documents.
         """
         B, T, _ = a.shape
         d = self.config.head_dim
@@ -162,10 +174,12 @@ class AttentionMixer(nn.Module):
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is None:
-            rope = rope_of(self.config, a, 0 if cache is None else cache.k.length, key_mask)
+            past = 0 if cache is None else cache.k.length
+            rope = rope_of(self.config, a, past, key_mask, document_starts)
         if rope is not None:
             q, k = apply_rope(q, rope), apply_rope(k, rope)
         if cache is not None:
             k, v = cache.k.append(k), cache.v.append(v)
-        f = self.attend(q, k, v, key_mask).transpose(1, 2).reshape(B, T, -1)
+        documents = {} if document_starts is None else {"document_starts": document_starts}
+        f = self.attend(q, k, v, key_mask, **documents).transpose(1, 2).reshape(B, T, -1)
         return self.out_proj(f) if self.projects else f

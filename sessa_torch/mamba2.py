@@ -37,25 +37,36 @@ def ssd_chunked(
     b: Tensor,  # (B, T, N)
     c: Tensor,  # (B, T, N)
     state: Tensor | None = None,  # (B, H, P, N)
+    document_starts: Tensor | None = None,  # (B, T)
 ) -> tuple[Tensor, Tensor]:
     """T rows of the recurrence of `ssd_step` as matrix products: y (B, T, H, P), the last state.
 
     dt and A must be float32 at least: decays and states are computed in their dtype, the large
     products in the dtype of x. Section 6 of arXiv 2405.21060. Memory is O(T Q) up to T = Q^3, where
-    the (T/Q)^2 decays between chunks become more numerous.
+    the (T/Q)^2 decays between chunks become more numerous. At document_starts the state begins
+    anew.
     """
     T, H, P = x.shape[1:]
     Q = min(CHUNK, T)
+    documents = None if document_starts is None else _Documents(document_starts, Q)
     x, dt, b, c = (_chunks(rows, Q) for rows in (x, dt, b, c))
     # A decay below exp(-40) is zero to float64 precision; the bound keeps sums of logs accurate.
     logs = (dt * A).clamp_min(-40).cumsum(2)  # (B, n, Q, H)
     inputs = (x * dt[..., None]).to(x.dtype)  # (B, n, Q, H, P)
-    weights = (c @ b.mT)[:, :, None] * _decays(logs.mT).to(x.dtype)  # (B, n, H, Q, Q)
+    pairs = c @ b.mT  # (B, n, Q, Q)
+    if documents is not None:
+        pairs = pairs * documents.pairs
+    weights = pairs[:, :, None] * _decays(logs.mT).to(x.dtype)  # (B, n, H, Q, Q)
     inside = (weights @ inputs.transpose(2, 3)).transpose(2, 3)  # (B, n, Q, H, P)
     kept = torch.exp(logs[:, :, -1:] - logs)[..., None]
+    if documents is not None:
+        kept = kept * documents.kept
     local = b.mT @ (inputs * kept).to(x.dtype).flatten(3)  # (B, n, N, H P)
-    states = _carry(local.unflatten(-1, (H, P)), logs[:, :, -1], state)
+    between = None if documents is None else documents.between
+    states = _carry(local.unflatten(-1, (H, P)), logs[:, :, -1], state, between)
     before = (c @ states[:, :-1].to(x.dtype).flatten(3)).unflatten(-1, (H, P))
+    if documents is not None:
+        before = before * documents.before
     y = inside + before * torch.exp(logs)[..., None]
     return y.flatten(1, 2)[:, :T], states[:, -1].permute(0, 2, 3, 1)
 
@@ -77,15 +88,36 @@ def _decays(logs: Tensor) -> Tensor:
     return (logs[..., :, None] + (-logs)[..., None, :]).add_(future).exp_()
 
 
-def _carry(local: Tensor, totals: Tensor, state: Tensor | None) -> Tensor:
+class _Documents:
+    """Factors that are 1 within a document and 0 between two, for chunks of Q rows.
+
+    pairs (B, n, Q, Q) of rows in a chunk; kept (B, n, Q, 1, 1) of a row and the end of its chunk;
+    before (B, n, Q, 1, 1) of a row and the end of the chunk before; between (B, 1, n+1, n+1) of the
+    ends of two chunks, the first of which is the beginning. What is kept at the end of a last chunk
+    with padding is not defined, because nothing reads it.
+    """
+
+    def __init__(self, document_starts: Tensor, Q: int) -> None:
+        starts = _chunks(document_starts, Q)
+        ends = F.pad(starts[:, :, -1], (1, 0), value=-1)  # (B, n+1)
+        self.pairs = starts[..., :, None] == starts[..., None, :]
+        self.kept = (starts == starts[:, :, -1:])[..., None, None]
+        self.before = (starts == ends[:, :-1, None])[..., None, None]
+        self.between = (ends[:, :, None] == ends[:, None, :])[:, None]
+
+
+def _carry(local: Tensor, totals: Tensor, state: Tensor | None, between: Tensor | None) -> Tensor:
     """States (B, n+1, N, H, P) before, between and after the chunks.
 
-    `local` is what each chunk adds to the state, `totals` the logarithm of its decay.
+    `local` is what each chunk adds to the state, `totals` the logarithm of its decay; `between` is
+    False for two chunks that end in different documents.
     """
     local = local.to(totals.dtype)
     first = torch.zeros_like(local[:, 0]) if state is None else state.permute(0, 3, 1, 2)
     local = torch.cat([first[:, None], local], 1)
     decays = _decays(F.pad(totals.cumsum(1), (0, 0, 1, 0)).mT)  # (B, H, n+1, n+1)
+    if between is not None:
+        decays = decays * between
     with torch.autocast(local.device.type, enabled=False):
         return torch.einsum("bhij,bjnhp->binhp", decays, local)
 
@@ -98,13 +130,17 @@ class CausalConv1d(nn.Module):
         self.weight = nn.Parameter(torch.zeros(channels, 1, width))
         self.bias = nn.Parameter(torch.zeros(channels))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, W-1+T, channels) -> (B, T, channels)."""
+    def forward(self, x: Tensor, document_starts: Tensor | None = None) -> Tensor:
+        """(B, W-1+T, channels) -> (B, T, channels); none reads before document_starts (B, T)."""
         taps = self.weight[:, 0].to(x.dtype).unbind(-1)
         T = x.shape[1] - len(taps) + 1
         y = self.bias.to(x.dtype)
         for i, tap in enumerate(taps):
-            y = torch.addcmul(y, x[:, i : i + T], tap)
+            rows, ago = x[:, i : i + T], len(taps) - 1 - i
+            if document_starts is not None and ago:
+                index = torch.arange(T, device=x.device)
+                rows = rows * (index - ago >= document_starts)[..., None]
+            y = torch.addcmul(y, rows, tap)
         return y
 
 
@@ -131,10 +167,12 @@ class Mamba2Mixer(nn.Module):
         *,
         cache: Mamba2LayerCache | None = None,
         key_mask: Tensor | None = None,  # (B, P+T)
+        document_starts: Tensor | None = None,  # (B, T)
     ) -> Tensor:
         """Mix a (B, T, D) over time; with a cache, a follows the cached positions.
 
-        A position that key_mask hides enters neither the convolution nor the state.
+        A position that key_mask hides enters neither the convolution nor the state; at
+        document_starts, which go with neither a cache nor a mask, both begin anew.
         """
         T = a.shape[1]
         z, xbc, dt = self.in_proj(a).split(
@@ -145,10 +183,10 @@ class Mamba2Mixer(nn.Module):
         if key_mask is not None:
             real = key_mask[:, -T:, None]
             xbc, dt = xbc * real, dt * real
-        xbc = F.silu(self.conv1d(self._with_past(xbc, cache)))
+        xbc = F.silu(self.conv1d(self._with_past(xbc, cache), document_starts))
         x, b, c = xbc.split([self.inner, self.states, self.states], -1)
         x = x.unflatten(-1, (self.heads, -1))
-        y = self._scan(x, dt, b, c, cache) + self.D.to(work)[:, None] * x
+        y = self._scan(x, dt, b, c, cache, document_starts) + self.D.to(work)[:, None] * x
         gated = y.flatten(2) * F.silu(z)
         return self.out_proj(self.norm(gated.to(self.norm.weight.dtype)))
 
@@ -163,11 +201,17 @@ class Mamba2Mixer(nn.Module):
         return rows
 
     def _scan(
-        self, x: Tensor, dt: Tensor, b: Tensor, c: Tensor, cache: Mamba2LayerCache | None
+        self,
+        x: Tensor,
+        dt: Tensor,
+        b: Tensor,
+        c: Tensor,
+        cache: Mamba2LayerCache | None,
+        document_starts: Tensor | None,
     ) -> Tensor:
         A = -self.A_log.to(dt.dtype).exp()
         if cache is None:
-            return ssd_chunked(x, dt, A, b, c)[0]
+            return ssd_chunked(x, dt, A, b, c, document_starts=document_starts)[0]
         if cache.state is not None and x.shape[1] == 1:
             y, cache.state = ssd_step(x, dt, A, b, c, cache.state)
         else:

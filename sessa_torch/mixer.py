@@ -52,13 +52,17 @@ class SessaMixer(AttentionMixer):
         rope: Rope | None = None,
         cache: SessaLayerCache | None = None,
         key_mask: Tensor | None = None,  # (B, P+T)
+        document_starts: Tensor | None = None,  # (B, T)
     ) -> Tensor:
         """Mix a (B, T, D) over time; arguments as in `AttentionMixer`."""
-        f = super().forward(a, rope=rope, cache=cache, key_mask=key_mask)
+        f = super().forward(
+            a, rope=rope, cache=cache, key_mask=key_mask, document_starts=document_starts
+        )
         q, k = self.proj_fb(a).chunk(2, -1)
         gamma = self.gain(a)
         if cache is None:
-            return self.solve(f, q, k, gamma, key_mask=key_mask)
+            documents = {} if document_starts is None else {"document_starts": document_starts}
+            return self.solve(f, q, k, gamma, key_mask=key_mask, **documents)
         past_s = cache.s.rows
         # SessaLayerCache says why cached states stay in float32.
         wide = f.to(torch.promote_types(f.dtype, torch.float32))

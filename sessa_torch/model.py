@@ -43,10 +43,13 @@ class SessaLayer(nn.Module):
         rope: Rope | None = None,
         cache: SessaLayerCache | None = None,
         key_mask: Tensor | None = None,  # (B, P+T)
+        document_starts: Tensor | None = None,  # (B, T)
     ) -> Tensor:
         """Apply the block to x (B, T, D); the other arguments as in `AttentionMixer`."""
         a, g = self.W_in(self.ln(x)).chunk(2, -1)
-        s = self.mixer(F.gelu(a), rope=rope, cache=cache, key_mask=key_mask)
+        s = self.mixer(
+            F.gelu(a), rope=rope, cache=cache, key_mask=key_mask, document_starts=document_starts
+        )
         return x + self.W_out(s * g)
 
     def mixer_input(self, x: Tensor) -> Tensor:
@@ -97,9 +100,12 @@ class TransformerLayer(nn.Module):
         rope: Rope | None = None,
         cache: SessaLayerCache | None = None,
         key_mask: Tensor | None = None,  # (B, P+T)
+        document_starts: Tensor | None = None,  # (B, T)
     ) -> Tensor:
         """Apply the block to x (B, T, D); the other arguments as in `AttentionMixer`."""
-        x = x + self.mixer(self.ln(x), rope=rope, cache=cache, key_mask=key_mask)
+        x = x + self.mixer(
+            self.ln(x), rope=rope, cache=cache, key_mask=key_mask, document_starts=document_starts
+        )
         return x + self.mlp(self.ln_mlp(x))
 
     def mixer_input(self, x: Tensor) -> Tensor:
@@ -122,9 +128,12 @@ class Mamba2Layer(nn.Module):
         rope: Rope | None = None,
         cache: Mamba2LayerCache | None = None,
         key_mask: Tensor | None = None,  # (B, P+T)
+        document_starts: Tensor | None = None,  # (B, T)
     ) -> Tensor:
         """Apply the block to x (B, T, D)."""
-        return x + self.mixer(self.ln(x), cache=cache, key_mask=key_mask)
+        return x + self.mixer(
+            self.ln(x), cache=cache, key_mask=key_mask, document_starts=document_starts
+        )
 
 
 def new_layer(config: SessaConfig, kind: LayerKind) -> nn.Module:
@@ -172,21 +181,31 @@ class SessaModel(nn.Module):
         *,
         cache: SessaCache | None = None,
         attention_mask: Tensor | None = None,  # (B, P+T)
+        document_starts: Tensor | None = None,  # (B, T)
     ) -> Tensor:
-        """Hidden states (B, T, D) after the final norm, for token ids or for their embeddings."""
+        """Hidden states (B, T, D) after the final norm, for token ids or for their embeddings.
+
+        document_starts are, for each position, the first one of its document in the row; documents
+        do not read each other. Raises ValueError when they come with a cache or a mask.
+        """
+        if document_starts is not None and (cache is not None or attention_mask is not None):
+            raise ValueError("document_starts goes with neither cache nor attention_mask")
         x = input_ids if input_ids.is_floating_point() else self.embed_tokens(input_ids)
         past = cache.length if cache is not None else 0
         if cache is not None:
             mask = cache.extend(x.shape[1], attention_mask)
         else:
             mask = None if attention_mask is None else attention_mask.bool()
-        rope = self.rope_of(self.config, x, past, mask) if self.config.rotates else None
+        masks = {"key_mask": mask, "document_starts": document_starts}
+        documents = {} if document_starts is None else {"document_starts": document_starts}
+        rotates = self.config.rotates
+        rope = self.rope_of(self.config, x, past, mask, **documents) if rotates else None
         run = _run
         if self.checkpoint_layers and cache is None:
             run = partial(_checkpointed, preserve_rng_state=self._preserve_rng_state)
         for i, layer in enumerate(self.layers):
             layer_cache = cache.layers[i] if cache is not None else None
-            x = run(layer, x, rope=rope, cache=layer_cache, key_mask=mask)
+            x = run(layer, x, rope=rope, cache=layer_cache, **masks)
         return self.norm(x)
 
     def gains(self, ids: Tensor) -> dict[int, Tensor]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sessa_common.config import SessaConfig, parameter_shapes
-from sessa_common.data.batches import Batch
+from sessa_common.data.batches import Batch, batch_arrays
 from sessa_common.errors import SessaError, require
 from sessa_common.train_config import TrainConfig
 from sessa_common.training.backend import MOMENTS, decays
@@ -37,8 +37,6 @@ from sessa_torch.model import SessaForCausalLM
 from sessa_torch.processes import open_processes
 
 MOMENT_KEYS = dict(zip(MOMENTS, ("exp_avg", "exp_avg_sq"), strict=True))
-# Types of a batch's inputs, targets and weights.
-BATCH_TYPES = (torch.int32, torch.int32, torch.float32)
 # Runs before a capture: compiling, tuning and loading kernels happen then and cannot be captured.
 WARM_UP = 3
 
@@ -207,7 +205,11 @@ class TrainBackend:
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> tuple[float, np.ndarray]:
         """Return the weighted sum of the losses of a batch, in nats, and its `predict`."""
-        loss, ids = self.objective(loss_and_likeliest, *self._on_device(batch))
+        inputs, targets, weights, *rest = self._on_device(batch)
+        starts = rest[0] if rest else None
+        loss, ids = self.objective(
+            loss_and_likeliest, inputs, targets, weights, document_starts=starts
+        )
         if self.context is not None:
             loss, ids = self.context.total(loss), self.context.whole(ids)
         return loss.item(), to_numpy(ids.int())
@@ -273,15 +275,21 @@ class TrainBackend:
                 else:
                     moments[key] = value.to(parameter.device)
 
-    def _loss_sum(self, inputs: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-        loss: Tensor = self.objective(weighted_loss, inputs, targets, weights)
+    def _loss_sum(
+        self, inputs: Tensor, targets: Tensor, weights: Tensor, starts: Tensor | None = None
+    ) -> Tensor:
+        loss: Tensor = self.objective(
+            weighted_loss, inputs, targets, weights, document_starts=starts
+        )
         return loss
 
     def _on_device(self, batch: Batch) -> list[Tensor]:
         # The sums of shared rows do not know where documents begin.
-        apart = self.context is not None and batch.starts is not None
+        apart = self.context is not None and batch.document_starts is not None
         require(not apart, "`context_parallel` is above 1, but documents are kept apart; give 1")
-        return [self._own(tensor).to(self.device) for tensor in _tensors(batch)]
+        # A compiled layer or graph gets the starts of documents always, others where they matter.
+        tensors = _tensors(batch, always=bool(self.settings.compile))
+        return [self._own(tensor).to(self.device) for tensor in tensors]
 
     def _own(self, tokens: Tensor) -> Tensor:
         """Return the tokens (B, T) that this process has in the model."""
@@ -296,13 +304,19 @@ class _Objective(nn.Module):
         self.model, self.device_type = model, device.split(":")[0]
         self.low = precision == "bfloat16"
 
-    def forward(self, function: Callable[..., Any], inputs: Tensor, *rest: Tensor) -> Any:
-        """Return function(hidden, head, *rest) for ids (B, T).
+    def forward(
+        self,
+        function: Callable[..., Any],
+        inputs: Tensor,
+        *rest: Tensor,
+        document_starts: Tensor | None = None,
+    ) -> Any:
+        """Return function(hidden, head, *rest) for ids (B, T), document_starts (B, T).
 
         Hidden states (B, T, D) are in bfloat16 where the model computes in it.
         """
         with torch.autocast(self.device_type, dtype=torch.bfloat16, enabled=self.low):
-            hidden: Tensor = self.model.model(inputs.long())
+            hidden: Tensor = self.model.model(inputs.long(), document_starts=document_starts)
         tied = self.model.config.tie_word_embeddings
         head = self.model.model.embed_tokens if tied else self.model.lm_head
         return function(hidden.bfloat16() if self.low else hidden, head.weight, *rest)
@@ -331,7 +345,7 @@ class _CompiledStep:
 
     def __init__(
         self,
-        loss_sum: Callable[[Tensor, Tensor, Tensor], Tensor],
+        loss_sum: Callable[..., Tensor],
         parameters: list[nn.Parameter],
         optimizer: torch.optim.AdamW,
         max_grad_norm: float,
@@ -360,11 +374,12 @@ class _CompiledStep:
     ) -> tuple[float, float]:
         """Take one step on the sum of the batches' losses / total; (nats, gradient norm)."""
         # Every shape is made ready before the first sum, because a warm-up sets the sums to zero.
-        ready = [self._ready(batch.inputs.shape) for batch in batches]
+        arrays = [_tensors(batch, always=True) for batch in batches]
+        ready = [self._ready(tensors) for tensors in arrays]
         self.total.fill_(total)
         self.rate.fill_(learning_rate)
-        for batch, (buffers, accumulate) in zip(batches, ready, strict=True):
-            for buffer, tensor in zip(buffers, _tensors(batch), strict=True):
+        for tensors, (buffers, accumulate) in zip(arrays, ready, strict=True):
+            for buffer, tensor in zip(buffers, tensors, strict=True):
                 buffer.copy_(tensor, non_blocking=True)
             accumulate()
         self.processes.mean([self.loss, *self.gradients])
@@ -372,10 +387,11 @@ class _CompiledStep:
         loss, norm = self.result.tolist()
         return loss, norm
 
-    def _ready(self, shape: tuple[int, ...]) -> tuple[list[Tensor], Callable[[], None]]:
+    def _ready(self, tensors: list[Tensor]) -> tuple[list[Tensor], Callable[[], None]]:
         """Return the static buffers (B, T) of a batch and the function that accumulates them."""
+        shape = (len(tensors), *tensors[0].shape)
         if shape not in self.shapes:
-            buffers = [torch.zeros(shape, dtype=kind, device=self.device) for kind in BATCH_TYPES]
+            buffers = [torch.zeros_like(tensor, device=self.device) for tensor in tensors]
             accumulate: Callable[[], None] = partial(self._accumulate, *buffers)
             if self.stream is not None:
                 if not self.shapes:
@@ -384,8 +400,8 @@ class _CompiledStep:
             self.shapes[shape] = buffers, accumulate
         return self.shapes[shape]
 
-    def _accumulate(self, inputs: Tensor, targets: Tensor, weights: Tensor) -> None:
-        loss = self.loss_sum(inputs, targets, weights) / self.total
+    def _accumulate(self, *batch: Tensor) -> None:
+        loss = self.loss_sum(*batch) / self.total
         # One kernel adds all gradients; backward() would add them parameter by parameter.
         torch._foreach_add_(self.gradients, torch.autograd.grad(loss, self.parameters))
         self.loss += loss.detach()
@@ -424,6 +440,6 @@ class _CompiledStep:
                 run()
 
 
-def _tensors(batch: Batch) -> list[Tensor]:
-    arrays = (batch.inputs, batch.targets, batch.weights)
+def _tensors(batch: Batch, *, always: bool) -> list[Tensor]:
+    arrays = batch_arrays(batch, always=always)
     return [torch.from_numpy(np.ascontiguousarray(array)) for array in arrays]

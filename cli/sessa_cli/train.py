@@ -112,6 +112,7 @@ def train(
     batch_size: options.BatchSize = None,
     gradient_accumulation_steps: options.GradientAccumulationSteps = None,
     sequence_length: options.SequenceLength = None,
+    documents: options.Documents = None,
     learning_rate: options.LearningRate = None,
     min_lr_ratio: options.MinLrRatio = None,
     warmup_steps: options.WarmupSteps = None,

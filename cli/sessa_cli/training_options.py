@@ -83,6 +83,14 @@ SequenceLength = Annotated[
     int | None,
     of_learning("--sequence-length", "Tokens in a training row; 0 for the whole context."),
 ]
+Documents = Annotated[
+    str | None,
+    of_learning(
+        "--documents",
+        "separate: the documents of a row do not read each other; or joined. Default: separate, "
+        "but joined with --context-parallel.",
+    ),
+]
 LearningRate = Annotated[
     float | None, of_learning("--learning-rate --lr", "Highest learning rate.")
 ]

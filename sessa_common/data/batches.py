@@ -15,18 +15,18 @@ ALL_ROWS = slice(None)
 class Batch:
     """Rows to learn from: inputs, targets int32 (B, T); weights float32 (B, T), 0 for no loss.
 
-    `starts` int32 (B, T) is, for each position, the first position of its document in the row; None
-    where the documents of a row read each other.
+    `document_starts` int32 (B, T) is, for each position, the first one of its document in the row;
+    None where the documents of a row read each other.
     """
 
     inputs: np.ndarray
     targets: np.ndarray
     weights: np.ndarray
-    starts: np.ndarray | None = None
+    document_starts: np.ndarray | None = None
 
     def rows(self, rows: slice) -> Batch:
         """The batch of some of the rows."""
-        starts = None if self.starts is None else self.starts[rows]
+        starts = None if self.document_starts is None else self.document_starts[rows]
         return Batch(self.inputs[rows], self.targets[rows], self.weights[rows], starts)
 
 
@@ -70,10 +70,23 @@ def next_token_batch(rows: np.ndarray, end_id: int | None = None) -> Batch:
     if end_id is None:
         return Batch(inputs, targets, weights)
     weights[inputs == end_id] = 0
-    return Batch(inputs, targets, weights, document_starts(inputs, end_id))
+    return Batch(inputs, targets, weights, find_document_starts(inputs, end_id))
 
 
-def document_starts(ids: np.ndarray, end_id: int) -> np.ndarray:
+def batch_arrays(batch: Batch, *, always: bool = False) -> list[np.ndarray]:
+    """Inputs, targets and weights of a batch, and the starts of its documents if they matter.
+
+    They do where a row has several documents; `always` gives them wherever the batch has them, so
+    that all batches of a run have as many arrays.
+    """
+    arrays = [batch.inputs, batch.targets, batch.weights]
+    starts = batch.document_starts
+    if starts is not None and (always or starts.any()):
+        arrays.append(starts)
+    return arrays
+
+
+def find_document_starts(ids: np.ndarray, end_id: int) -> np.ndarray:
     """The first position int32 (B, T) of the document of each position of rows (B, T)."""
     starts = np.zeros(ids.shape, np.int32)
     starts[:, 1:] = np.where(ids[:, :-1] == end_id, np.arange(1, ids.shape[1]), 0)

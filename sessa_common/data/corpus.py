@@ -16,7 +16,7 @@ from sessa_common.data.row_order import MixtureOrder, RowOrder
 from sessa_common.data.sources import ReadCounts, TextSource, read_documents, split_weights
 from sessa_common.data.token_shards import TokenShards, is_token_folder
 from sessa_common.data.tokenizer import DroppedText, encode_documents, read_tokenizer
-from sessa_common.errors import SessaError
+from sessa_common.errors import SessaError, require
 from sessa_common.memory import require_memory
 from sessa_common.train_config import TrainConfig
 
@@ -136,14 +136,15 @@ def read_text_batches(
     if settings.validation_data:
         validation = read(settings.validation_data, "the validation text")
     corpus = read(settings.data, "the training text")
-    return TextBatches(corpus, config, settings, validation)
+    return TextBatches(corpus, config, settings, validation, end_id=end_id)
 
 
 class TextBatches:
     """Training and validation batches of packed sequences (a `BatchSource`).
 
     Without validation sequences the last `validation_fraction` of every training sequence, at least
-    one row, is held out. Raises SessaError when a sequence is shorter than one row of
+    one row, is held out. With `documents` "separate" and an `end_id` the documents that this token
+    ends do not read each other. Raises SessaError when a sequence is shorter than one row of
     sequence_length+1 tokens or has an id that the embedding has no row for.
     """
 
@@ -153,10 +154,13 @@ class TextBatches:
         config: SessaConfig,
         settings: TrainConfig,
         validation: Corpus | None = None,
+        *,
+        end_id: int | None = None,
     ) -> None:
         corpus = tokens if isinstance(tokens, Corpus) else Corpus([tokens], [1.0])
         self.sequence_length = training_sequence_length(config, settings)
         self.batch_size = settings.batch_size
+        self.end_id = end_id if _are_separate(settings) else None
         self.notes = [note for part in (validation, corpus) if part for note in part.notes]
         row = self.sequence_length + 1
         # Inputs, targets and their weights take 4 bytes a token each.
@@ -180,6 +184,8 @@ class TextBatches:
         rows = settings.evaluate_batches * settings.batch_size
         self.validation_starts = self._validation_starts(rows, held_weights)
         self.fingerprint = _fingerprint(corpus, self.training, self.held_out)
+        if self.end_id is not None:
+            self.fingerprint += ", separate documents"
 
     @property
     def summary(self) -> str:
@@ -215,7 +221,7 @@ class TextBatches:
         return span.read(start, self.sequence_length + 1)
 
     def _batch(self, rows: Sequence[np.ndarray]) -> Batch:
-        return next_token_batch(np.stack([row.astype(np.int32) for row in rows]))
+        return next_token_batch(np.stack([row.astype(np.int32) for row in rows]), self.end_id)
 
     def _validation_starts(self, rows: int, weights: Sequence[float]) -> list[range]:
         """Starts of the held-out rows of every sequence, in the shares of the mixture."""
@@ -224,6 +230,17 @@ class TextBatches:
             range(0, len(span) - length, length)[: math.ceil(rows * weight / sum(weights))]
             for span, weight in zip(self.held_out, weights, strict=True)
         ]
+
+
+def _are_separate(settings: TrainConfig) -> bool:
+    """Return True when the documents of a row are separate, as `TrainConfig` says."""
+    alone = settings.context_parallel == 1
+    require(
+        alone or settings.documents != "separate",
+        "`documents` cannot be separate with `context_parallel` above 1; leave it out, or give "
+        "joined",
+    )
+    return settings.documents == "separate" or (settings.documents is None and alone)
 
 
 @dataclass(frozen=True)

@@ -55,12 +55,14 @@ METAL_FUNC bool finite(float value) { return (as_type<uint>(value) & INFINITE) !
 METAL_FUNC float ratio(float a, float b) { return a == LOWEST ? 0.0f : exp(a - b); }
 
 // One threadgroup owns one row: weights[j] = exp(scores[j] - lse) where column j is visible, else
-// 0. Row r of the block row sees the columns j < own + r that the mask does not hide; a row that
-// sees nothing has lse = +inf. The block row has blocks of `width` rows; coupling holds gamma alpha of
+// 0. Row r of the block row sees the columns j < own + r that the mask does not hide, or with
+// DOCUMENTS, when there is no past and key_mask holds a number for each row instead, from that
+// column on, the first of the row's document. A row that sees nothing has lse = +inf. The block row has blocks of `width` rows; coupling holds gamma alpha of
 // the columns of the row's own block, NaN in all of them if one is not finite. The backward pass
 // runs this again, because the rounding of a stored lse would cost digits.
 // sizes: n, L, own, width; rows and first row of gamma; columns of key_mask.
-template <bool MASKED, typename T, typename Scores, typename Mask, typename Gamma, typename Sizes>
+template <bool MASKED, bool DOCUMENTS, typename T, typename Scores, typename Mask, typename Gamma,
+          typename Sizes>
 METAL_FUNC void feedback_weights(Scores scores, Mask key_mask, Gamma gamma, Sizes sizes,
                                  device T* weights, device float* coupling, device float* lse,
                                  threadgroup float* partial, uint3 tgid, uint tid, uint lane,
@@ -72,9 +74,10 @@ METAL_FUNC void feedback_weights(Scores scores, Mask key_mask, Gamma gamma, Size
   scores += row * L;
   weights += row * L;
   coupling += row * width;
-  if (MASKED) key_mask += size_t(tgid.y) * sizes[6];
+  if (MASKED || DOCUMENTS) key_mask += size_t(tgid.y) * sizes[6];
+  const int begin = DOCUMENTS ? int(key_mask[visible]) : 0;
   float top = LOWEST, sum = 0.0f;
-  for (int j = tid; j < visible; j += THREADS) {
+  for (int j = begin + tid; j < visible; j += THREADS) {
     if (MASKED && !key_mask[j]) continue;
     const float score = float(scores[j]);
     if (score > top) {
@@ -89,7 +92,7 @@ METAL_FUNC void feedback_weights(Scores scores, Mask key_mask, Gamma gamma, Size
   const float gain = float(gamma[size_t(tgid.y) * sizes[4] + sizes[5] + r]);
   const float unseen = finite(gain) && finite(row_sum) ? 0.0f : as_type<float>(NOT_A_NUMBER);
   for (int j = tid; j < L; j += THREADS) {
-    const bool seen = j < visible && (!MASKED || bool(key_mask[j]));
+    const bool seen = j >= begin && j < visible && (!MASKED || bool(key_mask[j]));
     const float weight = seen ? exp(float(scores[j]) - row_top) / row_sum : 0.0f;
     weights[j] = T(weight);
     if (j >= block && j < block + width) {
@@ -378,8 +381,8 @@ template <typename T, bool MASKED>
                                device float* lse [[buffer(5)]],
                                constant long* sizes [[buffer(6)]], POSITION) {
   threadgroup float partial[2 * SIMDGROUPS];
-  feedback_weights<MASKED>(scores, key_mask, gamma, sizes, weights, coupling, lse, partial, tgid,
-                           tid, lane, sg);
+  feedback_weights<MASKED, false>(scores, key_mask, gamma, sizes, weights, coupling, lse, partial,
+                                  tgid, tid, lane, sg);
 }
 #define WEIGHTS(T, MASKED) \
   INSTANTIATE("feedback_weights_" #T "_" #MASKED, weights_kernel, T, MASKED)

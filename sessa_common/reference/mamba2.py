@@ -36,10 +36,12 @@ def mamba2_layer(
     x: np.ndarray,
     past: Mamba2LayerCache | None = None,
     key_mask: np.ndarray | None = None,
+    document_starts: np.ndarray | None = None,
 ) -> tuple[np.ndarray, Mamba2LayerCache]:
     """x + mixer(rmsnorm(x)) for x (B, T, D), and the cache after it.
 
-    A position that key_mask (B, P+T) hides enters neither the convolution nor the state.
+    A position that key_mask (B, P+T) hides enters neither the convolution nor the state, and at the
+    document_starts (B, T) both begin anew.
     """
     w = {name: f64(value) for name, value in weights.items()}
     conv, state = past or empty_mamba_cache(config, len(x))
@@ -54,6 +56,9 @@ def mamba2_layer(
     taps = w["mixer.conv1d.weight"][:, 0].T  # (W, channels)
     mixed = []
     for t in range(x.shape[1]):
+        if document_starts is not None:
+            going_on = (np.asarray(document_starts)[:, t] < t)[:, None, None]
+            conv, state = conv * going_on, state * going_on[..., None]
         window = np.concatenate([conv, xbc[:, t : t + 1]], axis=1)
         row, conv = silu((window * taps).sum(axis=1) + w["mixer.conv1d.bias"]), window[:, 1:]
         u, b, c = np.split(row, [inner, inner + N], axis=-1)

@@ -112,13 +112,17 @@ def _layer(
     past: SessaLayerCache | Mamba2LayerCache | None = None,
     positions: np.ndarray | None = None,
     key_mask: np.ndarray | None = None,
+    document_starts: np.ndarray | None = None,
 ) -> SimpleNamespace:
     """One layer with all of its intermediate results, which `_backward` reads."""
     kind = infer_kind(weights)
-    c = SimpleNamespace(x=f64(x), key_mask=key_mask, positions=positions, kind=kind)
+    if positions is None and document_starts is not None:
+        positions = np.arange(x.shape[1]) - document_starts
+    c = SimpleNamespace(x=f64(x), positions=positions, kind=kind)
+    c.masks = (key_mask, document_starts)
     if kind.block == "mamba2":
         assert not isinstance(past, SessaLayerCache)
-        c.y, c.cache = mamba2_layer(config, weights, c.x, past, key_mask)
+        c.y, c.cache = mamba2_layer(config, weights, c.x, past, key_mask, document_starts)
         return c
     assert not isinstance(past, Mamba2LayerCache)
     past = past or empty_layer_cache(config, len(x))
@@ -185,7 +189,7 @@ def _attention(
         c.q = rotate(c.q, c.positions, config.rope_theta, config.rope_scaling)
         k = rotate(k, c.positions, config.rope_theta, config.rope_scaling)
     c.k, c.v = np.concatenate([past.k, k], axis=2), np.concatenate([past.v, v], axis=2)
-    c.heads = _join_heads(attention(c.q, c.k, c.v, c.key_mask))
+    c.heads = _join_heads(attention(c.q, c.k, c.v, *c.masks))
     projects = "mixer.out_proj.weight" in weights
     c.f = _linear(weights, "mixer.out_proj", c.heads) if projects else c.heads
     c.cache = past._replace(k=c.k, v=c.v)
@@ -199,7 +203,7 @@ def _feedback(
     gain = _linear(weights, "mixer.gamma_ctx", c.mixer_in)[..., 0]
     c.tanh = np.tanh(gain + f64(weights["mixer.gamma_bias"]))
     c.gamma = config.gamma_max * c.tanh
-    c.s = feedback_solve(c.f, c.q_fb, c.k_fb, c.gamma, past.s, c.key_mask)
+    c.s = feedback_solve(c.f, c.q_fb, c.k_fb, c.gamma, past.s, *c.masks)
     c.cache = SessaLayerCache(c.k, c.v, c.k_fb, np.concatenate([past.s, c.s], axis=1))
 
 
@@ -210,12 +214,14 @@ def layer_forward(
     *,
     positions: np.ndarray | None = None,
     key_mask: np.ndarray | None = None,
+    document_starts: np.ndarray | None = None,
 ) -> np.ndarray:
     """One layer on whole sequences, x (B, T, D) -> y (B, T, D).
 
-    weights by the names of `parameter_shapes` without the layer's prefix; key_mask (B, T).
+    weights by the names of `parameter_shapes` without the layer's prefix; key_mask (B, T) and
+    document_starts (B, T).
     """
-    return _layer(config, weights, x, None, positions, key_mask).y
+    return _layer(config, weights, x, None, positions, key_mask, document_starts).y
 
 
 def layer_decode(
@@ -240,12 +246,14 @@ def layer_backward(
     *,
     positions: np.ndarray | None = None,
     key_mask: np.ndarray | None = None,
+    document_starts: np.ndarray | None = None,
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Gradients of `layer_forward`: dx (B, T, D), and one array a weight, by its name.
 
     Raises SessaError for a Mamba-2 layer.
     """
-    return _backward(config, weights, _layer(config, weights, x, None, positions, key_mask), dy)
+    c = _layer(config, weights, x, None, positions, key_mask, document_starts)
+    return _backward(config, weights, c, dy)
 
 
 def _backward(
@@ -321,7 +329,7 @@ def _mix_backward(
     if not c.kind.feeds_back:
         return _attention_backward(config, weights, c, ds, grads)
     df, dq_fb, dk_fb, dgamma, _ = feedback_solve_backward(
-        ds, c.f, c.q_fb, c.k_fb, c.gamma, None, c.key_mask
+        ds, c.f, c.q_fb, c.k_fb, c.gamma, None, *c.masks
     )
     dfb = np.concatenate([dq_fb, dk_fb], axis=-1)
     dmixer_in = _linear_backward(weights, "mixer.proj_fb", c.mixer_in, dfb, grads)
@@ -341,7 +349,7 @@ def _attention_backward(
     if "mixer.out_proj.weight" in weights:
         df = _linear_backward(weights, "mixer.out_proj", c.heads, df, grads)
     dheads = _split_heads(df, config.num_attention_heads)
-    dq, dk, dv = attention_backward(dheads, c.q, c.k, c.v, c.key_mask)
+    dq, dk, dv = attention_backward(dheads, c.q, c.k, c.v, *c.masks)
     if config.use_forward_rope:
         dq = rotate(dq, -c.positions, config.rope_theta, config.rope_scaling)
         dk = rotate(dk, -c.positions, config.rope_theta, config.rope_scaling)

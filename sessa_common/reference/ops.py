@@ -22,11 +22,21 @@ def f64(x: np.ndarray) -> np.ndarray:
 
 
 def visible_columns(
-    T: int, P: int, key_mask: np.ndarray | None = None, *, strict: bool
+    T: int,
+    P: int,
+    key_mask: np.ndarray | None = None,
+    document_starts: np.ndarray | None = None,
+    *,
+    strict: bool,
 ) -> np.ndarray:
-    """Mask (1 or B, T, P+T) of the columns that row t sees: j <= P+t, or j < P+t if strict."""
+    """Mask (1 or B, T, P+T) of the columns that row t sees: j <= P+t, or j < P+t if strict.
+
+    With document_starts (B, T) no column before the first row of the own document is seen; P is 0.
+    """
     last = P + np.arange(T)[:, None] - int(strict)
     visible = (np.arange(P + T) <= last)[None]
+    if document_starts is not None:
+        visible = visible & (np.arange(T) >= np.asarray(document_starts)[..., None])
     return visible if key_mask is None else visible & np.asarray(key_mask, dtype=bool)[:, None]
 
 
@@ -45,12 +55,15 @@ def softmax_backward(dweights: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def feedback_weights(
-    q: np.ndarray, k: np.ndarray, key_mask: np.ndarray | None = None
+    q: np.ndarray,
+    k: np.ndarray,
+    key_mask: np.ndarray | None = None,
+    document_starts: np.ndarray | None = None,
 ) -> np.ndarray:
     """alpha (B, T, P+T): strictly causal softmax of q (B, T, K) on k (B, P+T, K)."""
     q, k = f64(q), f64(k)
     T, K = q.shape[1:]
-    visible = visible_columns(T, k.shape[1] - T, key_mask, strict=True)
+    visible = visible_columns(T, k.shape[1] - T, key_mask, document_starts, strict=True)
     return masked_softmax(q @ k.swapaxes(1, 2) * K**-0.5, visible)
 
 
@@ -61,13 +74,15 @@ def feedback_solve(
     gamma: np.ndarray,
     past_s: np.ndarray | None = None,
     key_mask: np.ndarray | None = None,
+    document_starts: np.ndarray | None = None,
 ) -> np.ndarray:
     """Solve (I - N) s = f with N = diag(gamma) alpha, by forward substitution.
 
     f (B, T, D), q (B, T, K), k (B, P+T, K), gamma (B, T), past_s (B, P, D), key_mask (B, P+T) with
-    True for visible. Returns s (B, T, D); a row without a visible column gives s = f.
+    True for visible, document_starts (B, T) with the first row of each row's document. Returns
+    s (B, T, D); a row without a visible column gives s = f.
     """
-    N = f64(gamma)[..., None] * feedback_weights(q, k, key_mask)
+    N = f64(gamma)[..., None] * feedback_weights(q, k, key_mask, document_starts)
     T, P = f.shape[1], k.shape[1] - f.shape[1]
     past = np.zeros((f.shape[0], 0, f.shape[2])) if past_s is None else f64(past_s)
     s = np.concatenate([past, f64(f)], axis=1)
@@ -84,19 +99,20 @@ def feedback_solve_backward(
     gamma: np.ndarray,
     past_s: np.ndarray | None = None,
     key_mask: np.ndarray | None = None,
+    document_starts: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
     """Gradients (df, dq, dk, dgamma, dpast_s) of `feedback_solve`; dpast_s is None without a past.
 
     df = u solves the transposed system (I - N)^T u = ds backwards in time.
     """
     q, k, gamma = f64(q), f64(k), f64(gamma)[..., None]
-    alpha = feedback_weights(q, k, key_mask)
+    alpha = feedback_weights(q, k, key_mask, document_starts)
     N = gamma * alpha
     T, P = f.shape[1], k.shape[1] - f.shape[1]
     u = f64(ds).copy()
     for j in reversed(range(T)):
         u[:, j] += (N[:, None, j + 1 :, P + j] @ u[:, j + 1 :])[:, 0]
-    s = feedback_solve(f, q, k, gamma[..., 0], past_s, key_mask)
+    s = feedback_solve(f, q, k, gamma[..., 0], past_s, key_mask, document_starts)
     columns = s if past_s is None else np.concatenate([f64(past_s), s], axis=1)
     dalpha = u @ columns.swapaxes(1, 2)
     dgamma = (alpha * dalpha).sum(axis=-1)
@@ -144,7 +160,10 @@ def rotate(
 
 
 def attention_weights(
-    q: np.ndarray, k: np.ndarray, key_mask: np.ndarray | None = None
+    q: np.ndarray,
+    k: np.ndarray,
+    key_mask: np.ndarray | None = None,
+    document_starts: np.ndarray | None = None,
 ) -> np.ndarray:
     """Causal softmax weights (B, H, T, P+T) of q (B, H, T, d) on k (B, G, P+T, d).
 
@@ -152,7 +171,7 @@ def attention_weights(
     """
     H, T, d = q.shape[1:]
     P = k.shape[2] - T
-    visible = visible_columns(T, P, key_mask, strict=False)
+    visible = visible_columns(T, P, key_mask, document_starts, strict=False)
     itself = np.arange(P + T) == P + np.arange(T)[:, None]
     visible = visible | (itself & ~visible.any(axis=-1, keepdims=True))
     scores = q @ _per_query_head(k, H).swapaxes(2, 3) * d**-0.5
@@ -169,11 +188,15 @@ def _per_key_head(dx: np.ndarray, G: int) -> np.ndarray:
 
 
 def attention(
-    q: np.ndarray, k: np.ndarray, v: np.ndarray, key_mask: np.ndarray | None = None
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    key_mask: np.ndarray | None = None,
+    document_starts: np.ndarray | None = None,
 ) -> np.ndarray:
     """Causal attention, q (B, H, T, d), k and v (B, G, P+T, d) -> (B, H, T, d)."""
     q, k, v = f64(q), f64(k), f64(v)
-    return attention_weights(q, k, key_mask) @ _per_query_head(v, q.shape[1])
+    return attention_weights(q, k, key_mask, document_starts) @ _per_query_head(v, q.shape[1])
 
 
 def attention_backward(
@@ -182,11 +205,12 @@ def attention_backward(
     k: np.ndarray,
     v: np.ndarray,
     key_mask: np.ndarray | None = None,
+    document_starts: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Gradients (dq, dk, dv) of `attention`."""
     q, k, v, dout = f64(q), f64(k), f64(v), f64(dout)
     H, G = q.shape[1], k.shape[1]
-    weights = attention_weights(q, k, key_mask)
+    weights = attention_weights(q, k, key_mask, document_starts)
     dweights = dout @ _per_query_head(v, H).swapaxes(2, 3)
     dscores = softmax_backward(dweights, weights) * q.shape[-1] ** -0.5
     dq = dscores @ _per_query_head(k, H)

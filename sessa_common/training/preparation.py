@@ -84,6 +84,7 @@ TEXT_SETTINGS = (
     "tokenizer",
     "parse_special_tokens",
     "sequence_length",
+    "documents",
 )
 # Arguments that only a new run can have.
 NEW_RUN = ("out", "preset", "config", "init", "train_config", "force")
@@ -280,7 +281,9 @@ def _resumed_run(
     """The run in a folder, to go on with; SessaError when a field would make it another run."""
     if not folder.is_dir():
         raise SessaError(f"{folder}: no such checkpoint folder")
-    settings = TrainConfig.from_dict(read_json(folder / TRAINING), str(folder / TRAINING))
+    # Runs that are older than this setting had joined documents.
+    stored = {"documents": "joined", **read_json(folder / TRAINING)}
+    settings = TrainConfig.from_dict(stored, str(folder / TRAINING))
     for name, value in given.items():
         if name not in FREE_ON_RESUME and getattr(settings, name) != value:
             raise SessaError(

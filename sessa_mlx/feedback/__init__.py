@@ -29,13 +29,16 @@ def feedback_solve(
     *,
     past_s: mx.array | None = None,
     key_mask: mx.array | None = None,
+    document_starts: mx.array | None = None,
     backend: str = "auto",
     precision: str = "auto",
 ) -> mx.array:
     """Solve s_t = f_t + gamma_t sum_{j<t} softmax_j(q_t k_j / sqrt(K)) s_j (arXiv 2604.18580, 3).
 
     Args: f (B, T, D); q (B, T, K); k (B, P+T, K); gamma (B, T); past_s (B, P, D), states already
-    solved; key_mask (B, P+T) bool, True = visible; backend "auto", "naive", "blocked" or "kernel".
+    solved; key_mask (B, P+T) bool, True = visible; document_starts (B, T) integers, for each row
+    the first one of its document, before which it sees nothing (with neither past_s nor key_mask);
+    backend "auto", "naive", "blocked" or "kernel".
     Returns s (B, T, D) in the dtype of f; a row that sees nothing gives s = f. Sums and softmax run
     in float32 (float64 for float64). precision is the type of the weights and states that a GPU
     multiplies: "float32", or "bfloat16", to which float32 is rounded while sums and s stay float32
@@ -49,15 +52,16 @@ def feedback_solve(
     """
     check_backend(backend)
     check_precision(precision)
-    check_arrays(mx.array, f, q, k, gamma, past_s, key_mask)
-    check_shapes(f, q, k, gamma, past_s, key_mask)
-    _check_types(f, q, k, gamma, past_s, key_mask)
+    check_arrays(mx.array, f, q, k, gamma, past_s, key_mask, document_starts)
+    check_shapes(f, q, k, gamma, past_s, key_mask, document_starts)
+    _check_types(f, q, k, gamma, past_s, key_mask, document_starts)
     if backend == "naive":
-        return feedback_solve_naive(f, q, k, gamma, past_s, key_mask)
+        return feedback_solve_naive(f, q, k, gamma, past_s, key_mask, document_starts)
     module = _implementation(backend, f, q)
     options = () if module is blocked else (("precision", precision),)
-    solve = _operator(module, options, past_s is not None, key_mask is not None)
-    return solve(f, q, k, gamma, *(x for x in (past_s, key_mask) if x is not None))[0]
+    optional = {"past_s": past_s, "key_mask": key_mask, "document_starts": document_starts}
+    given = {name: array for name, array in optional.items() if array is not None}
+    return _operator(module, options, tuple(given))(f, q, k, gamma, *given.values())[0]
 
 
 def _check_types(
@@ -67,6 +71,7 @@ def _check_types(
     gamma: mx.array,
     past_s: mx.array | None,
     key_mask: mx.array | None,
+    document_starts: mx.array | None,
 ) -> None:
     for name, array in (("f", f), ("q", q), ("k", k), ("gamma", gamma), ("past_s", past_s)):
         if array is not None and not mx.issubdtype(array.dtype, mx.floating):
@@ -75,6 +80,8 @@ def _check_types(
         raise TypeError(f"k is {k.dtype}, expected {q.dtype} like q")
     if key_mask is not None and key_mask.dtype != mx.bool_:
         raise TypeError(f"key_mask is {key_mask.dtype}, expected mlx.core.bool")
+    if document_starts is not None and not mx.issubdtype(document_starts.dtype, mx.integer):
+        raise TypeError(f"document_starts is {document_starts.dtype}, expected an integer type")
 
 
 def _implementation(backend: str, f: mx.array, q: mx.array) -> Any:
@@ -87,27 +94,25 @@ def _implementation(backend: str, f: mx.array, q: mx.array) -> Any:
 
 @cache
 def _operator(
-    solve: Any, options: tuple[tuple[str, str], ...], has_past: bool, has_mask: bool
+    solve: Any, options: tuple[tuple[str, str], ...], given: tuple[str, ...]
 ) -> Callable[..., Any]:
-    """The differentiable operator over the arrays that are present, in argument order.
+    """The differentiable operator over f, q, k, gamma and the optional arrays of these names.
 
     `options` are keyword arguments of both passes of the module `solve`.
     """
 
-    def optional(arrays: tuple[mx.array, ...]) -> tuple[mx.array | None, mx.array | None]:
-        return arrays[4] if has_past else None, arrays[-1] if has_mask else None
-
     @mx.custom_function
     def forward(*arrays: mx.array) -> tuple[mx.array, mx.array]:
-        return solve.solve_forward(*arrays[:4], *optional(arrays), **dict(options))
+        optional = dict(zip(given, arrays[4:], strict=True))
+        return solve.solve_forward(*arrays[:4], **optional, **dict(options))
 
     @forward.vjp
     def backward(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, ...]:
-        past_s, key_mask = optional(primals)
-        grads = solve.solve_backward(
-            cotangents[0], *primals[1:4], *outputs, past_s, key_mask, **dict(options)
+        optional = dict(zip(given, primals[4:], strict=True))
+        *grads, dpast_s = solve.solve_backward(
+            cotangents[0], *primals[1:4], *outputs, **optional, **dict(options)
         )
-        present = grads[:5] if has_past else grads[:4]
-        return (*present, mx.zeros_like(key_mask)) if key_mask is not None else tuple(present)
+        others = {name: mx.zeros_like(array) for name, array in optional.items()}
+        return (*grads, *(others | ({"past_s": dpast_s} if "past_s" in others else {})).values())
 
     return forward

@@ -27,6 +27,7 @@ def solve_forward(
     gamma: mx.array,  # (B, T)
     past_s: mx.array | None = None,  # (B, P, D)
     key_mask: mx.array | None = None,  # (B, P+T)
+    document_starts: mx.array | None = None,  # (B, T)
 ) -> tuple[mx.array, mx.array]:
     """Solve (I - N) s = f; give s (B, T, D) like f and the log-sum-exp (B, T) of every score row.
 
@@ -48,7 +49,8 @@ def solve_forward(
         old, new = P + rows.start, P + rows.stop
         # Without this order MLX computes the scores of every block row before the first solve.
         queries = mx.depends(q[:, rows], states)
-        scores = _scores(queries, k[:, :new], key_mask)  # (B, n, P+stop)
+        starts = None if document_starts is None else document_starts[:, rows]
+        scores = _scores(queries, k[:, :new], key_mask, starts)  # (B, n, P+stop)
         top = mx.maximum(scores.max(-1, keepdims=True), mx.finfo(work).min)
         N = exp(scores - top)
         total = N.sum(-1, keepdims=True)
@@ -96,6 +98,7 @@ def solve_backward(
     lse: mx.array,  # (B, T)
     past_s: mx.array | None = None,  # (B, P, D)
     key_mask: mx.array | None = None,  # (B, P+T)
+    document_starts: mx.array | None = None,  # (B, T)
 ) -> tuple[mx.array, mx.array, mx.array, mx.array, mx.array | None]:
     """Gradients of f, q, k, gamma and past_s (None without a past) from ds, the gradient of s.
 
@@ -118,7 +121,8 @@ def solve_backward(
         rows = slice(start, min(start + BLOCK, T))
         old, new = P + rows.start, P + rows.stop
         queries = mx.depends(qw[:, rows], [u, dq, dk, dgamma])
-        scores = _scores(queries, kw[:, :new], key_mask)
+        starts = None if document_starts is None else document_starts[:, rows]
+        scores = _scores(queries, kw[:, :new], key_mask, starts)
         alpha = exp(scores - lse[:, rows, None].astype(work))
         # 1 but for the rounding of lse, which far exceeds that of alpha where lse is large.
         total = alpha.sum(-1, keepdims=True)
@@ -139,12 +143,16 @@ def solve_backward(
     return df, dq.astype(q.dtype), dk.astype(k.dtype), dgamma.astype(gamma.dtype), dpast_s
 
 
-def _scores(q: mx.array, k: mx.array, key_mask: mx.array | None) -> mx.array:
+def _scores(
+    q: mx.array, k: mx.array, key_mask: mx.array | None, starts: mx.array | None
+) -> mx.array:
     """Scores (B, n, m) of n query rows, the last n of m keys being their own; -inf where hidden."""
     n, m = q.shape[1], k.shape[1]
     visible = mx.arange(m - n, m)[:, None] > mx.arange(m)
     if key_mask is not None:
         visible = visible & key_mask[:, None, :m]
+    if starts is not None:
+        visible = visible & (mx.arange(m) >= starts[..., None])
     return mx.where(visible, q @ k.swapaxes(1, 2), -mx.inf)
 
 

@@ -34,6 +34,7 @@ def solve_forward(
     past_s: mx.array | None = None,  # (B, P, D)
     key_mask: mx.array | None = None,  # (B, P+T)
     precision: str = "auto",
+    document_starts: mx.array | None = None,  # (B, T)
 ) -> tuple[mx.array, mx.array]:
     """Solve (I - N) s = f; give s (B, T, D) like f and the sums (B, T, 2) of every score row.
 
@@ -42,7 +43,7 @@ def solve_forward(
     (B, T, _), storage = f.shape, storage_type(f, q, precision)
     if T == 1:
         return _step(f, q, k, gamma, past_s, key_mask)
-    rows = _BlockRows(q, k, key_mask, storage)
+    rows = _BlockRows(q, k, key_mask, document_starts, storage)
     own_scores = rows.own_scores()
     shift, total = _row_sums(rows, own_scores)
     gain = fused(_gain)(rows.padded(gamma)[..., None], total)
@@ -80,6 +81,7 @@ def solve_backward(
     past_s: mx.array | None = None,  # (B, P, D)
     key_mask: mx.array | None = None,  # (B, P+T)
     precision: str = "auto",
+    document_starts: mx.array | None = None,  # (B, T)
 ) -> tuple[mx.array, mx.array, mx.array, mx.array, mx.array | None]:
     """Gradients of f, q, k, gamma and past_s (None without a past) from ds, the gradient of s.
 
@@ -87,7 +89,7 @@ def solve_backward(
     reaches its own rows and padding, which nothing reads again.
     """
     T, storage = s.shape[1], storage_type(s, q, precision)
-    rows = _BlockRows(q, visible_rows(k, key_mask), key_mask, storage)
+    rows = _BlockRows(q, visible_rows(k, key_mask), key_mask, document_starts, storage)
     shift, total = (rows.padded(x) for x in (sums[..., :1], sums[..., 1:]))
     gain = fused(_gain)(rows.padded(gamma)[..., None], total)
     inverse = rows.inverse(rows.own_scores(), shift, gain)
@@ -131,7 +133,12 @@ class _BlockRows:
     """
 
     def __init__(
-        self, q: mx.array, k: mx.array, key_mask: mx.array | None, storage: mx.Dtype
+        self,
+        q: mx.array,
+        k: mx.array,
+        key_mask: mx.array | None,
+        document_starts: mx.array | None,
+        storage: mx.Dtype,
     ) -> None:
         T, K = q.shape[1:]
         self.past, self.scale, self.storage = k.shape[1] - T, K**-0.5, storage
@@ -143,6 +150,7 @@ class _BlockRows:
         self.q, self.k = self.padded(q), self.padded(k)
         self.queries, self.keys = self.q.astype(mx.float32), self.k.astype(mx.float32)
         self.key_mask = None if key_mask is None else self.padded(key_mask)
+        self.starts = None if document_starts is None else self.padded(document_starts)
         self.columns = mx.arange(self.past + self.count * self.block)
 
     def padded(self, x: mx.array) -> mx.array:
@@ -170,17 +178,22 @@ class _BlockRows:
         own = self.past + i * self.block
         # A row sees the keys before it, or those before the block row.
         limit = self.columns[own : own + (1 if earlier else self.block), None]
-        hidden = [] if self.key_mask is None else [self.key_mask[:, None, :L]]
-        return scores, [self.columns[:L], limit, *hidden]
+        shown = [] if self.key_mask is None else [self.key_mask[:, None, :L]]
+        if self.starts is not None:
+            shown = [self.columns[:L] >= self.starts[:, self.span(i), None]]
+        return scores, [self.columns[:L], limit, *shown]
 
     def own_scores(self) -> mx.array:
         """Scores (B, count, n, n) of the diagonal blocks, -inf where a key is not seen."""
         q, k = self._blocks(self.queries), self._blocks(self.keys[:, self.past :])
-        index, hidden = self.columns[: self.block], []
+        index, shown = self.columns[: self.block], []
         if self.key_mask is not None:
-            hidden = [self._blocks(self.key_mask[:, self.past :])[:, :, None]]
+            shown = [self._blocks(self.key_mask[:, self.past :])[:, :, None]]
+        if self.starts is not None:
+            columns = self._blocks(self.columns[None])[:, :, None]
+            shown = [columns >= self._blocks(self.starts)[..., None]]
         scores = product(q, k.swapaxes(2, 3), self.storage)
-        return fused(_seen_scores, self.scale)(scores, index, index[:, None], *hidden)
+        return fused(_seen_scores, self.scale)(scores, index, index[:, None], *shown)
 
     def inverse(self, own_scores: mx.array, shift: mx.array, gain: mx.array) -> mx.array:
         """(I - N)^-1 - I (B, count, n, n) of the diagonal blocks; see `_coupling`."""
@@ -280,10 +293,10 @@ def _inverse(N: mx.array, storage: mx.Dtype) -> mx.array:
     return X[:, 0, :n, :n] - mx.eye(n)
 
 
-def _visible(columns: mx.array, limit: mx.array, *hidden: mx.array) -> mx.array:
-    """True where a row sees a column: before its limit, and not hidden by the key mask."""
+def _visible(columns: mx.array, limit: mx.array, *shown: mx.array) -> mx.array:
+    """True where a row sees a column: before its limit, shown by the mask, in its document."""
     visible = columns < limit
-    return visible & hidden[0] if hidden else visible
+    return visible & shown[0] if shown else visible
 
 
 def _seen_scores(scale: float, scores: mx.array, *visible: mx.array) -> mx.array:

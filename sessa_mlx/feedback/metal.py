@@ -34,8 +34,8 @@ _POSITION = """threadgroup_position_in_grid, thread_index_in_threadgroup,
     thread_index_in_simdgroup, simdgroup_index_in_threadgroup);"""
 _WEIGHTS = f"""
   threadgroup float partial[2 * SIMDGROUPS];
-  feedback_weights<MASKED>(scores, key_mask, gamma, sizes, weights, coupling, lse, partial,
-    {_POSITION}
+  feedback_weights<MASKED, DOCUMENTS>(scores, key_mask, gamma, sizes, weights, coupling, lse,
+    partial, {_POSITION}
 """
 _BLOCK = """
   threadgroup float xs[BLOCK_ROWS * X_LD];
@@ -83,6 +83,7 @@ def solve_forward(
     past_s: mx.array | None = None,  # (B, P, D)
     key_mask: mx.array | None = None,  # (B, P+T)
     precision: str = "auto",
+    document_starts: mx.array | None = None,  # (B, T)
 ) -> tuple[mx.array, mx.array]:
     """Solve (I - N) s = f; give s (B, T, D) like f and the log-sum-exp (B, T) of every score row.
 
@@ -107,7 +108,9 @@ def solve_forward(
         own = mx.depends(queries[:, start:stop], s[-1:])
         L = _columns(P + stop, P, T)
         scores = product(own, keys[:, :L].swapaxes(1, 2), storage)
-        weights, coupling, sums = _weights(scores, gamma, key_mask, P, start, storage)
+        weights, coupling, sums = _weights(
+            scores, gamma, key_mask, document_starts, P, start, storage
+        )
         mixed = states.mix(weights, storage)
         solved: list[mx.array] = []
         for first in range(0, stop - start, BLOCK):
@@ -136,6 +139,7 @@ def solve_backward(
     past_s: mx.array | None = None,  # (B, P, D)
     key_mask: mx.array | None = None,  # (B, P+T)
     precision: str = "auto",
+    document_starts: mx.array | None = None,  # (B, T)
 ) -> tuple[mx.array, mx.array, mx.array, mx.array, mx.array | None]:
     """Gradients of f, q, k, gamma and past_s (None without a past) from ds, the gradient of s.
 
@@ -159,7 +163,7 @@ def solve_backward(
         own = mx.depends(queries[:, start:stop], [*u.arrays(), *dk.arrays(), *found["q"][:1]])
         L = _columns(P + stop, P, T)
         scores = product(own, keys[:, :L].swapaxes(1, 2), storage)
-        weights, coupling, _ = _weights(scores, gains, key_mask, P, start, storage)
+        weights, coupling, _ = _weights(scores, gains, key_mask, document_starts, P, start, storage)
         waiting = u.rows_from(at)
         solved: list[mx.array] = []
         pushed: list[mx.array] = []
@@ -327,6 +331,7 @@ def _weights(
     scores: mx.array,  # (B, n, L)
     gamma: mx.array,  # (B, T)
     key_mask: mx.array | None,  # (B, P+T)
+    document_starts: mx.array | None,  # (B, T), with neither a mask nor a past
     P: int,
     start: int,
     storage: mx.Dtype,
@@ -338,13 +343,17 @@ def _weights(
     B, n, L = scores.shape
     width = min(n, BLOCK)
     names = ("scores", "key_mask", "gamma", "sizes")
+    shown = gamma if key_mask is None else key_mask
+    if document_starts is not None:
+        shown = document_starts.astype(mx.int32)
     sizes = [n, L, P + start, width, gamma.shape[1], start, P + gamma.shape[1]]
     return _launch(
         _kernel("weights", names, ("weights", "coupling", "lse"), _WEIGHTS),
-        [scores, gamma if key_mask is None else key_mask, gamma, mx.array(sizes)],
+        [scores, shown, gamma, mx.array(sizes)],
         [((B, n, L), storage), ((B, n, width), mx.float32), ((B, n), mx.float32)],
         (n, B),
         MASKED=key_mask is not None,
+        DOCUMENTS=document_starts is not None,
     )
 
 

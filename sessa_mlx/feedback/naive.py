@@ -14,6 +14,7 @@ def feedback_solve_naive(
     gamma: mx.array,  # (B, T)
     past_s: mx.array | None = None,  # (B, P, D)
     key_mask: mx.array | None = None,  # (B, P+T)
+    document_starts: mx.array | None = None,  # (B, T)
 ) -> mx.array:
     """Solve (I - N) s = f one row at a time, differentiable by mx.grad; s (B, T, D) like f."""
     T, P = f.shape[1], k.shape[1] - f.shape[1]
@@ -27,6 +28,8 @@ def feedback_solve_naive(
         if P + t:
             scores = (k[:, : P + t] @ q[:, t, :, None])[..., 0] * q.shape[-1] ** -0.5
             seen = visible[:, : P + t]
+            if document_starts is not None:
+                seen = mx.arange(t) >= document_starts[:, t, None]
             # A finite floor keeps a row with nothing visible free of NaN, forward and backward.
             alpha = mx.softmax(mx.where(seen, scores, -1e30), axis=-1) * seen
             mix = (alpha[:, None] @ visible_rows(mx.concatenate(states, 1), key_mask))[:, 0]

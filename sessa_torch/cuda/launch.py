@@ -70,6 +70,11 @@ def mask_bytes(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else mask.contiguous().view(torch.uint8)
 
 
+def start_rows(document_starts: Tensor | None) -> Tensor | None:
+    """The first rows of documents as contiguous int32."""
+    return None if document_starts is None else document_starts.int().contiguous()
+
+
 def power_of_two(count: int, least: int = 1) -> int:
     """The smallest power of two that is at least both."""
     return 1 << (max(count, least) - 1).bit_length()

@@ -31,13 +31,16 @@ def feedback_solve(
     *,
     past_s: Tensor | None = None,
     key_mask: Tensor | None = None,
+    document_starts: Tensor | None = None,
     backend: str = "auto",
     precision: str = "auto",
 ) -> Tensor:
     """Solve s_t = f_t + gamma_t sum_{j<t} softmax_j(q_t k_j / sqrt(K)) s_j (arXiv 2604.18580, 3).
 
     Args: f (B, T, D); q (B, T, K); k (B, P+T, K); gamma (B, T); past_s (B, P, D), states already
-    solved; key_mask (B, P+T) bool, True = visible; backend "auto", "naive", "blocked" or "kernel".
+    solved; key_mask (B, P+T) bool, True = visible; document_starts (B, T) integers, for each row
+    the first one of its document, before which it sees nothing (with neither past_s nor key_mask);
+    backend "auto", "naive", "blocked" or "kernel".
     Returns s (B, T, D) in the dtype of f; a row that sees nothing gives s = f. Sums and softmax run
     in float32 (float64 for float64). precision is the type of what the kernels multiply:
     "float32", or "bfloat16", to which float32 operands are rounded while sums and s stay float32
@@ -51,10 +54,12 @@ def feedback_solve(
     """
     check_backend(backend)
     check_precision(precision)
-    check_arrays(Tensor, f, q, k, gamma, past_s, key_mask)
-    check_shapes(f, q, k, gamma, past_s, key_mask)
-    _check_types(f, q, k, gamma, past_s, key_mask)
+    check_arrays(Tensor, f, q, k, gamma, past_s, key_mask, document_starts)
+    check_shapes(f, q, k, gamma, past_s, key_mask, document_starts)
+    _check_types(f, q, k, gamma, past_s, key_mask, document_starts)
     if torch.onnx.is_in_onnx_export():
+        if document_starts is not None:
+            raise ValueError("document_starts cannot be exported to ONNX")
         inputs = [f, q, k, gamma, past_s, key_mask]
         while inputs[-1] is None:
             inputs.pop()
@@ -63,16 +68,22 @@ def feedback_solve(
         )
     if backend == "naive":
         with torch.autocast(f.device.type, enabled=False):
-            return feedback_solve_naive(f, q, k, gamma, past_s, key_mask)
+            return feedback_solve_naive(f, q, k, gamma, past_s, key_mask, document_starts)
     # Only the compiler needs the custom op, whose dispatch takes longer than a short solve.
     solve = _Eager.apply if torch.is_grad_enabled() else _solve
     if torch.compiler.is_compiling():
         solve = _forward
-    return solve(f, q, k, gamma, past_s, key_mask, backend, precision)[0]
+    return solve(f, q, k, gamma, past_s, key_mask, document_starts, backend, precision)[0]
 
 
 def _check_types(
-    f: Tensor, q: Tensor, k: Tensor, gamma: Tensor, past_s: Tensor | None, key_mask: Tensor | None
+    f: Tensor,
+    q: Tensor,
+    k: Tensor,
+    gamma: Tensor,
+    past_s: Tensor | None,
+    key_mask: Tensor | None,
+    document_starts: Tensor | None,
 ) -> None:
     for name, tensor in (("f", f), ("q", q), ("k", k), ("gamma", gamma), ("past_s", past_s)):
         if tensor is not None and not tensor.is_floating_point():
@@ -81,12 +92,15 @@ def _check_types(
         raise TypeError(f"k is {k.dtype}, expected {q.dtype} like q")
     if key_mask is not None and key_mask.dtype != torch.bool:
         raise TypeError(f"key_mask is {key_mask.dtype}, expected torch.bool")
+    if document_starts is not None and document_starts.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"document_starts is {document_starts.dtype}, expected an integer type")
     for name, tensor in (
         ("q", q),
         ("k", k),
         ("gamma", gamma),
         ("past_s", past_s),
         ("key_mask", key_mask),
+        ("document_starts", document_starts),
     ):
         if tensor is not None and tensor.device != f.device:
             raise ValueError(f"{name} is on {tensor.device}, expected {f.device} like f")
@@ -115,15 +129,19 @@ def _solve(
     gamma: Tensor,
     past_s: Tensor | None,
     key_mask: Tensor | None,
+    document_starts: Tensor | None,
     backend: str,
     precision: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     solver = _implementation(backend, f, q)
+    options = _options(solver, precision)
     with _no_autocast(f.device):
-        return solver.solve_forward(f, q, k, gamma, past_s, key_mask, **_options(solver, precision))
+        return solver.solve_forward(
+            f, q, k, gamma, past_s, key_mask, document_starts=document_starts, **options
+        )
 
 
-def _options(solver: Any, precision: str) -> dict[str, str]:
+def _options(solver: Any, precision: str) -> dict[str, Any]:
     """Options of the kernels alone; the other backends have one way to multiply."""
     return {} if solver is blocked else {"precision": precision}
 
@@ -144,13 +162,15 @@ def _gradients(
     lse: Tensor,
     past_s: Tensor | None,
     key_mask: Tensor | None,
+    document_starts: Tensor | None,
     backend: str,
     precision: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     solver = _implementation(backend, s, q)
+    options, tensors = _options(solver, precision), (ds, q, k, gamma, s, lse)
     with _no_autocast(s.device):
         *grads, dpast_s = solver.solve_backward(
-            ds, q, k, gamma, s, lse, past_s, key_mask, **_options(solver, precision)
+            *tensors, past_s, key_mask, document_starts=document_starts, **options
         )
     # A custom op returns tensors only; an empty one stands for "no past".
     return *grads, s.new_empty(0) if dpast_s is None else dpast_s
@@ -161,27 +181,27 @@ _backward = torch.library.custom_op("sessa::feedback_solve_backward", _gradients
 
 
 @_forward.register_fake
-def _(f, q, k, gamma, past_s, key_mask, backend, precision="auto"):
+def _(f, q, k, gamma, past_s, key_mask, document_starts, backend, precision="auto"):
     lse = f.new_empty(f.shape[:2], dtype=sum_type(f.device))
     return torch.empty_like(f, memory_format=torch.contiguous_format), lse
 
 
 @_backward.register_fake
-def _(ds, q, k, gamma, s, lse, past_s, key_mask, backend, precision="auto"):
+def _(ds, q, k, gamma, s, lse, past_s, key_mask, document_starts, backend, precision="auto"):
     like = [s, q, k, gamma] + ([] if past_s is None else [past_s])
     grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in like]
     return tuple(grads + ([s.new_empty(0)] if past_s is None else []))
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    _, q, k, gamma, past_s, key_mask, *ctx.ways = inputs
+    _, q, k, gamma, past_s, key_mask, document_starts, *ctx.ways = inputs
     ctx.has_past = past_s is not None
-    ctx.save_for_backward(q, k, gamma, *output, past_s, key_mask)
+    ctx.save_for_backward(q, k, gamma, *output, past_s, key_mask, document_starts)
 
 
 def _by_input(ctx: Any, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
     df, dq, dk, dgamma, dpast_s = grads
-    return df, dq, dk, dgamma, dpast_s if ctx.has_past else None, None, None, None
+    return df, dq, dk, dgamma, dpast_s if ctx.has_past else None, None, None, None, None
 
 
 def _differentiate(ctx: Any, ds: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sessa_torch.feedback import _documents
 from sessa_torch.feedback.masking import visible_rows
 from sessa_torch.feedback.outputs import from_row, sum_type
 
@@ -26,11 +27,14 @@ def solve_forward(
     gamma: Tensor,  # (B, T)
     past_s: Tensor | None = None,  # (B, P, D)
     key_mask: Tensor | None = None,  # (B, P+T)
+    document_starts: Tensor | None = None,  # (B, T)
 ) -> tuple[Tensor, Tensor]:
     """Solve (I - N) s = f; give s (B, T, D) like f and the log-sum-exp (B, T) of every score row.
 
     The log-sum-exp is +inf for a row that sees nothing, so that exp(score - lse) is 0 there.
     """
+    if document_starts is not None:
+        return _documents.solve_forward(solve_forward, f, q, k, gamma, document_starts)
     B, T, D = f.shape
     P = k.shape[1] - T
     if T == 1 and past_s is not None and P:
@@ -95,6 +99,7 @@ def solve_backward(
     lse: Tensor,  # (B, T)
     past_s: Tensor | None = None,  # (B, P, D)
     key_mask: Tensor | None = None,  # (B, P+T)
+    document_starts: Tensor | None = None,  # (B, T)
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of f, q, k, gamma and past_s (None without a past) from ds, the gradient of s.
 
@@ -103,6 +108,9 @@ def solve_backward(
     gamma alpha (u s^T - r) and the gradient of gamma is r. As gamma scales whole rows, the narrow
     factors of the products take it.
     """
+    if document_starts is not None:
+        tensors = (ds, q, k, gamma, s, lse)
+        return _documents.solve_backward(solve_backward, *tensors, document_starts)
     B, T, D = s.shape
     P = k.shape[1] - T
     work = torch.promote_types(s.dtype, torch.float32)

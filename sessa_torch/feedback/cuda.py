@@ -35,6 +35,7 @@ def solve_forward(
     past_s: Tensor | None = None,  # (B, P, D)
     key_mask: Tensor | None = None,  # (B, P+T)
     precision: str = "auto",
+    document_starts: Tensor | None = None,  # (B, T)
 ) -> tuple[Tensor, Tensor]:
     """Solve (I - N) s = f; give s (B, T, D) like f and the log-sum-exp (B, T) of every score row.
 
@@ -46,7 +47,7 @@ def solve_forward(
         return cuda_decode.solve_few_rows(f, q, k, gamma, past_s, key_mask, precision)
     from sessa_torch.feedback import cuda_forward
 
-    return cuda_forward.solve_forward(f, q, k, gamma, past_s, key_mask, precision)
+    return cuda_forward.solve_forward(f, q, k, gamma, past_s, key_mask, precision, document_starts)
 
 
 def solve_backward(
@@ -59,6 +60,7 @@ def solve_backward(
     past_s: Tensor | None = None,  # (B, P, D)
     key_mask: Tensor | None = None,  # (B, P+T)
     precision: str = "auto",
+    document_starts: Tensor | None = None,  # (B, T)
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of f, q, k, gamma and past_s (None without a past) from ds, the gradient of s."""
     if past_s is not None and _is_few(s, past_s):
@@ -66,7 +68,9 @@ def solve_backward(
         return blocked.solve_backward(ds, q, k, gamma, s, lse, past_s, key_mask)
     from sessa_torch.feedback import cuda_backward
 
-    return cuda_backward.solve_backward(ds, q, k, gamma, s, lse, past_s, key_mask, precision)
+    return cuda_backward.solve_backward(
+        ds, q, k, gamma, s, lse, past_s, key_mask, precision, document_starts
+    )
 
 
 def _is_few(new: Tensor, past: Tensor) -> bool:

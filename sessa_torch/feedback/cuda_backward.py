@@ -27,6 +27,7 @@ from sessa_torch.cuda.launch import (
     mask_bytes,
     prepared,
     rows_contiguous,
+    start_rows,
 )
 from sessa_torch.cuda.tiles import accumulate_tile, load_block, log2_prob, score_tile, tile_offsets
 from sessa_torch.feedback.cuda_forward import run_solve
@@ -50,6 +51,7 @@ def solve_backward(
     past_s: Tensor | None,  # (B, P, D)
     key_mask: Tensor | None,  # (B, P+T)
     precision: str,
+    document_starts: Tensor | None = None,  # (B, T)
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """`cuda.solve_backward` for any number of rows.
 
@@ -62,14 +64,14 @@ def solve_backward(
     columns = k.shape[1]
     ds = rows_contiguous(ds.to(dtype))
     qw, kw, states = (aligned(x.to(dtype)) for x in (q, k, s))
-    gain, mask = gamma.contiguous(), mask_bytes(key_mask)
+    gain, mask, starts = gamma.contiguous(), mask_bytes(key_mask), start_rows(document_starts)
     if past_s is not None:
         states = aligned(torch.cat([past_s.to(dtype), states], 1))
     kw, states = (aligned(visible_rows(x, key_mask)) for x in (kw, states))
     u = aligned_empty(B, columns, D, dtype=dtype, device=s.device)
-    run_solve(ds, kw, qw, gain, mask, lse, u, reverse=True)
+    run_solve(ds, kw, qw, gain, mask, starts, lse, u, reverse=True)
     new, past = u[:, columns - T :], u[:, : columns - T]
-    dq, dk, dgamma = score_gradients(new, qw, kw, gain, states, lse, mask)
+    dq, dk, dgamma = score_gradients(new, qw, kw, gain, states, lse, mask, starts)
     # df and dpast_s must not share memory, which slices of one sequence would.
     dpast_s = None if past_s is None else past.to(past_s.dtype, copy=True).contiguous()
     df = from_row(u, columns - T, s.dtype)
@@ -84,13 +86,15 @@ def score_gradients(
     states: Tensor,
     lse: Tensor,
     mask: Tensor | None,
+    starts: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dgamma from u (B, T, D) and all states (B, P+T, D), by chunks of query rows."""
     (B, T, D), (columns, K) = u.shape, k.shape[1:]
     t = gradient_tiles(q.dtype, q.device)
     probabilities, means, differences, products = gradient_kernels(
-        t, D, K, q.dtype, q.device, mask is not None
+        t, D, K, q.dtype, q.device, mask is not None, starts is not None
     )
+    shown = next((x for x in (mask, starts) if x is not None), q)
     rows = min(max(CHUNK_ELEMENTS // (B * columns), -(-CHUNK_TILES // B) * t.rows), T)
     chunk = -(-rows // t.rows) * t.rows
     widest = max(t.rows, t.columns)
@@ -119,7 +123,7 @@ def score_gradients(
         grid = (-(-(-(-seen // t.rows) * t.rows) // t.columns), tiles, B)
         where = (first, chunk, T, columns - T, padded)
         probabilities.launch(
-            grid, (q, k, lse, q if mask is None else mask, p), (q_rows, k_columns),
+            grid, (q, k, lse, shown, p), (q_rows, k_columns),
             (*by_score, *where, K, K**-0.5 * math.log2(math.e), shift),
         )
         means.launch(
@@ -142,14 +146,15 @@ def score_gradients(
 
 @functools.lru_cache(MOST_COMPILED)
 def gradient_kernels(
-    t: Tiles, D: int, K: int, dtype: torch.dtype, device: torch.device, masked: bool
+    t: Tiles, D: int, K: int, dtype: torch.dtype, device: torch.device, masked: bool,
+    documents: bool,
 ) -> tuple[Prepared, ...]:
     """The kernels of `score_gradients`, in the order in which they run."""
     common: dict[str, Any] = {"BM": t.rows, "BK": t.inner, "PRECISION": product_precision(dtype)}
     common["USE_TMA"] = has_tma(device)
     common |= {"num_warps": t.warps, "num_stages": t.stages}
     return (
-        prepared(probabilities_kernel, BN=t.columns, MASKED=masked, **common),
+        prepared(probabilities_kernel, BN=t.columns, MASKED=masked, DOCUMENTS=documents, **common),
         prepared(means_kernel, BN=t.columns, **common),
         prepared(score_gradients_kernel, BN=t.columns, PARTS=shares(t, D), **common),
         prepared(products_kernel, K=K, BD=t.width, **common),
@@ -198,11 +203,13 @@ def probabilities_kernel(
     q, k, lse, mask, p, q_blocks, k_blocks, sqb, sqt, skb, skt,
     first, chunk, T, past, NP, width, scale2, shift,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    MASKED: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, DOCUMENTS: tl.constexpr, USE_TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """2^shift alpha of one tile of rows and columns into the workspace p (B, chunk, NP).
 
-    Row tiles are stored in blocks, see cells.
+    Row tiles are stored in blocks, see cells. With DOCUMENTS mask holds the first rows (B, T) of
+    the documents, without a past.
     """
     b = tl.program_id(2).to(tl.int64)
     first_row, first_col = first + tl.program_id(1) * BM, tl.program_id(0) * BN
@@ -220,6 +227,9 @@ def probabilities_kernel(
         if MASKED:
             shown = tl.load(mask + b * (past + T) + cols, mask=cols_ok, other=0) != 0
             seen = seen & shown[None, :]
+        if DOCUMENTS:
+            starts = tl.load(mask + b * T + rows, mask=rows_ok, other=0)
+            seen = seen & (cols[None, :] >= starts[:, None])
         e = tl.where(seen, e, 0.0)
         at = window_offsets(p, b * chunk + tl.program_id(1) * BM, NP, tl.program_id(0), BM, BN, BK)
         tl.store(at, e.to(p.dtype.element_ty))

@@ -42,6 +42,7 @@ from sessa_torch.cuda.launch import (
     mask_bytes,
     prepared,
     rows_contiguous,
+    start_rows,
 )
 from sessa_torch.cuda.tiles import accumulate_tile, signal, tile_column, tile_offsets, wait
 from sessa_torch.feedback.cuda_sizes import (
@@ -69,6 +70,7 @@ def solve_forward(
     past_s: Tensor | None,  # (B, P, D)
     key_mask: Tensor | None,  # (B, P+T)
     precision: str,
+    document_starts: Tensor | None = None,  # (B, T)
 ) -> tuple[Tensor, Tensor]:
     """`cuda.solve_forward` for any number of rows.
 
@@ -86,13 +88,14 @@ def solve_forward(
     lse = torch.empty(B, T, dtype=torch.float64, device=f.device)
     q, k = (aligned(x.to(scored)) for x in (q, k))
     gain, mask = gamma.contiguous(), mask_bytes(key_mask)
+    starts = start_rows(document_starts)
     wider = f.dtype.itemsize > mixed.itemsize
     right = rows_contiguous(f if wider else f.to(mixed))
     if wider or mask is not None:
         s = torch.empty(B, T, D, dtype=f.dtype, device=f.device)
-        run_solve(right, q, k, gain, mask, lse, states, s, reverse=False)
+        run_solve(right, q, k, gain, mask, starts, lse, states, s, reverse=False)
         return s, lse
-    run_solve(right, q, k, gain, mask, lse, states, reverse=False)
+    run_solve(right, q, k, gain, mask, starts, lse, states, reverse=False)
     return from_row(states, P, f.dtype), lse
 
 
@@ -102,6 +105,7 @@ def run_solve(
     k: Tensor,
     gamma: Tensor,
     mask: Tensor | None,
+    starts: Tensor | None,
     lse: Tensor,
     out: Tensor,
     s: Tensor | None = None,
@@ -113,11 +117,14 @@ def run_solve(
     Forward in time the first P rows of out hold the past states. With s (B, T, D), which a mask
     needs, s takes the solution of the new rows and out the operands of later ones. In reverse the
     kernel solves for the gradient u: f is the gradient of s, q are the keys and k the queries.
+    There is a mask, or document starts, or neither.
     """
     (B, T, D), K, rows = f.shape, q.shape[2], out.shape[1]
     plan = solve_plan(
-        B, T, rows, D, K, q.dtype, out.dtype, q.device, reverse, mask is not None, s is not None
+        B, T, rows, D, K, q.dtype, out.dtype, q.device, reverse, mask is not None,
+        starts is not None, s is not None,
     )
+    shown = next((x for x in (mask, starts) if x is not None), q)
     t, values = plan.tiles, out
     if reverse:
         values = aligned_empty(B, plan.columns, D, dtype=out.dtype, device=q.device)
@@ -126,7 +133,7 @@ def run_solve(
     flags = torch.zeros(plan.flags, dtype=torch.int32, device=q.device)
     plan.kernel.launch(
         (plan.tasks,),
-        (f, q, k, gamma, q if mask is None else mask, lse, values, out, out if s is None else s, p,
+        (f, q, k, gamma, shown, lse, values, out, out if s is None else s, p,
          work, flags),
         (blocks(q, 1, t.rows, t.inner), blocks(k, 1, t.columns, t.inner),
          blocks(p, t.rows, t.inner), blocks(values, 1, t.inner, t.width)),
@@ -156,7 +163,7 @@ class SolvePlan:
 @functools.lru_cache(MOST_COMPILED)
 def solve_plan(
     B: int, T: int, rows: int, D: int, K: int, dtype: torch.dtype, mixed: torch.dtype,
-    device: torch.device, reverse: bool, masked: bool, apart: bool,
+    device: torch.device, reverse: bool, masked: bool, documents: bool, apart: bool,
 ) -> SolvePlan:
     """The plan of a solve of T rows, whose solution has `rows` rows with the past.
 
@@ -181,7 +188,8 @@ def solve_plan(
         D=D, BM=t.rows, BN=t.columns, BK=t.inner, BD=t.width, CHUNK=t.chunk,
         DOUBLINGS=t.rows.bit_length() - 3,
         SCALE=K**-0.5 * math.log2(math.e), HEADROOM=14.0 if half else 60.0,
-        SHIFT=15.0 if half else 0.0, REVERSE=reverse, MASKED=masked, APART=apart,
+        SHIFT=15.0 if half else 0.0,
+        REVERSE=reverse, MASKED=masked, DOCUMENTS=documents, APART=apart,
         EXACT="tf32" if dtype.itemsize == 2 else product_precision(dtype),
         PRECISION=product_precision(dtype),
         USE_TMA=has_tma(device), FENCE=has_tma(device) and not is_interpreter(),
@@ -324,13 +332,14 @@ def solve_kernel(
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     BD: tl.constexpr, CHUNK: tl.constexpr, DOUBLINGS: tl.constexpr, SCALE: tl.constexpr,
     HEADROOM: tl.constexpr, SHIFT: tl.constexpr, REVERSE: tl.constexpr, MASKED: tl.constexpr,
-    APART: tl.constexpr, USE_TMA: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
-    FENCE: tl.constexpr,
+    DOCUMENTS: tl.constexpr, APART: tl.constexpr, USE_TMA: tl.constexpr, EXACT: tl.constexpr,
+    PRECISION: tl.constexpr, FENCE: tl.constexpr,
 ):
     """Draw a ticket: step by step the chunks of scores, an inverse and the mixes, of each sequence.
 
     gamma, lse (B, T) and mask (B, P+T) are contiguous, out (B, P+T, D) and v too but for the stride
-    sv of their rows. Forward v is out, whose first P rows are given, and with APART the contiguous
+    sv of their rows. With DOCUMENTS there is no past, and mask holds the first rows (B, T) of the
+    documents. Forward v is out, whose first P rows are given, and with APART the contiguous
     s (B, T, D) takes the solution, and v what later rows multiply; backward in time v (B, NP, D)
     takes w, the last rows of which are the last ones in time. A slot of the ring is BM x NP in p,
     in blocks, see cells, and the statistics and factors in work. The lags are the steps by which
@@ -386,7 +395,7 @@ def solve_kernel(
             (k, skb, skt, columns, width, k_blocks),
             lse, mask + wide * (P + T), p, work, ref_ring, ref_done, scores_done,
             b, row, task, T, P, NP, NW, width, BM, BN, BK, CHUNK, USE_TMA,
-            SCALE, HEADROOM, SHIFT, REVERSE, MASKED, PRECISION,
+            SCALE, HEADROOM, SHIFT, REVERSE, MASKED, DOCUMENTS, PRECISION,
         )
     elif task < chunks + inverses:
         inverse_task(

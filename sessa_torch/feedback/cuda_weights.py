@@ -27,7 +27,8 @@ def scores_task(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, CHUNK: tl.constexpr,
     USE_TMA: tl.constexpr,
     SCALE: tl.constexpr, HEADROOM: tl.constexpr, SHIFT: tl.constexpr,
-    REVERSE: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    REVERSE: tl.constexpr, MASKED: tl.constexpr, DOCUMENTS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """Windows of BN columns, counted down from the diagonal, of the probabilities of one row tile.
 
@@ -68,6 +69,14 @@ def scores_task(
             s = tl.where(rows_ok[:, None], s, float("-inf"))
         elif MASKED:
             s = tl.where((tl.load(mask + near_cols) != 0)[None, :], s, float("-inf"))
+        if DOCUMENTS:
+            # A row and a column in memory's order; backward in time the rows are the keys.
+            row_starts = tl.load(mask + (near_cols if REVERSE else tl.minimum(rows, T - 1)))
+            if REVERSE:
+                seen = row_starts[None, :] <= (T - 1 - rows)[:, None]
+            else:
+                seen = row_starts[:, None] <= near_cols[None, :]
+            s = tl.where(seen, s, float("-inf"))
         if (first < 0) | (first + BN > tl.minimum(row * BM, columns)):
             seen = (cols >= 0) & (cols < columns)
             s = tl.where((cols[None, :] < rows[:, None]) & seen[None, :], s, float("-inf"))

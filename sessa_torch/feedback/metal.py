@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sessa_torch.feedback import _documents
 from sessa_torch.feedback.masking import visible_rows
 from sessa_torch.feedback.outputs import from_row
 
@@ -22,6 +23,7 @@ BLOCK = 256
 THREADS = 128
 COLUMNS = 16
 CHUNK = 32
+
 
 STORAGE = {torch.float32: "float", torch.float16: "half", torch.bfloat16: "bfloat"}
 
@@ -48,11 +50,16 @@ def solve_forward(
     past_s: Tensor | None = None,  # (B, P, D)
     key_mask: Tensor | None = None,  # (B, P+T)
     precision: str = "auto",
+    document_starts: Tensor | None = None,  # (B, T)
 ) -> tuple[Tensor, Tensor]:
     """Solve (I - N) s = f; give s (B, T, D) like f and the log-sum-exp (B, T) of every score row.
 
     The log-sum-exp is +inf for a row that sees nothing, so that exp(score - lse) is 0 there.
     """
+    if document_starts is not None:
+        return _documents.solve_forward(
+            solve_forward, f, q, k, gamma, document_starts, precision=precision
+        )
     (B, T, D), P, dtype = f.shape, k.shape[1] - f.shape[1], f.dtype
     gamma = gamma.float().contiguous()
     if T == 1 and past_s is not None and P:
@@ -96,12 +103,18 @@ def solve_backward(
     past_s: Tensor | None = None,  # (B, P, D)
     key_mask: Tensor | None = None,  # (B, P+T)
     precision: str = "auto",
+    document_starts: Tensor | None = None,  # (B, T)
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of f, q, k, gamma and past_s (None without a past) from ds, the gradient of s.
 
     One sweep from the last block row to the first; `u`, the gradient of f, is kept in float32. The
     row statistics are taken from the scores again, so lse is not read.
     """
+    if document_starts is not None:
+        tensors = (ds, q, k, gamma, s, lse)
+        return _documents.solve_backward(
+            solve_backward, *tensors, document_starts, precision=precision
+        )
     (B, T, D), P, K = s.shape, k.shape[1] - s.shape[1], q.shape[-1]
     storage = _storage(s, q, precision)
     gains = gamma.float().contiguous()

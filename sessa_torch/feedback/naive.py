@@ -15,6 +15,7 @@ def feedback_solve_naive(
     gamma: Tensor,  # (B, T)
     past_s: Tensor | None = None,  # (B, P, D)
     key_mask: Tensor | None = None,  # (B, P+T)
+    document_starts: Tensor | None = None,  # (B, T)
 ) -> Tensor:
     """Solve (I - N) s = f one row at a time, differentiable by autograd; s (B, T, D) like f."""
     T, P = f.shape[1], k.shape[1] - f.shape[1]
@@ -33,6 +34,8 @@ def feedback_solve_naive(
             scores = torch.einsum("bk,bjk->bj", q[:, t], k[:, : P + t])
             scores = scores * q.shape[-1] ** -0.5
             seen = visible[:, : P + t]
+            if document_starts is not None:
+                seen = torch.arange(t, device=f.device) >= document_starts[:, t, None]
             # A finite floor keeps a row with nothing visible free of NaN, forward and backward.
             alpha = torch.softmax(scores.masked_fill(~seen, -1e30), -1) * seen
             mix = torch.einsum("bj,bjd->bd", alpha, visible_rows(states, key_mask))

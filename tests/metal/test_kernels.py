@@ -28,10 +28,12 @@ from support.metal_cases import (
     kernel_kind,
     plain,
     relative_error,
+    solve_emulated,
 )
+from support.operands import draw_starts
 
 import sessa_common
-from sessa_common.reference.ops import feedback_solve
+from sessa_common.reference.ops import feedback_solve, feedback_solve_backward
 from sessa_mlx.feedback import blocked, metal
 
 METAL = Path(sessa_common.__file__).parent / "kernels" / "feedback_solve.metal"
@@ -263,3 +265,19 @@ def test_two_types_in_sixteen_bits(twin: str) -> None:
     without_gain, _ = emulated(twin, replace(case, gamma=0.0), "bfloat16", wide=WIDE)
     f = inputs(replace(case, gamma=0.0), "bfloat16")["f"]
     np.testing.assert_array_equal(without_gain["s"], f.astype(np.float64))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_documents_read_each_other_nowhere(dtype: str) -> None:
+    """MLX's kernels take the first rows of the documents; PyTorch solves them one by one."""
+    case = Case(150, B=2)
+    starts = draw_starts(2, 2, 150, 30)
+    exact = {n: a.astype(np.float64) for n, a in inputs(case, dtype).items()}
+    ds = exact.pop("ds")
+    given = {**inputs(case, dtype), "document_starts": starts}
+    found, _ = solve_emulated("mlx", given, given.pop("ds"))
+    results = [feedback_solve(**exact, document_starts=starts)]
+    results += feedback_solve_backward(ds, **exact, document_starts=starts)[:4]
+    limit = 1e-6 if dtype == "float32" else 4e-3
+    for (name, got), want in zip(found.items(), results, strict=True):
+        assert relative_error([got], [want]) < limit, name

@@ -179,7 +179,7 @@ def test_pytorchs_custom_op_with_autograd(case: Case) -> None:
         assert relative_error([got], [want]) < 1e-6, name
 
 
-def lazy_weights(scores, gamma, key_mask, P, start, storage):
+def lazy_weights(scores, gamma, key_mask, document_starts, P, start, storage):
     """`metal._weights` in MLX operations, which MLX may evaluate in any order that is allowed."""
     n, L = scores.shape[1:]
     own = P + start

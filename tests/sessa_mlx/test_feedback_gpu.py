@@ -21,9 +21,11 @@ from support.edge_cases import (
     rows_to_poison,
 )
 from support.metal_cases import NAMES, Case, expected, from_mlx, inputs, plain, relative_error
+from support.operands import draw_starts
 
 import sessa_mlx.feedback as feedback
 from sessa_common.config import SessaConfig
+from sessa_common.reference.ops import feedback_solve, feedback_solve_backward
 from sessa_mlx.checkpoint import new_model
 from sessa_mlx.feedback import gpu, products
 
@@ -50,7 +52,8 @@ def small_block_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 def solved(arrays: Arrays, ds: np.ndarray, **options: str) -> Arrays:
     """Output and gradients in float64."""
     given = {name: to_mlx(array) for name, array in arrays.items()}
-    optional = {name: given.get(name) for name in ("past_s", "key_mask")}
+    names = ("past_s", "key_mask", "document_starts")
+    optional = {name: given[name] for name in names if name in given}
     required = [given[name] for name in ("f", "q", "k", "gamma")]
     s, sums = gpu.solve_forward(*required, **optional, **options)
     grads = gpu.solve_backward(to_mlx(ds), *required[1:], s, sums, **optional, **options)
@@ -167,3 +170,19 @@ def test_a_gpu_without_kernels_takes_it() -> None:
     assert feedback._implementation("blocked", *arrays[:2]) is not gpu
     with mock.patch.object(mx, "default_device", return_value=mock.Mock(type=mx.DeviceType.gpu)):
         assert feedback._implementation("auto", *arrays[:2]) is gpu
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_documents_read_each_other_nowhere(dtype: str) -> None:
+    """As if every document were a sequence of its own."""
+    case = Case(70, B=2)
+    starts = draw_starts(1, 2, 70, 9)
+    arrays = {**inputs(case, dtype), "document_starts": starts}
+    found = solved(arrays, arrays.pop("ds"))
+    exact = {n: a.astype(np.float64) for n, a in inputs(case, dtype).items()}
+    ds = exact.pop("ds")
+    results = [feedback_solve(**exact, document_starts=starts)]
+    results += feedback_solve_backward(ds, **exact, document_starts=starts)[:4]
+    limit = 1e-6 if dtype == "float32" else 2e-2
+    for (name, got), want in zip(found.items(), results, strict=True):
+        assert relative_error([got], [want]) < limit, name

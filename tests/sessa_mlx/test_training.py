@@ -20,7 +20,7 @@ from sessa_common.config import SessaConfig
 from sessa_common.data.batches import Batch, next_token_batch
 from sessa_common.presets import PRESETS
 from sessa_common.train_config import TrainConfig
-from sessa_mlx.training import TrainBackend, _arrays
+from sessa_mlx.training import TrainBackend
 
 SMALL = SessaConfig(
     vocab_size=512,
@@ -126,7 +126,7 @@ def test_launches_of_the_optimizer(tmp_path: Path) -> None:
     config = PRESETS["sessa-30m"]
     trained = backend(config, compile=True, precision="float32")
     mx.eval(trained.parameters, trained.moments)
-    data, total = _arrays(batch(config, 1, 8)), mx.array(8.0)
+    data, total = trained._arrays(batch(config, 1, 8)), mx.array(8.0)
     gradients = trained._accumulate(trained.parameters, None, data, total)
     step = trained._finish(
         trained.parameters, trained.moments, None, data, total, trained._rates(1e-3)

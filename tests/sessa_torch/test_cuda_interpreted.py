@@ -14,6 +14,7 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 from support.interpreted import interpret, multiply_bfloat16, poison_workspaces, relative
+from support.operands import draw_starts
 
 pytest.importorskip("triton")
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -46,11 +47,16 @@ CASES = {
     "two 16-bit types": {"T": 40, "P": 5, "D": 24, "types": ("float16", "bfloat16")},
     "rounded to bfloat16": {"T": 40, "P": 33, "K": 13, "D": 7, "precision": "bfloat16"},
     "widened to float32": {"T": 40, "P": 33, "half": True, "precision": "float32"},
+    "documents": {"T": 130, "documents": 12},
+    "long documents in several chunks": {"T": 200, "K": 16, "documents": 70, "chunk_tiles": 1},
+    "documents without descriptors": {"T": 70, "K": 13, "documents": 5, "has_tma": False},
+    "documents in float16": {"T": 100, "documents": 20, "half": True},
 }
 # Types whose errors are those of products with bfloat16 states.
 COARSE = ("16-bit keys", "bfloat16 keys", "16-bit keys without a past")
 LIMITS = {"logits to 80": 4e-6, "gamma 0.999": 1e-5}
 LIMITS |= dict.fromkeys(("float16", "float16 past and mask", "widened to float32"), 1e-3)
+LIMITS["documents in float16"] = 1e-3
 LIMITS |= dict.fromkeys((*COARSE, "rounded to bfloat16"), 4.5e-3) | {"two 16-bit types": 6e-3}
 
 HIDDEN = [
@@ -248,12 +254,19 @@ def compare(case, kernels, blocked):
     forward.has_tma = backward.has_tma = lambda device: case.get("has_tma", True)
     forward.solve_plan.cache_clear()
     backward.gradient_kernels.cache_clear()
-    precision = case.get("precision", "auto")
-    s, lse = kernels.solve_forward(*args, precision)
-    grads = kernels.solve_backward(ds, *args[1:4], s, lse, *args[4:], precision)
+    rest = {"precision": case.get("precision", "auto")}
     exact = [x.double() if x is not None and x.is_floating_point() else x for x in args]
-    s64, lse64 = blocked.solve_forward(*exact)
-    wanted = blocked.solve_backward(ds.double(), *exact[1:4], s64, lse64, *exact[4:])
+    if "documents" in case:
+        starts = torch.from_numpy(draw_starts(1, *args[0].shape[:2], case["documents"]))
+        rest["document_starts"] = starts
+        s64, lse64 = blocked.solve_forward(*exact[:4], document_starts=starts)
+        given = (ds.double(), *exact[1:4], s64, lse64)
+        wanted = blocked.solve_backward(*given, document_starts=starts)
+    else:
+        s64, lse64 = blocked.solve_forward(*exact)
+        wanted = blocked.solve_backward(ds.double(), *exact[1:4], s64, lse64, *exact[4:])
+    s, lse = kernels.solve_forward(*args, **rest)
+    grads = kernels.solve_backward(ds, *args[1:4], s, lse, *args[4:], **rest)
     seen = torch.isfinite(lse64)
     assert torch.equal(torch.isfinite(lse), seen)
     names = ("df", "dq", "dk", "dgamma", "dpast_s")

@@ -140,7 +140,8 @@ def solve_emulated(
     """Output and gradients of a twin's Metal path on the emulator, and its launches."""
     module, convert = TWINS[twin], to_mlx if twin == "mlx" else to_torch
     arrays = {name: convert(array) for name, array in given.items()}
-    optional = {name: arrays.get(name) for name in ("past_s", "key_mask")}
+    names = ("past_s", "key_mask", "document_starts")
+    optional = {name: arrays[name] for name in names if name in arrays}
     required = [arrays[name] for name in ("f", "q", "k", "gamma")]
     kernels = emulated_metal_kernels if twin == "mlx" else emulated_shaders
     with kernels(seed, mode) as launches, mock.patch.object(module, "BLOCK", block):

@@ -55,3 +55,13 @@ def key_mask(name: str, rng: np.random.Generator, B: int, T: int, P: int) -> np.
         "blind": holes & ((np.arange(B)[:, None] > 0) | (columns >= P + min(T, 4))),
     }
     return masks[name]
+
+
+def draw_starts(seed: int, B: int, T: int, length: int = 12) -> np.ndarray:
+    """Draw the first rows (B, T) int32 of documents of about `length` rows, some of one row."""
+    rng = np.random.default_rng([seed, 7])
+    begins = rng.random((B, T)) < 1 / length
+    begins[:, 0] = True
+    begins[0, 1:3] = T > 2
+    begins[-1, T // 2 :] = False
+    return np.maximum.accumulate(np.where(begins, np.arange(T, dtype=np.int32), 0), 1)

@@ -7,7 +7,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from sessa_common.config import SessaConfig
-from sessa_common.data.batches import next_token_batch
+from sessa_common.data.batches import batch_arrays, next_token_batch
 from sessa_common.data.corpus import TextBatches, pack, read_text_batches, told
 from sessa_common.data.row_order import RowOrder
 from sessa_common.data.tokenizer import byte_tokenizer
@@ -118,6 +118,22 @@ def test_next_token_batch_keeps_rows_apart():
     batch = next_token_batch(np.array([[1, 2, 3], [7, 8, 9]]))
     assert batch.inputs.tolist() == [[1, 2], [7, 8]]
     assert batch.targets.tolist() == [[2, 3], [8, 9]]
+
+
+def test_documents_of_a_row_are_separate():
+    rows = np.array([[5, 9, 1, 2, 9, 3], [1, 2, 3, 4, 5, 6], [9, 9, 1, 9, 9, 9]])
+    batch = next_token_batch(rows, end_id=9)
+    assert batch.document_starts.tolist() == [
+        [0, 0, 2, 2, 2],
+        [0, 0, 0, 0, 0],
+        [0, 1, 2, 2, 4],
+    ]
+    # The token behind an end is no target.
+    assert batch.weights.tolist() == [[1, 0, 1, 1, 0], [1, 1, 1, 1, 1], [0, 0, 1, 0, 0]]
+    assert len(batch_arrays(batch)) == 4
+    alone = batch.rows(slice(1, 2))
+    assert len(batch_arrays(alone)) == 3 and len(batch_arrays(alone, always=True)) == 4
+    assert next_token_batch(rows).document_starts is None
 
 
 def test_notes_say_what_was_left_out_of_training(tmp_path):
