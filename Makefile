@@ -13,7 +13,7 @@ setup: .venv/.installed
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[mlx,torch,onnx,data,json,chat,serve,plot,dev]'
+	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable '.[mlx,torch,onnx,data,json,chat,serve,plot,dev]'
 	touch $@
 
 # Packages for the web page and for the tests in node and in a browser.
