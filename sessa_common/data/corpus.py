@@ -160,7 +160,7 @@ class TextBatches:
         corpus = tokens if isinstance(tokens, Corpus) else Corpus([tokens], [1.0])
         self.sequence_length = training_sequence_length(config, settings)
         self.batch_size = settings.batch_size
-        self.end_id = end_id if _are_separate(settings) else None
+        self.end_id = end_id if are_documents_separate(settings) else None
         self.notes = [note for part in (validation, corpus) if part for note in part.notes]
         row = self.sequence_length + 1
         # Inputs, targets and their weights take 4 bytes a token each.
@@ -232,8 +232,11 @@ class TextBatches:
         ]
 
 
-def _are_separate(settings: TrainConfig) -> bool:
-    """Return True when the documents of a row are separate, as `TrainConfig` says."""
+def are_documents_separate(settings: TrainConfig) -> bool:
+    """Return True when the documents of a row are separate, as `TrainConfig` says.
+
+    Raises SessaError where they are asked for and `context_parallel` cannot separate them.
+    """
     alone = settings.context_parallel == 1
     require(
         alone or settings.documents != "separate",

@@ -10,7 +10,11 @@ import numpy as np
 
 from sessa_common.config import SessaConfig
 from sessa_common.data.batches import ALL_ROWS, Batch, EpochOrder
-from sessa_common.data.corpus import check_ids, training_sequence_length
+from sessa_common.data.corpus import (
+    are_documents_separate,
+    check_ids,
+    training_sequence_length,
+)
 from sessa_common.errors import SessaError
 from sessa_common.memory import require_memory
 from sessa_common.train_config import TrainConfig
@@ -26,8 +30,9 @@ class ExampleBatches:
     """Training and validation batches of examples (a `BatchSource`).
 
     A row holds one example, filled up with tokens that do not count; with `packing` it holds whole
-    examples one after the other, of which a later one sees the earlier ones. An example longer than
-    a row loses its end. Without `held_out` examples a part of `validation_fraction` is held out.
+    examples one after the other, which do not read each other unless `documents` is "joined". An
+    example longer than a row loses its end. Without `held_out` examples a part of
+    `validation_fraction` is held out.
     Raises SessaError when nothing is left to train on.
     """
 
@@ -51,10 +56,13 @@ class ExampleBatches:
             validation = self._cut(held_out, config, "the validation data")
         self.examples, self.tokens = len(rows), sum(len(each.tokens) for each in rows)
         self.packed = settings.packing
+        self.separate = settings.packing and are_documents_separate(settings)
         self.rows = pack_examples(rows, row) if settings.packing else rows
         self.held_out = validation[: settings.evaluate_batches * self.batch_size]
         self.order = EpochOrder(len(self.rows), settings.seed)
         self.fingerprint = _fingerprint(self.rows, validation)
+        if self.separate:
+            self.fingerprint += ", separate documents"
 
     @property
     def summary(self) -> str:
@@ -105,11 +113,15 @@ class ExampleBatches:
         length = self.sequence_length if self.packed else min(length, self.sequence_length)
         inputs = np.full((len(rows), length), self.pad_id, np.int32)
         targets, weights = inputs.copy(), np.zeros((len(rows), length), np.float32)
+        starts = np.zeros_like(inputs) if self.separate else None
         for i, row in enumerate(rows):
             n = len(row.tokens) - 1
             inputs[i, :n], targets[i, :n] = row.tokens[:-1], row.tokens[1:]
             weights[i, :n] = row.counted[1:]
-        return Batch(inputs, targets, weights)
+            if starts is not None and row.starts is not None:
+                # The tokens that fill the row up belong to its last example.
+                starts[i, :n], starts[i, n:] = row.starts[:n], row.starts[n]
+        return Batch(inputs, targets, weights, starts)
 
 
 def pack_examples(examples: Sequence[Example], row: int) -> list[Example]:
@@ -144,7 +156,10 @@ def pack_examples(examples: Sequence[Example], row: int) -> list[Example]:
 
 def _joined(examples: Sequence[Example]) -> Example:
     counted = [each.counted & (np.arange(len(each.counted)) > 0) for each in examples]
-    return Example(np.concatenate([each.tokens for each in examples]), np.concatenate(counted))
+    sizes = [len(each.tokens) for each in examples]
+    starts = np.repeat(np.cumsum([0, *sizes[:-1]]), sizes).astype(np.int32)
+    tokens = np.concatenate([each.tokens for each in examples])
+    return Example(tokens, np.concatenate(counted), starts)
 
 
 def _split(examples: list[Example], fraction: float) -> tuple[list[Example], list[Example]]:

@@ -29,10 +29,14 @@ KINDS = ("messages", "prompt", "text")
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids int32 (n,), and True where the loss counts the token, bool (n,)."""
+    """Token ids int32 (n,), and True where the loss counts the token, bool (n,).
+
+    In a row of several examples `starts` int32 (n,) is the first position of each token's example.
+    """
 
     tokens: np.ndarray
     counted: np.ndarray
+    starts: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

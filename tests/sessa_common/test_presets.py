@@ -10,7 +10,7 @@ from sessa_common.config import SessaConfig, check_matched, parameter_count
 from sessa_common.errors import SessaError
 from sessa_common.presets import PRESETS
 
-SIZES = ("400k", "1m", "9m", "10m", "30m", "131m")
+SIZES = ("400k", "1m", "9m", "10m", "30m", "131m", "1b", "3b")
 FAMILIES = (
     "sessa-{}",
     "transformer-{}",
@@ -52,7 +52,7 @@ def test_sizes_are_matched(size: str) -> None:
         outside = config.vocab_size * config.hidden_size + norm
         assert counts[name] == config.num_hidden_layers * block(config) + outside, name
     assert counts[f"sessa-{size}"] == pytest.approx(
-        float(size[:-1]) * {"k": 1e3, "m": 1e6}[size[-1]], rel=0.15
+        float(size[:-1]) * {"k": 1e3, "m": 1e6, "b": 1e9}[size[-1]], rel=0.15
     )
     deep = configs[f"transformer-{size}-deep"].num_hidden_layers
     assert deep == configs[f"sessa-{size}"].num_hidden_layers

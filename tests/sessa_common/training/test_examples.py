@@ -170,6 +170,19 @@ def test_packed_rows_hold_every_example_once() -> None:
     assert whole[0].counted.tolist() == [False, True, True] * 2
 
 
+def test_packed_examples_do_not_read_each_other() -> None:
+    settings = TrainConfig(batch_size=1, packing=True, sequence_length=12, validation_fraction=0)
+    batch = ExampleBatches(examples(3, 5, 3), CONFIG, settings).batch(0)
+    # The longest comes first; the last token of the row is a target alone.
+    assert batch.inputs[0, :10].tolist() == [1] * 5 + [0] * 3 + [2] * 2
+    assert batch.document_starts is not None
+    assert batch.document_starts[0].tolist() == [0] * 5 + [5] * 3 + [8] * 4
+    crossing = batch.inputs[0, :10] != batch.targets[0, :10]
+    assert crossing.sum() == 2 and not batch.weights[0, :10][crossing].any()
+    joined = dataclasses.replace(settings, documents="joined")
+    assert ExampleBatches(examples(3, 5, 3), CONFIG, joined).batch(0).document_starts is None
+
+
 def test_the_held_out_examples_do_not_follow_the_seed() -> None:
     runs = [
         ExampleBatches(examples(*range(5, 25)), CONFIG, TrainConfig(seed=seed, batch_size=2))
