@@ -45,7 +45,9 @@ class TrainConfig:
     positions begin anew, and the first token of a document is no target) or "joined"; None is
     "separate", but "joined" with `context_parallel`, which cannot separate them; a step uses
     batch_size * gradient_accumulation_steps rows; the learning rate rises
-    linearly over warmup_steps and falls along a cosine to min_lr_ratio of itself; an interval of 0
+    linearly over warmup_steps and falls along a cosine to min_lr_ratio of itself; each layer learns
+    with layer_rate_decay times the rate of the layer after it, the embedding like a layer before
+    the first, and feedback projections and gains with feedback_rate times that; an interval of 0
     means "only at the end"; the last keep_checkpoints saves are kept, and the best by validation
     loss. `task` is "symbolsoup", "diffuse-mqar" or a folder of `sessa data`, to
     train on instead of text; `task_options` are "name=value" texts for its fields. `compile` lets
@@ -83,6 +85,8 @@ class TrainConfig:
     gradient_accumulation_steps: int = 1
     learning_rate: float = 3e-3
     min_lr_ratio: float = 0.1
+    layer_rate_decay: float = 1.0
+    feedback_rate: float = 1.0
     warmup_steps: int = 80
     weight_decay: float = 0.1
     beta1: float = 0.9
@@ -133,9 +137,11 @@ class TrainConfig:
             value = getattr(self, name)
             none = isinstance(value, int) and not isinstance(value, bool) and value == 0
             expect(none or is_count(value), name, value, "0 or more")
-        for name in ("learning_rate", "adam_eps", "max_grad_norm", "lora_alpha"):
+        for name in ("learning_rate", "feedback_rate", "adam_eps", "max_grad_norm", "lora_alpha"):
             value = self._as_float(name)
             expect(0 < value < math.inf, name, value, "above 0")
+        value = self._as_float("layer_rate_decay")
+        expect(0 < value <= 1, "layer_rate_decay", value, "above 0, at most 1")
         for name in ("min_lr_ratio", "weight_decay"):
             value = self._as_float(name)
             expect(0 <= value <= 1, name, value, "from 0 to 1")

@@ -24,7 +24,11 @@ from sessa_common.training.backend import MOMENTS, decays
 from sessa_common.training.preparation import TrainRequest
 from sessa_common.training.processes import own_rows
 from sessa_common.training.session import TrainResult, run_session
-from sessa_common.training.trained_parameters import lora_scale, trained_shapes
+from sessa_common.training.trained_parameters import (
+    lora_scale,
+    rate_factors,
+    trained_shapes,
+)
 from sessa_common.training.trainer import Reporter
 from sessa_mlx.checkpoint import build_model, choose_device, to_numpy, to_tensor
 from sessa_mlx.lora import add_lora
@@ -159,6 +163,10 @@ class TrainBackend:
             for kind in MOMENTS
         }
         self.steps = 0
+        # The learning rate of a parameter is a factor of the run's, and few factors differ.
+        factors = rate_factors(config, settings)
+        self._factors = list(dict.fromkeys(factors.values()))
+        self._factor_of = {name: self._factors.index(x) for name, x in factors.items()}
         self._release_model()
         # On the CPU MLX calls a C++ compiler for every kernel, which takes about a second each.
         default = self.device == "gpu"
@@ -234,12 +242,17 @@ class TrainBackend:
                 arrays[name] = to_tensor(state[f"{kind}.{name}"])
         self.steps = steps
 
-    def _rates(self, learning_rate: float) -> list[mx.array]:
-        """Factor of a decaying weight, size of the step and scale of the second moment."""
+    def _rates(self, learning_rate: float) -> list[list[mx.array]]:
+        """Factor of a decaying weight, size of the step and scale of the second moment.
+
+        One list for each factor of the learning rate.
+        """
         settings, step = self.settings, self.steps + 1
-        keep = 1 - learning_rate * settings.weight_decay
-        size = learning_rate / (1 - settings.beta1**step)
-        return [mx.array(x) for x in (keep, size, (1 - settings.beta2**step) ** -0.5)]
+        found = []
+        for rate in (learning_rate * factor for factor in self._factors):
+            keep, size = 1 - rate * settings.weight_decay, rate / (1 - settings.beta1**step)
+            found.append([keep, size, (1 - settings.beta2**step) ** -0.5])
+        return [[mx.array(x) for x in each] for each in found]
 
     def _sums(
         self, parameters: Arrays, sums: Sums | None, batch: list[mx.array], total: mx.array
@@ -276,7 +289,7 @@ class TrainBackend:
         sums: Sums | None,
         batch: list[mx.array] | None,
         total: mx.array,
-        rates: list[mx.array],
+        rates: list[list[mx.array]],
     ) -> tuple[Arrays, dict[str, Arrays], mx.array]:
         """Return weights, moments and (loss, norm) after a step on sums and a last batch."""
         if batch is not None:
@@ -290,7 +303,8 @@ class TrainBackend:
         weights, (m, v) = dict[str, mx.array](), (dict[str, mx.array](), dict[str, mx.array]())
         for name, g in grads.items():
             old = parameters[name], moments["m"][name], moments["v"][name]
-            weights[name], m[name], v[name] = self._adamw(*old, g, finite, rates)
+            own = rates[self._factor_of[name]]
+            weights[name], m[name], v[name] = self._adamw(*old, g, finite, own)
         return weights, {"m": m, "v": v}, mx.stack([loss, norm])
 
     def _adamw(

@@ -20,7 +20,11 @@ from sessa_common.training.backend import MOMENTS, decays
 from sessa_common.training.preparation import TrainRequest
 from sessa_common.training.processes import Processes, own_rows
 from sessa_common.training.session import TrainResult, run_session
-from sessa_common.training.trained_parameters import lora_scale, trained_shapes
+from sessa_common.training.trained_parameters import (
+    lora_scale,
+    rate_factors,
+    trained_shapes,
+)
 from sessa_common.training.trainer import Reporter
 from sessa_torch.checkpoint import build_model, choose_device, to_numpy, to_tensor
 from sessa_torch.distributed.context import ContextParallel
@@ -162,7 +166,7 @@ class TrainBackend:
             shard(self.objective, layers, sharers, bfloat16=low)
         every = self.model.named_parameters()
         self.parameters = {name: parameter for name, parameter in every if name in trained}
-        self.optimizer = _optimizer(list(self.parameters.values()), settings)
+        self.optimizer = _optimizer(self.parameters, rate_factors(config, settings), settings)
         self.compiled: _CompiledStep | None = None
         if settings.compile and not self.shards:
             parameters = list(self.parameters.values())
@@ -197,7 +201,7 @@ class TrainBackend:
         # A gradient that is not finite would spoil the weights for good, so the step is skipped.
         if math.isfinite(loss + size):
             for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate
+                group["lr"] = learning_rate * group["rate_factor"]
             self.optimizer.step()
         return loss, size
 
@@ -322,14 +326,21 @@ class _Objective(nn.Module):
         return function(hidden.bfloat16() if self.low else hidden, head.weight, *rest)
 
 
-def _optimizer(parameters: list[nn.Parameter], settings: TrainConfig) -> torch.optim.AdamW:
-    """Return AdamW that decays matrices only; a group of it holds shards only, or none."""
-    groups: list[dict[str, Any]] = []
-    for matrices in (True, False):
-        alike = [p for p in parameters if decays(p.shape) == matrices]
-        for sharded in (True, False):
-            held = [p for p in alike if is_sharded(p) == sharded]
-            groups.append({"params": held, "weight_decay": settings.weight_decay * matrices})
+def _optimizer(
+    parameters: Mapping[str, nn.Parameter], factors: Mapping[str, float], settings: TrainConfig
+) -> torch.optim.AdamW:
+    """Return AdamW that decays matrices only; a group of it holds shards only, or none.
+
+    The learning rate of a group is `rate_factor` times that of the run.
+    """
+    kinds: dict[tuple[float, bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        kind = (factors[name], decays(parameter.shape), is_sharded(parameter))
+        kinds.setdefault(kind, []).append(parameter)
+    groups: list[dict[str, Any]] = [
+        {"params": held, "weight_decay": settings.weight_decay * matrices, "rate_factor": factor}
+        for (factor, matrices, _), held in kinds.items()
+    ]
     betas = (settings.beta1, settings.beta2)
     return torch.optim.AdamW(groups, betas=betas, eps=settings.adam_eps, fused=True)
 
@@ -354,15 +365,16 @@ class _CompiledStep:
         self.loss_sum, self.parameters, self.processes = loss_sum, parameters, processes
         self.optimizer, self.max_grad_norm = optimizer, max_grad_norm
         self.device = parameters[0].device
-        self.loss, self.total, self.rate, self.skip = (
-            torch.zeros((), device=self.device) for _ in range(4)
-        )
+        self.loss, self.total, self.skip = (torch.zeros((), device=self.device) for _ in range(3))
+        # The learning rates of the groups, by the factor of the run's.
+        self.rates: dict[float, Tensor] = {}
         self.result = torch.zeros(2, device=self.device)
         self.gradients = [torch.zeros_like(parameter) for parameter in parameters]
         for parameter, gradient in zip(parameters, self.gradients, strict=True):
             parameter.grad = gradient
         for group in optimizer.param_groups:
-            group["lr"] = self.rate
+            rate = torch.zeros((), device=self.device)
+            group["lr"] = self.rates.setdefault(group["rate_factor"], rate)
         # Fused AdamW skips its step when this is 1, as GradScaler uses it.
         optimizer.found_inf = self.skip  # type: ignore[attr-defined]
         self.update = self._update
@@ -377,7 +389,8 @@ class _CompiledStep:
         arrays = [_tensors(batch, always=True) for batch in batches]
         ready = [self._ready(tensors) for tensors in arrays]
         self.total.fill_(total)
-        self.rate.fill_(learning_rate)
+        for factor, rate in self.rates.items():
+            rate.fill_(learning_rate * factor)
         for tensors, (buffers, accumulate) in zip(arrays, ready, strict=True):
             for buffer, tensor in zip(buffers, tensors, strict=True):
                 buffer.copy_(tensor, non_blocking=True)

@@ -115,6 +115,8 @@ def train(
     documents: options.Documents = None,
     learning_rate: options.LearningRate = None,
     min_lr_ratio: options.MinLrRatio = None,
+    layer_rate_decay: options.LayerRateDecay = None,
+    feedback_rate: options.FeedbackRate = None,
     warmup_steps: options.WarmupSteps = None,
     weight_decay: options.WeightDecay = None,
     beta1: options.Beta1 = None,

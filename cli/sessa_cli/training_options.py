@@ -98,6 +98,19 @@ MinLrRatio = Annotated[
     float | None,
     of_learning("--min-lr-ratio", "End of the cosine, as a part of the learning rate."),
 ]
+LayerRateDecay = Annotated[
+    float | None,
+    of_learning(
+        "--layer-rate-decay",
+        "Learning rate of a layer, as a part of that of the layer after it. Default: 1.",
+    ),
+]
+FeedbackRate = Annotated[
+    float | None,
+    of_learning(
+        "--feedback-rate", "The feedback's learning rate, as a multiple of its layer's. Default: 1."
+    ),
+]
 WarmupSteps = Annotated[
     int | None, of_learning("--warmup-steps", "Steps of the linear rise of the learning rate.")
 ]

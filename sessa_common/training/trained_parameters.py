@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import numpy as np
@@ -11,6 +12,7 @@ from sessa_common.config import SessaConfig, parameter_shapes
 from sessa_common.errors import SessaError
 from sessa_common.train_config import TrainConfig
 
+LAYER = re.compile(r"model\.layers\.(\d+)\.")
 FEEDBACK = ("mixer.proj_fb.weight", "mixer.proj_fb.bias", "mixer.gamma_ctx.weight", "gamma_bias")
 
 
@@ -39,6 +41,25 @@ def trained_shapes(config: SessaConfig, settings: TrainConfig) -> Shapes:
             n: s for n, s in lora.items() if f"{n.rpartition('.lora_')[0]}.weight" not in trained
         }
     return trained
+
+
+def rate_factors(config: SessaConfig, settings: TrainConfig) -> dict[str, float]:
+    """Return by what the learning rate of each trained array is multiplied.
+
+    Layer i of L learns with layer_rate_decay^(L-1-i), the embedding with layer_rate_decay^L and
+    what follows the layers with 1; feedback learns with feedback_rate times that.
+    """
+    factors = {}
+    for name in trained_shapes(config, settings):
+        depth = 0
+        if found := LAYER.match(name):
+            depth = config.num_hidden_layers - 1 - int(found[1])
+        elif name == "model.embed_tokens.weight":
+            depth = config.num_hidden_layers
+        factors[name] = settings.layer_rate_decay**depth
+        if name.endswith(FEEDBACK):
+            factors[name] *= settings.feedback_rate
+    return factors
 
 
 def lora_scale(settings: TrainConfig) -> float:

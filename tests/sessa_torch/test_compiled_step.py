@@ -25,6 +25,7 @@ SETTINGS = TrainConfig(
     warmup_steps=2,
     max_grad_norm=0.3,
     learning_rate=5e-3,
+    layer_rate_decay=0.8,
     checkpoint_every=4,
     compile=True,
 )
@@ -181,7 +182,8 @@ def test_warming_up_changes_nothing(eager):
     warmed, plain = make_backend(), make_backend()
     first = Source().batch(0)
     for numbers in ([0], [1]):
-        _, accumulate = warmed.compiled._ready(first.inputs.shape)
+        arrays = [torch.from_numpy(x) for x in (first.inputs, first.targets, first.weights)]
+        _, accumulate = warmed.compiled._ready(arrays)
         warmed.compiled._warm_up(warmed.compiled._update)
         warmed.compiled._warm_up(accumulate)
         assert steps(warmed, numbers) == steps(plain, numbers)

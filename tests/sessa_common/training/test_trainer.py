@@ -233,13 +233,22 @@ def test_a_save_that_fails_leaves_the_older_state_whole(tokens, tmp_path, monkey
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_one_adamw_step_is_the_definition(framework, tokens):
-    settings = dataclasses.replace(SETTINGS, max_grad_norm=0.05, weight_decay=0.3, adam_eps=1e-4)
+    settings = dataclasses.replace(
+        SETTINGS,
+        max_grad_norm=0.05,
+        weight_decay=0.3,
+        adam_eps=1e-4,
+        layer_rate_decay=0.5,
+        feedback_rate=3.0,
+    )
+    # Of the two layers the first learns half as fast as the last, and the embedding half of that.
+    rates = {"model.embed_tokens": 0.005, "model.layers.0": 0.01}
     backend = make_backend(framework, settings)
     source = TextBatches(tokens, CONFIG, settings)
-    start, rate, steps = backend.state(), 0.02, 2
+    start, highest, steps = backend.state(), 0.02, 2
     for i in range(steps):
         before = backend.state()
-        _, norm = backend.step([source.batch(i)], rate)
+        _, norm = backend.step([source.batch(i)], highest)
         after = backend.state()
         grads = {
             name: (after[f"m.{name}"] - settings.beta1 * before[f"m.{name}"]) / (1 - settings.beta1)
@@ -266,6 +275,8 @@ def test_one_adamw_step_is_the_definition(framework, tokens):
             atol=1e-12,
         )
         decay = settings.weight_decay if len(shape) >= 2 else 0.0
+        rate = next((x for first, x in rates.items() if name.startswith(first)), highest)
+        rate *= 3 if ".proj_fb." in name or "gamma" in name else 1
         update = (m / (1 - settings.beta1**steps)) / (
             np.sqrt(v / (1 - settings.beta2**steps)) + settings.adam_eps
         )
