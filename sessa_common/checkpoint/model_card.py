@@ -6,6 +6,7 @@ changed stays as it is: the last line of ours has a hash of what stands above it
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import re
 import shutil
@@ -16,9 +17,11 @@ from typing import Any
 
 from sessa_common.checkpoint.run_files import ADAPTER_CONFIG, TRAINING
 from sessa_common.config import SessaConfig, parameter_count
+from sessa_common.errors import SessaError
 from sessa_common.input_files import read_limited
 from sessa_common.json_files import read_json
 from sessa_common.storage import write_text
+from sessa_common.train_config import TrainConfig
 
 CARD = "README.md"
 LARGEST_CARD = 2**20
@@ -80,7 +83,7 @@ def _digest(text: str) -> str:
 
 def _card(folder: Path, facts: CardFacts, name: str) -> str:
     adapter = _read(folder / ADAPTER_CONFIG)
-    settings, config = _read(folder / TRAINING), _read(folder / "config.json")
+    settings, config = _settings(folder / TRAINING), _read(folder / "config.json")
     parts = [
         _front_matter(facts, adapter, settings, config),
         f"# {name}\n",
@@ -94,6 +97,14 @@ def _card(folder: Path, facts: CardFacts, name: str) -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """The settings of a run; none where there is no file, or one that says something else."""
+    try:
+        return dataclasses.asdict(TrainConfig.from_dict(_read(path))) if path.is_file() else {}
+    except SessaError:
+        return {}
 
 
 def _front_matter(

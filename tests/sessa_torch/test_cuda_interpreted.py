@@ -60,8 +60,8 @@ LIMITS["documents in float16"] = 1e-3
 LIMITS |= dict.fromkeys((*COARSE, "rounded to bfloat16"), 4.5e-3) | {"two 16-bit types": 6e-3}
 
 HIDDEN = [
-    {"T": 70, "P": 37},
-    {"T": 70, "P": 37, "types": ("float16", "float32")},
+    {"T": 40, "P": 37},
+    {"T": 40, "P": 37, "types": ("float16", "float32")},
     {"T": 5, "P": 40},
     {"T": 40, "P": 64, "half": True},
 ]
@@ -95,7 +95,7 @@ def test_rotation_and_its_gradient_equal_float64(results):
 
 
 def test_what_the_mask_hides_does_not_matter(results):
-    assert len(results["hidden"]) == 3 * len(HIDDEN)
+    assert len(results["hidden"]) == len(HIDDEN)
     assert not any(results["hidden"].values()), results["hidden"]
 
 
@@ -283,12 +283,12 @@ def without_gain(case, kernels):
     return int((s != f)[gain == 0].sum())
 
 
-def hidden_rows(kernels, value, **case):
-    """Count the results that change when all that the mask hides is set to `value`."""
+def hidden_rows(kernels, **case):
+    """Count the results that change when all that the mask hides is NaN, infinite or large."""
     f, q, k, gamma, past, mask = draw(masked=True, **case)
     P, found = past.shape[1], []
     ds = torch.randn(f.shape, generator=torch.Generator().manual_seed(1)).to(f.dtype)
-    for filler in (0, value):
+    for filler in (0, float("nan"), float("inf"), 6e4):
         hidden = (
             x.masked_fill(~mask[:, i:j, None], filler)
             for x, i, j in ((f, P, None), (k, 0, None), (past, 0, P))
@@ -297,7 +297,9 @@ def hidden_rows(kernels, value, **case):
         s, lse = kernels.solve_forward(rows, q, keys, gamma, states, mask)
         grads = kernels.solve_backward(ds, q, keys, gamma, s, lse, states, mask)
         found.append((s.masked_fill(~mask[:, P:, None], 0), *grads))
-    return sum(not torch.equal(x, y) for x, y in zip(*found, strict=True))
+    plain, *others = found
+    pairs = (zip(plain, other, strict=True) for other in others)
+    return sum(not torch.equal(x, y) for each in pairs for x, y in each)
 
 
 def causality(kernels):
@@ -357,11 +359,7 @@ def main():
     results["same bits"] = int(not torch.equal(first, second))
     results["rope"] = rope()
     results["causality"] = causality(kernels)
-    results["hidden"] = {
-        f"{value} {case}": hidden_rows(kernels, value, **case)
-        for value in (float("nan"), float("inf"), 6e4)
-        for case in HIDDEN
-    }
+    results["hidden"] = {str(case): hidden_rows(kernels, **case) for case in HIDDEN}
     print(json.dumps(results))
 
 

@@ -49,7 +49,9 @@ def test_a_larger_vocabulary_keeps_the_logits_of_the_old_one(folder, tmp_path):
         model.resize_token_embeddings(264)
         model.save_pretrained(tmp_path)
         logits = load_model(tmp_path, device="cpu")(PROMPTS)
-    assert logits.shape[-1] == 264 and torch.equal(logits[..., :257], before)
+    # A product of another width may round differently.
+    assert logits.shape[-1] == 264
+    torch.testing.assert_close(logits[..., :257], before)
     assert model.generate(PROMPTS, max_new_tokens=3, pad_token_id=0).shape == (2, 10)
 
 

@@ -251,12 +251,13 @@ def test_custom_op_passes_opcheck(T, P, B):
     f, q, k, gamma, *past = (torch.tensor(x, requires_grad=True) for x in arrays.values())
     past, mask = past[0] if past else None, torch.tensor(key_mask)
     solve, backward = torch.ops.sessa.feedback_solve, torch.ops.sessa.feedback_solve_backward
-    torch.library.opcheck(solve.default, (f, q, k, gamma, past, mask, "auto"))
+    rest = (past, mask, None, "auto")
+    torch.library.opcheck(solve.default, (f, q, k, gamma, *rest))
     with torch.no_grad():
         # As a model that keeps time first gives them.
         q, k, gamma = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in (q, k, gamma))
-        s, lse = solve(f, q, k, gamma, past, mask, "auto")
-        torch.library.opcheck(backward.default, (f, q, k, gamma, s, lse, past, mask, "auto"))
+        s, lse = solve(f, q, k, gamma, *rest)
+        torch.library.opcheck(backward.default, (f, q, k, gamma, s, lse, *rest))
 
 
 def test_activation_checkpointing_computes_the_same_gradients():

@@ -39,8 +39,9 @@ def scan_inputs(T: int, past: bool, longest: float = 0.5) -> dict[str, np.ndarra
     return inputs | ({"state": rng.normal(size=(B, H, P, N))} if past else {})
 
 
-def recurrence(x, dt, A, b, c, state=None):
+def recurrence(x, dt, A, b, c, state=None, document_starts=None):
     """The definition, row by row, in PyTorch so that autograd judges the gradients."""
+    assert document_starts is None
     h, rows = 0.0 if state is None else state, []
     for t in range(x.shape[1]):
         added = torch.einsum("bh,bhp,bn->bhpn", dt[:, t], x[:, t], b[:, t])

@@ -71,8 +71,7 @@ def prefill_of_one_row(B: int, padded: bool, row: int) -> np.ndarray:
     return model_logits(CONFIG, lively_weights(CONFIG), tokens[row : row + 1], mine)[0]
 
 
-@pytest.mark.parametrize("padded", [False, True], ids=["even", "padded"])
-@pytest.mark.parametrize("B", [1, 3, 16])
+@pytest.mark.parametrize("B, padded", [(1, False), (3, False), (3, True), (16, True)])
 def test_every_chunk_behind_every_past(runtime, B: int, padded: bool) -> None:
     decoder, limit = runtime
     tokens, mask = draw(B, padded)

@@ -221,12 +221,12 @@ def test_a_save_that_fails_leaves_the_older_state_whole(tokens, tmp_path, monkey
     trainer.train(until=2)
     before = (tmp_path / "run" / STATE).read_bytes()
 
-    def full_disk(arrays, path, **_):
-        path.write_bytes(b"half")
+    def full_disk(file, *_):
+        file.write(b"half")
         raise OSError(28, "no space left")
 
-    monkeypatch.setattr("sessa_common.checkpoint.folder.save_file", full_disk)
-    with pytest.raises(OSError, match="no space"):
+    monkeypatch.setattr("sessa_common.checkpoint.folder.write_tensors", full_disk)
+    with pytest.raises(SessaError, match="cannot be written"):
         trainer.train(until=4)
     assert (tmp_path / "run" / STATE).read_bytes() == before
 
