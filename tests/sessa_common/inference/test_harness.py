@@ -7,6 +7,8 @@ import json
 import pytest
 
 pytest.importorskip("lm_eval")
+# Where mlx-lm has registered its model first, nothing else registers those of the harness.
+pytest.importorskip("lm_eval.models")
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 from support.export_models import small_config, write_checkpoint
