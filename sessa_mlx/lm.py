@@ -92,7 +92,7 @@ class Model(SessaForCausalLM):
 
     @property
     def cast_predicate(self) -> Callable[[str], bool]:
-        """Whether `mlx_lm.convert --dtype` may cast a parameter: gains and decays stay float32."""
+        """Return whether `mlx_lm.convert --dtype` may cast a parameter; gains and decays stay."""
         return lambda name: not is_exact(name)
 
 

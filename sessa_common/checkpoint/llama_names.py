@@ -17,7 +17,7 @@ from sessa_common.rope import with_rope_scaling
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """What the code of a family fixes, and the keys that a folder of it may leave out.
+    """Properties that the code of a family fixes, and the keys that a folder of it may leave out.
 
     A bias of None follows the key `attention_bias`.
     """

@@ -41,7 +41,7 @@ HUB_METRICS = {"validation_perplexity": "perplexity", "validation_accuracy": "ac
 
 @dataclass(frozen=True, kw_only=True)
 class CardFacts:
-    """What a card tells that the config does not: the base of a fine-tuned model, metrics, notes.
+    """Facts of a card beside the config: the base of a fine-tuned model, metrics, notes.
 
     `origin` are sentences on where the folder comes from. `clients` are those that load it, of
     CLIENTS.

@@ -151,7 +151,7 @@ def tokenize(request: TokenizeRequest, tell: Tell = say_nothing) -> TokenShards:
 
 
 def _open_journal(work: Path, request: TokenizeRequest) -> dict[str, Any]:
-    """What an earlier run has recorded in the folder, or the journal of a new one."""
+    """The journal of an earlier run in the folder, or of a new one."""
     new = {"request": request.decisive(), "shards": []}
     if not (work / PARTIAL).is_file():
         if not is_empty(work):
