@@ -5,8 +5,8 @@
 With one GPU: training steps, and rows whose tokens two processes share. With two or more also data
 parallelism, sharded weights and shared rows by NCCL, each beside one GPU. Without a GPU the same
 cases run at small sizes, with gloo, as a check of this script. `--before` is a checkout of an older
-version, whose steps are measured too. Every case runs in processes of its own; one that fails
-leaves its error in the table.
+version, whose compiled and eager steps of the first model are measured too. Every case runs in
+processes of its own; one that fails leaves its error in the table.
 """
 
 from __future__ import annotations
@@ -234,9 +234,11 @@ def main() -> None:
     print(machine(), f"{torch.cuda.device_count()} GPUs", flush=True)
     everything: list[Row] = []
     for name in options.only.split(","):
-        versions = [None, options.before] if options.before and name == "step" else [None]
-        rows = [run_case(case, version) for case in groups[name] for version in versions]
+        rows = [run_case(case) for case in groups[name]]
         compare(rows)
+        if options.before and name == "step":
+            earlier = [groups[name][0], groups[name][-1]]
+            rows += [run_case(case, options.before) for case in earlier]
         print(f"\n{name}\n", flush=True)
         print(table([{k: v for k, v in row.items() if k != "losses"} for row in rows]), flush=True)
         everything += [{"group": name} | row for row in rows]
