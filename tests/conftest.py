@@ -9,7 +9,6 @@ from pathlib import Path
 # Tests compare float32 numbers. MLX reads this at its first product and would use TF32 on an M5.
 os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
-import mlx.core as mx
 import pytest
 from support.golden_cases import NAMES, GoldenCase, golden_case
 from support.trained_models import train_models
@@ -34,5 +33,8 @@ def float64_on_the_cpu(request: pytest.FixtureRequest) -> Iterator[None]:
     if parameters is None or "float64" not in map(str, parameters.params.values()):
         yield
         return
+    # Imported here, so that tests of PyTorch alone run where MLX is not installed.
+    import mlx.core as mx
+
     with mx.stream(mx.cpu):
         yield
