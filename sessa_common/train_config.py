@@ -16,11 +16,13 @@ CHECKPOINTS = ("none", "layers")
 DOCUMENTS = (None, "separate", "joined")
 TRAINED = ("all", "lora", "feedback", "feedback+lora")
 LOSS_ON = ("answers", "all")
+OPTIMIZERS = ("adamw", "muon")
 # Fields that hold one of several words, and fields that hold a list of texts.
 CHOICES = {
     "precision": PRECISIONS,
     "checkpoint_activations": CHECKPOINTS,
     "train": TRAINED,
+    "optimizer": OPTIMIZERS,
     "loss_on": LOSS_ON,
     "documents": DOCUMENTS,
 }
@@ -44,7 +46,8 @@ class TrainConfig:
     max_position_embeddings; the `documents` of a row are "separate" (none reads another,
     positions begin anew, and the first token of a document is no target) or "joined"; None is
     "separate", but "joined" with `context_parallel`, which cannot separate them; a step uses
-    batch_size * gradient_accumulation_steps rows; the learning rate rises
+    batch_size * gradient_accumulation_steps rows; the optimizer is "adamw", or "muon" for the
+    layers' matrices beside AdamW for the rest; the learning rate rises
     linearly over warmup_steps and falls along a cosine to min_lr_ratio of itself; each layer learns
     with layer_rate_decay times the rate of the layer after it, the embedding like a layer before
     the first, and feedback projections and gains with feedback_rate times that; an interval of 0
@@ -83,6 +86,7 @@ class TrainConfig:
     steps: int = 800
     batch_size: int = 4
     gradient_accumulation_steps: int = 1
+    optimizer: str = "adamw"
     learning_rate: float = 3e-3
     min_lr_ratio: float = 0.1
     layer_rate_decay: float = 1.0
@@ -162,6 +166,11 @@ class TrainConfig:
             value = getattr(self, name)
             chosen = isinstance(value, bool) or (name == "compile" and value is None)
             expect(chosen, name, value, "true or false")
+        require(
+            self.optimizer != "muon" or self.shard_processes == 1,
+            f"`optimizer` is muon, which needs whole matrices, but `shard_processes` is "
+            f"{self.shard_processes}; give `shard_processes` 1, or `optimizer` adamw",
+        )
         self._check_texts()
         for field in dataclasses.fields(self):
             lora = field.name.startswith("lora_") and "lora" not in self.train

@@ -1,4 +1,4 @@
-"""Training in MLX: forward pass, loss, gradients, AdamW."""
+"""Training in MLX: forward pass, loss, gradients, optimizer."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from sessa_common.data.batches import Batch, batch_arrays
 from sessa_common.errors import SessaError, expect
 from sessa_common.train_config import TrainConfig
 from sessa_common.training.backend import MOMENTS, decays
+from sessa_common.training.muon import state_shapes
 from sessa_common.training.preparation import TrainRequest
 from sessa_common.training.processes import own_rows
 from sessa_common.training.session import TrainResult, run_session
@@ -33,6 +34,7 @@ from sessa_common.training.trainer import Reporter
 from sessa_mlx.checkpoint import build_model, choose_device, to_numpy, to_tensor
 from sessa_mlx.lora import add_lora
 from sessa_mlx.loss import likeliest, loss_and_likeliest, weighted_loss
+from sessa_mlx.muon import muon_update
 from sessa_mlx.processes import open_processes
 
 Arrays = dict[str, mx.array]
@@ -124,11 +126,11 @@ def finetune(
 class TrainBackend:
     """A `sessa_common.training.backend.TrainBackend` in MLX.
 
-    Weights that are trained, gradients and AdamW are float32. With bfloat16 the forward pass runs
+    Weights that are trained, gradients and moments are float32. With bfloat16 the forward pass runs
     on a bfloat16 copy of the weights (not of the scalars that decide gains and decays), with
     softmax, the feedback solve's sums and the loss in float32; the gradients reach the float32
-    weights through the cast. A compiled step is one function: loss, gradients, clipping and AdamW.
-    Raises SessaError for a device that is not there.
+    weights through the cast. A compiled step is one function: loss, gradients, clipping
+    and optimizer. Raises SessaError for a device that is not there.
     """
 
     def __init__(
@@ -158,8 +160,9 @@ class TrainBackend:
         mx.eval(self.frozen)
         self.model.update(tree_unflatten(list(self.frozen.items())))
         self.head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+        kept = state_shapes(trained, settings)
         self.moments: dict[str, Arrays] = {
-            kind: {name: mx.zeros_like(p) for name, p in self.parameters.items()}
+            kind: {n: mx.zeros_like(p) for n, p in self.parameters.items() if f"{kind}.{n}" in kept}
             for kind in MOMENTS
         }
         self.steps = 0
@@ -180,7 +183,7 @@ class TrainBackend:
         self._building = Lock()
 
     def step(self, batches: Sequence[Batch], learning_rate: float) -> tuple[float, float]:
-        """Take one AdamW step on the weighted mean loss of all rows; (nats, gradient norm)."""
+        """Take one step on the weighted mean loss of all rows; (nats, gradient norm)."""
         # Arrays, because compiled code takes a Python number for a constant. The sums of all
         # processes are averaged, so each is divided by its share of the weights.
         total = mx.array(sum(float(batch.weights.sum()) for batch in batches) / self.processes.size)
@@ -243,7 +246,7 @@ class TrainBackend:
         self.steps = steps
 
     def _rates(self, learning_rate: float) -> list[list[mx.array]]:
-        """Factor of a decaying weight, size of the step and scale of the second moment.
+        """Learning rate, factor of a decaying weight, Adam's step and scale of its second moment.
 
         One list for each factor of the learning rate.
         """
@@ -251,7 +254,7 @@ class TrainBackend:
         found = []
         for rate in (learning_rate * factor for factor in self._factors):
             keep, size = 1 - rate * settings.weight_decay, rate / (1 - settings.beta1**step)
-            found.append([keep, size, (1 - settings.beta2**step) ** -0.5])
+            found.append([rate, keep, size, (1 - settings.beta2**step) ** -0.5])
         return [[mx.array(x) for x in each] for each in found]
 
     def _sums(
@@ -302,9 +305,12 @@ class TrainBackend:
         finite = mx.isfinite(loss + norm)
         weights, (m, v) = dict[str, mx.array](), (dict[str, mx.array](), dict[str, mx.array]())
         for name, g in grads.items():
-            old = parameters[name], moments["m"][name], moments["v"][name]
-            own = rates[self._factor_of[name]]
-            weights[name], m[name], v[name] = self._adamw(*old, g, finite, own)
+            p, old, own = parameters[name], moments["m"][name], rates[self._factor_of[name]]
+            if name in moments["v"]:
+                new = self._adamw(p, old, moments["v"][name], g, finite, own)
+                weights[name], m[name], v[name] = new
+            else:
+                weights[name], m[name] = self._muon(p, old, g, finite, own)
         return weights, {"m": m, "v": v}, mx.stack([loss, norm])
 
     def _adamw(
@@ -322,11 +328,22 @@ class TrainBackend:
         rounds its bias corrections to float32. MLX makes one kernel of it, because the new
         parameter is computed from the moments that are returned.
         """
-        settings, (keep, size, scale) = self.settings, rates
+        settings, (_, keep, size, scale) = self.settings, rates
         m = mx.where(finite, settings.beta1 * m + (1 - settings.beta1) * g, m)
         v = mx.where(finite, settings.beta2 * v + (1 - settings.beta2) * (g * g), v)
         step = size * m / (mx.sqrt(v) * scale + settings.adam_eps)
         return mx.where(finite, (p * keep if decays(p.shape) else p) - step, p), m, v
+
+    def _muon(
+        self, p: mx.array, m: mx.array, g: mx.array, finite: mx.array, rates: list[mx.array]
+    ) -> tuple[mx.array, mx.array]:
+        """Return a matrix and its momentum after a step, or as they are if it is not finite.
+
+        mlx.optimizers.Muon has another scale of its steps, and adds weight decay to the gradient.
+        """
+        rate, keep, *_ = rates
+        new = muon_update(p, m, g, rate, keep, low=self.precision == "bfloat16")
+        return mx.where(finite, new[0], p), mx.where(finite, new[1], m)
 
     def _mean_loss(
         self,

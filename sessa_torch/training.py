@@ -1,4 +1,4 @@
-"""Training in PyTorch: forward pass, loss, gradients, AdamW."""
+"""Training in PyTorch: forward pass, loss, gradients, optimizer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from sessa_common.config import SessaConfig, parameter_shapes
 from sessa_common.data.batches import Batch, batch_arrays
 from sessa_common.errors import SessaError, require
 from sessa_common.train_config import TrainConfig
-from sessa_common.training.backend import MOMENTS, decays
+from sessa_common.training.backend import MOMENTS
+from sessa_common.training.muon import state_shapes
 from sessa_common.training.preparation import TrainRequest
 from sessa_common.training.processes import Processes, own_rows
 from sessa_common.training.session import TrainResult, run_session
@@ -26,6 +27,7 @@ from sessa_common.training.trained_parameters import (
     trained_shapes,
 )
 from sessa_common.training.trainer import Reporter
+from sessa_torch._optimizer import Optimizer, make_optimizer
 from sessa_torch.checkpoint import build_model, choose_device, to_numpy, to_tensor
 from sessa_torch.distributed.context import ContextParallel
 from sessa_torch.distributed.sharding import (
@@ -126,7 +128,7 @@ def finetune(
 class TrainBackend:
     """A `sessa_common.training.backend.TrainBackend` in PyTorch.
 
-    Weights, gradients and AdamW are float32; weights that are not trained have no gradient. With
+    Weights, gradients and moments are float32; weights that are not trained have no gradient. With
     bfloat16 the forward pass runs under autocast: matrix products in bfloat16; norms, softmax, the
     feedback solve's sums and the loss in float32. With settings.compile a step is a
     `_CompiledStep`, or each layer is compiled alone where weights are sharded. Raises SessaError
@@ -148,6 +150,7 @@ class TrainBackend:
         add_lora(self.model, weights, lora_scale(settings))
         self.model.model.checkpoint_layers = settings.checkpoint_activations == "layers"
         trained = trained_shapes(config, settings)
+        self.state_names = state_shapes(trained, settings).keys()
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name in trained)
         self.objective = _Objective(self.model, self.device, self.precision)
@@ -166,7 +169,8 @@ class TrainBackend:
             shard(self.objective, layers, sharers, bfloat16=low)
         every = self.model.named_parameters()
         self.parameters = {name: parameter for name, parameter in every if name in trained}
-        self.optimizer = _optimizer(self.parameters, rate_factors(config, settings), settings)
+        factors, low = rate_factors(config, settings), self.precision == "bfloat16"
+        self.optimizer = make_optimizer(self.parameters, factors, settings, low=low)
         self.compiled: _CompiledStep | None = None
         if settings.compile and not self.shards:
             parameters = list(self.parameters.values())
@@ -176,7 +180,7 @@ class TrainBackend:
             )
 
     def step(self, batches: Sequence[Batch], learning_rate: float) -> tuple[float, float]:
-        """Take one AdamW step on the weighted mean loss of all rows; (nats, gradient norm)."""
+        """Take one step on the weighted mean loss of all rows; (nats, gradient norm)."""
         # The sums of all processes are averaged, so each is divided by its share of the weights.
         total = sum(float(batch.weights.sum()) for batch in batches) / self.processes.size
         shared = self.settings.context_parallel
@@ -256,6 +260,8 @@ class TrainBackend:
                 for kind, key in MOMENT_KEYS.items()
             }
             for kind, value in kinds.items():
+                if f"{kind}.{name}" not in self.state_names:
+                    continue
                 array = whole_array(value)
                 if self.processes.rank == 0:
                     arrays[f"{kind}.{name}"] = array
@@ -269,6 +275,7 @@ class TrainBackend:
             given = {
                 key: own_part(to_tensor(state[f"{kind}.{name}"]), parameter)
                 for kind, key in MOMENT_KEYS.items()
+                if f"{kind}.{name}" in self.state_names
             }
             given["step"] = torch.tensor(float(steps))
             moments = self.optimizer.state[parameter]
@@ -326,39 +333,20 @@ class _Objective(nn.Module):
         return function(hidden.bfloat16() if self.low else hidden, head.weight, *rest)
 
 
-def _optimizer(
-    parameters: Mapping[str, nn.Parameter], factors: Mapping[str, float], settings: TrainConfig
-) -> torch.optim.AdamW:
-    """Return AdamW that decays matrices only; a group of it holds shards only, or none.
-
-    The learning rate of a group is `rate_factor` times that of the run.
-    """
-    kinds: dict[tuple[float, bool, bool], list[nn.Parameter]] = {}
-    for name, parameter in parameters.items():
-        kind = (factors[name], decays(parameter.shape), is_sharded(parameter))
-        kinds.setdefault(kind, []).append(parameter)
-    groups: list[dict[str, Any]] = [
-        {"params": held, "weight_decay": settings.weight_decay * matrices, "rate_factor": factor}
-        for (factor, matrices, _), held in kinds.items()
-    ]
-    betas = (settings.beta1, settings.beta2)
-    return torch.optim.AdamW(groups, betas=betas, eps=settings.adam_eps, fused=True)
-
-
 class _CompiledStep:
     """A compiled training step that waits for the device once, at its end.
 
     `_accumulate` adds the loss and the gradients of the batch that lies in the static buffers of
-    its shape; `_update` clips, takes the AdamW step and sets the sums to zero. On CUDA both are
-    captured as graphs and replayed. The device skips a step that is not finite. Tensors are never
-    replaced, because a graph reads them at their addresses.
+    its shape; `_update` clips, steps and sets the sums to zero. On CUDA both are captured
+    as graphs and replayed. The device skips a step that is not finite. Tensors are never replaced,
+    because a graph reads them at their addresses.
     """
 
     def __init__(
         self,
         loss_sum: Callable[..., Tensor],
         parameters: list[nn.Parameter],
-        optimizer: torch.optim.AdamW,
+        optimizer: Optimizer,
         max_grad_norm: float,
         processes: Processes,
     ) -> None:
@@ -375,8 +363,7 @@ class _CompiledStep:
         for group in optimizer.param_groups:
             rate = torch.zeros((), device=self.device)
             group["lr"] = self.rates.setdefault(group["rate_factor"], rate)
-        # Fused AdamW skips its step when this is 1, as GradScaler uses it.
-        optimizer.found_inf = self.skip  # type: ignore[attr-defined]
+        optimizer.skip_steps_where(self.skip)
         self.update = self._update
         self.shapes: dict[tuple[int, ...], tuple[list[Tensor], Callable[[], None]]] = {}
         self.stream = torch.cuda.Stream() if self.device.type == "cuda" else None

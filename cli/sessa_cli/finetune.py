@@ -54,6 +54,7 @@ def finetune(
     batch_size: options.BatchSize = None,
     gradient_accumulation_steps: options.GradientAccumulationSteps = None,
     sequence_length: options.SequenceLength = None,
+    optimizer: options.Optimizer = None,
     learning_rate: options.LearningRate = None,
     min_lr_ratio: options.MinLrRatio = None,
     layer_rate_decay: options.LayerRateDecay = None,

@@ -113,6 +113,7 @@ def train(
     gradient_accumulation_steps: options.GradientAccumulationSteps = None,
     sequence_length: options.SequenceLength = None,
     documents: options.Documents = None,
+    optimizer: options.Optimizer = None,
     learning_rate: options.LearningRate = None,
     min_lr_ratio: options.MinLrRatio = None,
     layer_rate_decay: options.LayerRateDecay = None,

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sessa_common.train_config import TRACKERS, TRAINED
+from sessa_common.train_config import OPTIMIZERS, TRACKERS, TRAINED
 
 
 def panel(name: str) -> Callable[[str, str], Any]:
@@ -89,6 +89,14 @@ Documents = Annotated[
         "--documents",
         "separate: the documents of a row do not read each other; or joined. Default: separate, "
         "but joined with --context-parallel.",
+    ),
+]
+Optimizer = Annotated[
+    str | None,
+    of_learning(
+        "--optimizer",
+        f"{' or '.join(OPTIMIZERS)}; muon takes the layers' matrices, AdamW the rest. "
+        "Default: adamw.",
     ),
 ]
 LearningRate = Annotated[

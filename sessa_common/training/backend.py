@@ -11,18 +11,18 @@ import numpy as np
 from sessa_common.data.batches import Batch
 from sessa_common.train_config import TrainConfig
 
-# Adam's first and second moment, by their names in a training state.
+# Adam's first and second moment, by their names in a training state; Muon has the first only.
 MOMENTS = ("m", "v")
 
 
 class TrainBackend(Protocol):
-    """The forward and backward pass and the AdamW update of one framework.
+    """The forward and backward pass and the optimizer of one framework.
 
     Built as `TrainBackend(config, settings, weights, device)`, with float32 weights by the names of
     `parameter_shapes`, and LoRA's matrices beside them. It trains `trained_shapes`. The state is
-    "weights.<name>", "m.<name>" and "v.<name>" (Adam's two moments) of what is trained, float32,
-    the same in every framework. `device` and `precision` are those in use. Of several processes
-    each makes the same calls, with the same arguments.
+    "weights.<name>", "m.<name>" and "v.<name>" (Adam's two moments, Muon's momentum as m alone) of
+    what is trained, float32, the same in every framework. `device` and `precision` are those in
+    use. Of several processes each makes the same calls, with the same arguments.
     """
 
     device: str

@@ -51,8 +51,9 @@ from sessa_common.errors import SessaError
 from sessa_common.json_files import parse_json, read_json
 from sessa_common.storage import lock_folder, new_folder, write_json, write_text
 from sessa_common.train_config import TrainConfig
-from sessa_common.training.backend import MOMENTS, TrainBackend
+from sessa_common.training.backend import TrainBackend
 from sessa_common.training.metrics import last_metrics, read_metrics, tokens_per_second
+from sessa_common.training.muon import state_shapes
 from sessa_common.training.trained_parameters import trained_shapes, trains_adapter
 
 
@@ -213,7 +214,8 @@ def restore_run(run: Run, backend: TrainBackend) -> int:
     path = run.folder / STATE
     state = read_safetensors(path)
     step, fingerprint = read_state_metadata(run.folder)
-    _check_state(state, trained_shapes(run.config, run.settings), path)
+    trained = trained_shapes(run.config, run.settings)
+    _check_state(state, state_shapes(trained, run.settings), path)
     require_finite_weights(state, str(path))
     if fingerprint != run.data_fingerprint:
         model = f" or the model in {run.base}" if trains_adapter(run.settings) else ""
@@ -225,10 +227,7 @@ def restore_run(run: Run, backend: TrainBackend) -> int:
     return step
 
 
-def _check_state(state: Mapping[str, np.ndarray], trained: Shapes, path: Path) -> None:
-    expected = {
-        f"{kind}.{name}": shape for kind in ("weights", *MOMENTS) for name, shape in trained.items()
-    }
+def _check_state(state: Mapping[str, np.ndarray], expected: Shapes, path: Path) -> None:
     for name in sorted(expected.keys() | state.keys()):
         found = tuple(state[name].shape) if name in state else "missing"
         if found != expected.get(name):

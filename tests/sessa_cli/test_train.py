@@ -199,6 +199,7 @@ def test_resume_with_more_steps_goes_on(run_folder, capsys):
             "another architecture: layer_kinds is sessa, gated_attention was given",
         ),
         (("--lr", 0.5), "learning_rate is 0.003 in this run, 0.5 was given"),
+        (("--optimizer", "muon"), "optimizer is adamw in this run, muon was given"),
         (("--preset", "sessa-9m"), "--preset starts a new run"),
         (("--data", "pydoc"), "the data are not those"),
     ],

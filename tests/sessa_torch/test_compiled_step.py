@@ -97,17 +97,20 @@ def eager(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("compiler", "kind"),
+    ("compiler", "kind", "optimizer"),
     [
-        *(("eager", kind) for kind in KINDS),
-        *(("traced", kind) for kind in ("transformer", "hybrid")),
-        *(pytest.param("compiled", kind, marks=pytest.mark.slow) for kind in KINDS),
+        *(("eager", kind, "adamw") for kind in KINDS),
+        ("eager", "hybrid", "muon"),
+        *(("traced", kind, "adamw") for kind in ("transformer", "hybrid")),
+        *(pytest.param("compiled", kind, "adamw", marks=pytest.mark.slow) for kind in KINDS),
     ],
 )
-def test_compiled_steps_are_the_eager_ones_in_torch(compiler, kind, monkeypatch):
+def test_compiled_steps_are_the_eager_ones_in_torch(compiler, kind, optimizer, monkeypatch):
     monkeypatch.setattr(torch, "compile", COMPILERS[compiler])
     torch._dynamo.reset()
-    plain, compiled = make_backend(compile=False, kind=kind), make_backend(kind=kind)
+    plain, compiled = (
+        make_backend(compile=compile, kind=kind, optimizer=optimizer) for compile in (False, True)
+    )
     expected, got = steps(plain, range(4)), steps(compiled, range(4))
     assert min(norm for _, norm in expected) > SETTINGS.max_grad_norm
     np.testing.assert_allclose(got, expected, rtol=1e-4)
@@ -118,12 +121,17 @@ def test_compiled_steps_are_the_eager_ones_in_torch(compiler, kind, monkeypatch)
 
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch finds no CUDA device here")
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("precision", "optimizer"),
+    [("float32", "adamw"), ("bfloat16", "adamw"), ("float32", "muon"), ("bfloat16", "muon")],
+)
 @pytest.mark.parametrize("kind", KINDS)
-def test_replayed_graphs_are_the_eager_steps(kind, precision):
+def test_replayed_graphs_are_the_eager_steps(kind, precision, optimizer):
     torch._dynamo.reset()
     plain, graphed = (
-        make_backend(compile=compile, kind=kind, device="cuda", precision=precision)
+        make_backend(
+            compile=compile, kind=kind, device="cuda", precision=precision, optimizer=optimizer
+        )
         for compile in (False, True)
     )
     tolerance = 1e-3 if precision == "float32" else 5e-2
@@ -150,8 +158,9 @@ def test_compiled_steps_are_the_eager_ones_in_mlx(kind):
     assert np.array_equal(compiled.predict(batch.inputs), plain.predict(batch.inputs))
 
 
-def test_a_step_that_is_not_finite_changes_nothing(eager):
-    whole, broken = make_backend(), make_backend()
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_step_that_is_not_finite_changes_nothing(optimizer, eager):
+    whole, broken = (make_backend(optimizer=optimizer) for _ in range(2))
     steps(whole, range(2))
     steps(broken, range(2))
     before, good = broken.state(), Source().batch(0)

@@ -40,7 +40,12 @@ SETTINGS: dict[str, Any] = {
 WAYS: dict[str, dict[str, Any]] = {
     "lora": {},
     "packed": {"steps": FEW, "packing": True, "lora_targets": ["q_proj", "W_out"], "lora_rank": 3},
-    "feedback+lora": {"steps": FEW, "train": "feedback+lora", "checkpoint_activations": "layers"},
+    "feedback+lora": {
+        "steps": FEW,
+        "train": "feedback+lora",
+        "checkpoint_activations": "layers",
+        "optimizer": "muon",
+    },
     "all": {"steps": FEW, "train": "all"},
 }
 

@@ -16,11 +16,13 @@ ROOT = Path(__file__).parents[2]
 # Only MLX decodes by a compiled step, in the files whose names begin with _step. PyTorch's own
 # attention has a gradient in O(T) memory, MLX's has not, and only MLX's exp is slow on a CPU
 # and its one-row products with a bias on CUDA. transformers has models in PyTorch, mlx-lm in MLX.
-# Only PyTorch shards weights, and solves documents one by one, where MLX masks them.
+# Only PyTorch shards weights, solves documents one by one, where MLX masks them, and has optimizers
+# that hold the moments.
 ONE_SIDED = {
     "_documents.py",
     "_exp.py",
     "_linear.py",
+    "_optimizer.py",
     "_step",
     "attention_blocks.py",
     "cuda/",

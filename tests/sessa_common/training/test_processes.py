@@ -64,6 +64,14 @@ def test_one_process_ends_all(own: bool, other: bool, answer: bool) -> None:
     assert any_process(group(0, 2, [np.array([other], np.float32)]), bool(own)) is answer
 
 
+def test_muon_needs_whole_matrices() -> None:
+    for shared in (0, 2):
+        message = f"needs whole matrices, but `shard_processes` is {shared}"
+        with pytest.raises(SessaError, match=message):
+            TrainConfig(optimizer="muon", shard_processes=shared)
+    TrainConfig(optimizer="muon", context_parallel=2)
+
+
 def test_different_data_are_noticed() -> None:
     sent: list[np.ndarray] = []
     for text in ("a", "b"):
