@@ -7,7 +7,7 @@ import math
 import os
 from collections import deque
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,6 +63,14 @@ class GumbelNoise:
         self.vocab_size = vocab_size
         self.streams = [np.random.default_rng([seed, row]) for row in rows]
         self.ahead: deque[np.ndarray] = deque()
+        self.drawing: list[Future[np.ndarray]] = []  # of each row, of the draw after `ahead`
+
+    def begin(self) -> None:
+        """Start to draw the noise that follows what is at hand, in threads."""
+        if not self.drawing:
+            self.drawing = [
+                _threads().submit(_gumbel, stream, self.vocab_size) for stream in self.streams
+            ]
 
     def peek(self, turn: int = 0) -> np.ndarray:
         """Return the noise (B, V) float32 of the draw `turn` draws after the next."""
@@ -71,6 +79,9 @@ class GumbelNoise:
         return self.ahead[turn]
 
     def _draw(self) -> list[np.ndarray]:
+        if self.drawing:
+            begun, self.drawing = self.drawing, []
+            return [row.result() for row in begun]
         sizes = [self.vocab_size] * len(self.streams)
         if len(sizes) > 1 and self.vocab_size >= THREADED_VOCABULARY:
             return list(_threads().map(_gumbel, self.streams, sizes))
@@ -84,6 +95,8 @@ class GumbelNoise:
 
     def keep(self, rows: Sequence[int]) -> None:
         """Keep only these rows of the batch; each goes on in its own stream."""
+        if self.drawing:
+            self.ahead.append(np.stack(self._draw()))
         self.streams = [self.streams[row] for row in rows]
         self.ahead = deque(noise[list(rows)] for noise in self.ahead)
 

@@ -57,8 +57,8 @@ class DeviceSampler:
             raise SessaError("the model's logits are not finite numbers; the weights are damaged")
         if self.config.temperature > 0:
             self.noise.take()
-            # Drawn while the device computes.
-            self.noise.peek(1)
+            # Drawn while the device computes and the host starts the next step.
+            self.noise.begin()
         return ids
 
 
