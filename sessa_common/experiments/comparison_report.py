@@ -23,13 +23,19 @@ ABSENT = "–"
 
 
 def write_report(out: Path, comparison: Comparison) -> dict[str, Any]:
-    """Write results.json, results.md and, with matplotlib, the pictures; return the results."""
-    results = collect(out, comparison)
-    write_json(out / RESULTS, results)
-    write_text(out / TABLE, format_results(results))
+    """Write the tables and, with matplotlib, the pictures; return the results."""
+    results = write_tables(out, comparison)
     if has_matplotlib():
         draw_curves(out, comparison)
         draw_lags(out, results)
+    return results
+
+
+def write_tables(out: Path, comparison: Comparison) -> dict[str, Any]:
+    """Write results.json and results.md, and return the results."""
+    results = collect(out, comparison)
+    write_json(out / RESULTS, results)
+    write_text(out / TABLE, format_results(results))
     return results
 
 

@@ -24,7 +24,7 @@ from sessa_common.experiments.comparison import (
     check_plan,
     write_plan,
 )
-from sessa_common.experiments.comparison_report import write_report
+from sessa_common.experiments.comparison_report import write_tables
 from sessa_common.experiments.comparison_results import best_rate, control_result, read_result
 from sessa_common.json_files import read_json
 from sessa_common.storage import is_empty, lock_folder, write_json
@@ -209,13 +209,13 @@ class Runner:
         self.running[job.name] = Running(job, device, process)
 
     def _collect_ended(self, *, stopping: bool = False) -> bool:
-        """Report every run that ended and rebuild the report; return True if any did."""
+        """Report every run that ended and write the tables anew; return True if any did."""
         ended = [r for r in self.running.values() if r.process.poll() is not None]
         for running in ended:
             del self.running[running.job.name]
             self._report_end(running, stopping)
         if ended:
-            write_report(self.out, self.comparison)
+            write_tables(self.out, self.comparison)
         return bool(ended)
 
     def _report_end(self, running: Running, stopping: bool) -> None:
