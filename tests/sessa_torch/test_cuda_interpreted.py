@@ -40,15 +40,15 @@ CASES = {
     "gamma 0.999": {"T": 65, "gamma": 0.999},
     "gamma -0.999": {"T": 65, "gamma": -0.999},
     "float16": {"T": 100, "half": True},
-    "float16 past and mask": {"T": 130, "P": 37, "masked": True, "half": True, "logits": 8.0},
+    "float16 past and mask": {"T": 70, "P": 37, "masked": True, "half": True, "logits": 8.0},
     "16-bit keys": {"T": 70, "P": 37, "masked": True, "types": ("float16", "float32")},
     "bfloat16 keys": {"B": 2, "T": 17, "P": 64, "K": 40, "types": ("bfloat16", "float32")},
-    "16-bit keys without a past": {"T": 200, "types": ("bfloat16", "float32")},
+    "16-bit keys without a past": {"T": 100, "types": ("bfloat16", "float32")},
     "two 16-bit types": {"T": 40, "P": 5, "D": 24, "types": ("float16", "bfloat16")},
     "rounded to bfloat16": {"T": 40, "P": 33, "K": 13, "D": 7, "precision": "bfloat16"},
     "widened to float32": {"T": 40, "P": 33, "half": True, "precision": "float32"},
-    "documents": {"T": 130, "documents": 12},
-    "long documents in several chunks": {"T": 200, "K": 16, "documents": 70, "chunk_tiles": 1},
+    "documents": {"T": 100, "documents": 12},
+    "long documents in several chunks": {"T": 130, "K": 16, "documents": 70, "chunk_tiles": 1},
     "documents without descriptors": {"T": 70, "K": 13, "documents": 5, "has_tma": False},
     "documents in float16": {"T": 100, "documents": 20, "half": True},
 }
@@ -80,7 +80,7 @@ def test_interpreted_kernels_equal_float64(results, name):
         assert error <= LIMITS.get(name, 3e-6), what
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case["T"] <= 130])
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case["T"] <= 70])
 def test_without_gain_a_row_is_f_bit_for_bit(results, name):
     assert results["without gain"][name] == 0
 
@@ -288,18 +288,22 @@ def hidden_rows(kernels, **case):
     f, q, k, gamma, past, mask = draw(masked=True, **case)
     P, found = past.shape[1], []
     ds = torch.randn(f.shape, generator=torch.Generator().manual_seed(1)).to(f.dtype)
-    for filler in (0, float("nan"), float("inf"), 6e4):
-        hidden = (
-            x.masked_fill(~mask[:, i:j, None], filler)
-            for x, i, j in ((f, P, None), (k, 0, None), (past, 0, P))
+    fillers = torch.tensor([float("nan"), float("inf"), 6e4])
+
+    def fill(x, seen, hide):
+        at = torch.randint(3, x.shape, generator=torch.Generator().manual_seed(2))
+        return torch.where(seen[..., None], x, fillers[at].to(x.dtype) if hide else 0)
+
+    for hide in (False, True):
+        rows, keys, states = (
+            fill(f, mask[:, P:], hide),
+            fill(k, mask, hide),
+            fill(past, mask[:, :P], hide),
         )
-        rows, keys, states = hidden
         s, lse = kernels.solve_forward(rows, q, keys, gamma, states, mask)
         grads = kernels.solve_backward(ds, q, keys, gamma, s, lse, states, mask)
         found.append((s.masked_fill(~mask[:, P:, None], 0), *grads))
-    plain, *others = found
-    pairs = (zip(plain, other, strict=True) for other in others)
-    return sum(not torch.equal(x, y) for each in pairs for x, y in each)
+    return sum(not torch.equal(x, y) for x, y in zip(*found, strict=True))
 
 
 def causality(kernels):
@@ -352,7 +356,7 @@ def main():
     forward.SEARCH = tl.constexpr(4)
     backward.CHUNK_ELEMENTS = 1
     results = {name: compare(case, kernels, blocked) for name, case in CASES.items()}
-    short = {name: case for name, case in CASES.items() if case["T"] <= 130}
+    short = {name: case for name, case in CASES.items() if case["T"] <= 70}
     results["without gain"] = {name: without_gain(case, kernels) for name, case in short.items()}
     args = draw(T=40, P=3)
     first, second = (kernels.solve_forward(*args)[0] for _ in range(2))
