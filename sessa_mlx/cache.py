@@ -136,7 +136,7 @@ class _StateBuffer(GrowingBuffer):
 
 
 class SessaLayerCache:
-    """One layer's rows: k, v (B, G, P, d) after RoPE, k_fb (B, P, D) and s (B, P, D) float32.
+    """One layer's rows: k, v (B, G, P, d) after RoPE, k_fb (B, P, K) and s (B, P, D) float32.
 
     The states stay in float32 in any model dtype: bfloat16 could distinguish only the first 15
     positions of the positional code (Lemma 4.10 at gain 0.76). The feedback's keys have the values

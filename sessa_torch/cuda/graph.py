@@ -23,8 +23,9 @@ LOG = logging.getLogger("sessa")
 MOST_TOKENS, MOST_GRAPHS = DECODE_ROWS, 4
 WIDEST_HEAD = 256
 # Most rows of a prompt for which the host takes longer to start the modules' kernels than the
-# kernels here take for larger products.
-MOST_PROMPT_ROWS = 4096
+# kernels here take for larger products, in a model of this width; the products of a row grow with
+# the square of the width, so wider models have fewer rows.
+MOST_PROMPT_ROWS, PROMPT_WIDTH = 4096, 1024
 QUICK_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
@@ -37,8 +38,6 @@ def unavailable_reason(model: SessaForCausalLM) -> str | None:
         return "the weights have different types"
     if reason := device.unavailable_reason(example.device, example.dtype):
         return reason
-    if options := model.config.block_options:
-        return f"its kernels do not know {', '.join(options)}"
     if model.config.head_dim > WIDEST_HEAD:
         return f"heads are wider than {WIDEST_HEAD}"
     if model.config.feeds_back:
@@ -57,7 +56,7 @@ class Captured:
 
 
 class StepRunner:
-    """Runs steps of at most MOST_TOKENS tokens, and prompts of at most MOST_PROMPT_ROWS rows.
+    """Runs steps of at most MOST_TOKENS tokens, and prompts of at most `most_rows` rows.
 
     The first step of a number of tokens runs kernel by kernel, which compiles the kernels; from the
     second on it is a graph, captured anew when the cache gets other buffers. All graphs share one
@@ -67,6 +66,8 @@ class StepRunner:
     def __init__(self, model: SessaForCausalLM) -> None:
         self.model = model
         self.graphs = model.model.norm.weight.is_cuda
+        wide = max(1.0, model.config.hidden_size / PROMPT_WIDTH)
+        self.most_rows = int(MOST_PROMPT_ROWS / wide**2)
         self.forget()
 
     def forget(self) -> None:
@@ -80,7 +81,7 @@ class StepRunner:
 
     def takes(self, cache: SessaCache, ids: Tensor) -> bool:
         """True if `run` can append tokens ids (B, T), none of them padding."""
-        is_prompt = cache.mask is None and ids.numel() <= MOST_PROMPT_ROWS
+        is_prompt = cache.mask is None and ids.numel() <= self.most_rows
         return ids.shape[1] <= MOST_TOKENS or is_prompt
 
     def run(self, cache: SessaCache, ids: Tensor, keep: int = 0) -> Tensor:
@@ -133,14 +134,14 @@ class StepRunner:
         """Give an empty cache buffers for B sequences, where it has none that fit."""
         config, example = self.model.config, self.model.model.norm.weight
         keys = example.new_empty(B, config.num_key_value_heads, 0, config.head_dim)
-        rows = example.new_empty(B, 0, config.hidden_size)
         for layer, kind in zip(cache.layers, config.kinds, strict=True):
             if isinstance(layer, SessaLayerCache):
                 layer.k.append(keys)
                 layer.v.append(keys)
                 if kind.feeds_back:
-                    layer.k_fb.append(rows)
-                    layer.s.append(rows.float())
+                    layer.k_fb.append(example.new_empty(B, 0, config.feedback_key_dim))
+                    states = example.new_empty(B, 0, config.hidden_size, dtype=torch.float32)
+                    layer.s.append(states)
 
     def _new_place(self, cache: SessaCache, B: int) -> Place:
         config, example = self.model.config, self.model.model.norm.weight

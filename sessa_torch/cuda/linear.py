@@ -47,6 +47,15 @@ class Sizes:
         }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Norm:
+    """A layer norm of the rows that a linear layer multiplies, or without a bias an RMSNorm."""
+
+    weight: Tensor  # (K,)
+    bias: Tensor | None  # (K,)
+    eps: float
+
+
 # One row is multiplied and summed without tensor cores.
 ONE_ROW = Sizes(rows=1, columns=8, most_columns=16, inner=1024, normed=1024, whole=True)
 FEW_ROWS = Sizes(
@@ -70,44 +79,62 @@ def linear(
     weight: Tensor,  # (N, K)
     bias: Tensor | None = None,  # (N,)
     *,
-    norm: tuple[Tensor, Tensor, float] | None = None,
+    norm: Norm | None = None,
     plus: Tensor | None = None,  # (R, K)
     times: Tensor | None = None,  # (R, K)
     gelu: int = 0,
+    gate: tuple[Tensor, Tensor | None] | None = None,  # (N, K), (N,)
     residual: Tensor | None = None,  # (R, N)
     more: Tensor | None = None,  # (R, N)
     out: Tensor,  # (R, N)
 ) -> Tensor:
     """out = y W^T + bias + residual + more for a few rows, where y is x plus or times another.
 
-    `norm` is weight, bias and epsilon of a layer norm of y. The first `gelu` columns of the result
-    go through gelu before the residuals are added. `x` and `times` may be columns of wider rows.
+    `norm` is a norm of y. Before the residuals are added, the first `gelu` columns of the result go
+    through gelu, and with `gate`, weight and bias of a second linear layer of y with a bias where
+    the first has one, the result is multiplied by silu of the second's. `x` and `times` may be
+    columns of wider rows.
     """
     (R, K), N = x.shape, weight.shape[0]
     second = plus if plus is not None else times
-    gamma, beta, eps = norm if norm is not None else (weight, weight, 0.0)
+    gate_weight, gate_bias = gate if gate is not None else (weight, bias)
     size = sizes(R, weight.dtype)
     # Few columns a program keep all multiprocessors busy; with many, rows are normed less often.
     while size.columns < size.most_columns and 4 * size.columns * num_sms(x.device) < N:
         size = replace(size, columns=2 * size.columns)
     prepared(
-        linear_kernel, K=K, N=N, EPS=eps, GELU=gelu,
-        SECOND=(plus is not None) + 2 * (times is not None), NORM=norm is not None,
+        linear_kernel, K=K, N=N, GELU=gelu, GATE=gate is not None,
+        SECOND=(plus is not None) + 2 * (times is not None), **norm_constants(norm),
         BIAS=bias is not None, RESIDUAL=residual is not None, MORE=more is not None,
         **size.constants(K), **launch_options(x.device),
     ).launch(
         (-(-N // size.columns), -(-R // size.rows)),
-        (x, x if second is None else second, gamma, beta, weight, weight if bias is None else bias,
+        (x, x if second is None else second, *norm_tensors(norm, weight), weight,
+         weight if bias is None else bias, gate_weight, weight if gate_bias is None else gate_bias,
          out if residual is None else residual, out if more is None else more, out),
         (), (x.stride(0), 0 if second is None else second.stride(0), R),
     )
     return out
 
 
+def norm_constants(norm: Norm | None) -> dict[str, Any]:
+    """Constants of a kernel that norms its rows."""
+    if norm is None:
+        return {"NORM": False, "RMS": False, "EPS": 0.0}
+    return {"NORM": True, "RMS": norm.bias is None, "EPS": norm.eps}
+
+
+def norm_tensors(norm: Norm | None, absent: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight and bias as pointers; a kernel does not read those that are absent."""
+    if norm is None:
+        return absent, absent
+    return norm.weight, norm.weight if norm.bias is None else norm.bias
+
+
 @triton.jit
 def input_rows(
     x, second, norm_weight, norm_bias, rows, cols, sx, ss, R, mean, scale,
-    K: tl.constexpr, SECOND: tl.constexpr, NORM: tl.constexpr,
+    K: tl.constexpr, SECOND: tl.constexpr, NORM: tl.constexpr, RMS: tl.constexpr,
 ):
     """Columns of the rows that a linear layer multiplies, in float32; zeros outside."""
     ok = (rows < R)[:, None] & (cols < K)[None, :]
@@ -120,28 +147,36 @@ def input_rows(
         y = (y + other).to(given.dtype).to(tl.float32) if SECOND == 1 else y * other
     if NORM:
         weight = tl.load(norm_weight + cols, mask=cols < K, other=0.0).to(tl.float32)
-        bias = tl.load(norm_bias + cols, mask=cols < K, other=0.0).to(tl.float32)
-        y = (y - mean[:, None]) * scale[:, None] * weight[None, :] + bias[None, :]
-        y = tl.where(ok, y, 0.0)
+        if RMS:
+            y = y * scale[:, None] * weight[None, :]
+        else:
+            bias = tl.load(norm_bias + cols, mask=cols < K, other=0.0).to(tl.float32)
+            y = (y - mean[:, None]) * scale[:, None] * weight[None, :] + bias[None, :]
+            y = tl.where(ok, y, 0.0)
     return y
 
 
 @triton.jit
 def norm_of_rows(
     x, second, rows, sx, ss, R, K: tl.constexpr, BS: tl.constexpr, ROWS: tl.constexpr,
-    SECOND: tl.constexpr, EPS: tl.constexpr,
+    SECOND: tl.constexpr, RMS: tl.constexpr, EPS: tl.constexpr,
 ):
-    """Mean and 1 / sqrt(variance + EPS) of rows, in two passes."""
+    """Mean and 1 / sqrt(variance + EPS) of rows, in two passes; with RMS the mean counts as 0."""
     none = tl.zeros((ROWS,), tl.float32)
-    total, squares = none, none
+    mean, squares = none, none
+    if not RMS:
+        for start in tl.static_range(0, K, BS):
+            cols = start + tl.arange(0, BS)
+            y = input_rows(
+                x, second, x, x, rows, cols, sx, ss, R, none, none, K, SECOND, False, False
+            )
+            mean += tl.sum(y, 1)
+        mean = mean / K
     for start in tl.static_range(0, K, BS):
         cols = start + tl.arange(0, BS)
-        y = input_rows(x, second, x, x, rows, cols, sx, ss, R, none, none, K, SECOND, False)
-        total += tl.sum(y, 1)
-    mean = total / K
-    for start in tl.static_range(0, K, BS):
-        cols = start + tl.arange(0, BS)
-        y = input_rows(x, second, x, x, rows, cols, sx, ss, R, none, none, K, SECOND, False)
+        y = input_rows(
+            x, second, x, x, rows, cols, sx, ss, R, none, none, K, SECOND, False, False
+        )
         y = tl.where((cols < K)[None, :], y - mean[:, None], 0.0)
         squares += tl.sum(y * y, 1)
     return mean, tl.rsqrt(squares / K + EPS)
@@ -151,8 +186,8 @@ def norm_of_rows(
 def products(
     x, second, norm_weight, norm_bias, w, rows, n, width, sx, ss, R,
     K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BS: tl.constexpr, ROWS: tl.constexpr,
-    SECOND: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr, WHOLE: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
+    SECOND: tl.constexpr, NORM: tl.constexpr, RMS: tl.constexpr, EPS: tl.constexpr,
+    WHOLE: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
 ):
     """Products (ROWS, BN) in float32 of the rows with rows n of w, of which there are `width`."""
     PARTS: tl.constexpr = BK // 128 if BK > 128 else 1
@@ -166,13 +201,13 @@ def products(
         wait_for_kernel_before()
     mean, scale = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
     if NORM:
-        mean, scale = norm_of_rows(x, second, rows, sx, ss, R, K, BS, ROWS, SECOND, EPS)
+        mean, scale = norm_of_rows(x, second, rows, sx, ss, R, K, BS, ROWS, SECOND, RMS, EPS)
     if WHOLE:
         for start in tl.static_range(0, K, BK):
             cols = start + inner
             y = input_rows(
                 x, second, norm_weight, norm_bias, rows, cols, sx, ss, R, mean, scale,
-                K, SECOND, NORM,
+                K, SECOND, NORM, RMS,
             ).to(tile.dtype)
             if ROWS == 1:
                 acc += tl.sum(tile.to(tl.float32) * y.to(tl.float32), 1)[None, :]
@@ -192,7 +227,7 @@ def products(
             tile = tl.load(w_at + start, mask=n_ok[:, None] & (cols < K)[None, :], other=0.0)
             y = input_rows(
                 x, second, norm_weight, norm_bias, rows, cols, sx, ss, R, mean, scale,
-                K, SECOND, NORM,
+                K, SECOND, NORM, RMS,
             )
             acc = tl.dot(y.to(tile.dtype), tile.T, acc, input_precision=PRECISION)
     return acc
@@ -200,21 +235,30 @@ def products(
 
 @triton.jit(do_not_specialize=["R"])
 def linear_kernel(
-    x, second, norm_weight, norm_bias, w, bias, residual, more, out, sx, ss, R,
+    x, second, norm_weight, norm_bias, w, bias, gate_w, gate_bias, residual, more, out, sx, ss, R,
     K: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BS: tl.constexpr,
-    ROWS: tl.constexpr, SECOND: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr,
-    GELU: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, MORE: tl.constexpr,
-    WHOLE: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
+    ROWS: tl.constexpr, SECOND: tl.constexpr, NORM: tl.constexpr, RMS: tl.constexpr,
+    EPS: tl.constexpr, GELU: tl.constexpr, GATE: tl.constexpr, BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr, MORE: tl.constexpr, WHOLE: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
 ):
     """BN columns of a linear layer of ROWS rows; SECOND is 1 to add inputs, 2 to multiply them."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     acc = products(
         x, second, norm_weight, norm_bias, w, rows, n, N, sx, ss, R,
-        K, BN, BK, BS, ROWS, SECOND, NORM, EPS, WHOLE, STAGES, PRECISION, OVERLAP,
+        K, BN, BK, BS, ROWS, SECOND, NORM, RMS, EPS, WHOLE, STAGES, PRECISION, OVERLAP,
     )
     if BIAS:
         acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    if GATE:
+        gate = products(
+            x, second, norm_weight, norm_bias, gate_w, rows, n, N, sx, ss, R,
+            K, BN, BK, BS, ROWS, SECOND, NORM, RMS, EPS, WHOLE, STAGES, PRECISION, False,
+        )
+        if BIAS:
+            gate += tl.load(gate_bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+        acc *= gate / (1 + tl.exp(-gate))
     if GELU > 0:
         acc = tl.where((n < GELU)[None, :], 0.5 * acc * (1 + tl.erf(acc * 0.7071067811865476)), acc)
     at = rows.to(tl.int64)[:, None] * N + n[None, :]

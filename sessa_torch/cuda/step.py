@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from sessa_torch.attention import causal_attention
 from sessa_torch.cache import Mamba2LayerCache, SessaCache, SessaLayerCache
 from sessa_torch.cuda.attention import attend
-from sessa_torch.cuda.linear import linear
+from sessa_torch.cuda.linear import Norm, linear
 from sessa_torch.cuda.projection import Feedback, project
 from sessa_torch.feedback.cuda import solve_forward
 from sessa_torch.feedback.cuda_decode import read_past, solve_behind
@@ -58,7 +58,7 @@ def run_step(
         x = x.view(B, T, -1)[:, -keep:].flatten(0, 1)
     tied = model.config.tie_word_embeddings
     head = model.model.embed_tokens.weight if tied else model.lm_head.weight
-    if len(x) == 1 and isinstance(model.model.norm, nn.LayerNorm):
+    if len(x) == 1:
         logits = linear(x, head, norm=_norm(model.model.norm), out=x.new_empty(1, len(head)))
     else:
         logits = F.linear(model.model.norm(x), head)
@@ -76,14 +76,24 @@ def _gated_layer(layer: Any, x: Tensor, rows: SessaLayerCache, place: Place, B: 
 
 
 def _standard_layer(layer: Any, x: Tensor, rows: SessaLayerCache, place: Place, B: int) -> Tensor:
-    mixer, up, down = layer.mixer, layer.mlp.up_proj, layer.mlp.down_proj
+    mixer, mlp = layer.mixer, layer.mlp
+    up, down = mlp.up_proj, mlp.down_proj
     feeds_back = rows.s.buffer is not None
     mixed = _mix(mixer, x, layer.ln, rows, place, B, residual=None if feeds_back else x)
     # Without feedback the output projection has added the residual.
     x, states = (x, mixed) if feeds_back else (mixed, None)
     inner = x.new_empty(len(x), up.out_features)
-    norm = _norm(layer.ln_mlp)
-    linear(x, up.weight, up.bias, norm=norm, plus=states, gelu=up.out_features, out=inner)
+    gate = (mlp.gate_proj.weight, mlp.gate_proj.bias) if mlp.gated else None
+    linear(
+        x,
+        up.weight,
+        up.bias,
+        norm=_norm(layer.ln_mlp),
+        plus=states,
+        gelu=0 if mlp.gated else up.out_features,
+        gate=gate,
+        out=inner,
+    )
     out = torch.empty_like(x)
     return linear(inner, down.weight, down.bias, residual=x, more=states, out=out)
 
@@ -91,7 +101,7 @@ def _standard_layer(layer: Any, x: Tensor, rows: SessaLayerCache, place: Place, 
 def _mix(
     mixer: Any,
     a: Tensor,  # (B T, D)
-    norm: nn.LayerNorm | None,
+    norm: nn.Module | None,
     rows: SessaLayerCache,
     place: Place,
     B: int,
@@ -101,7 +111,8 @@ def _mix(
     config, (R, D) = mixer.config, a.shape
     k, v, k_fb, s = (held.buffer for held in (rows.k, rows.v, rows.k_fb, rows.s))
     assert k is not None and v is not None
-    T, q, feedback = R // B, a.new_empty(R, D), None
+    T, feedback = R // B, None
+    q = a.new_empty(R, config.num_attention_heads * config.head_dim)
     if k_fb is not None:
         proj, gain = mixer.proj_fb, (mixer.gamma_ctx.weight, mixer.gamma_bias)
         feedback = Feedback(
@@ -109,13 +120,15 @@ def _mix(
             gain=gain,
             most=config.gamma_max,
             keys=k_fb,
-            queries=a.new_empty(R, D),
+            queries=a.new_empty(R, k_fb.shape[2]),
             gamma=a.new_empty(R, dtype=torch.float32),
         )
     project(
         a,
-        *((part.weight, part.bias) for part in (mixer.q_proj, mixer.k_proj, mixer.v_proj)),
+        (mixer.q_proj.weight, mixer.k_proj.weight, mixer.v_proj.weight),
+        (mixer.q_proj.bias, mixer.k_proj.bias, mixer.v_proj.bias) if config.qkv_bias else None,
         norm=None if norm is None else _norm(norm),
+        head_norms=(_norm(mixer.q_norm), _norm(mixer.k_norm)) if config.qk_norm else None,
         rope=place.rope,
         length=place.length,
         hidden=place.hidden,
@@ -130,12 +143,12 @@ def _mix(
     shares = None
     if place.past is not None:
         keys, values = (x[:, :, : place.past + T] for x in (k, v))
-        f = causal_attention(heads.transpose(1, 2), keys, values).transpose(1, 2).reshape(R, D)
+        f = causal_attention(heads.transpose(1, 2), keys, values).transpose(1, 2).reshape(R, -1)
     else:
-        f = a.new_empty(R, D, dtype=a.dtype if mixer.projects else wide)
+        f = torch.empty_like(q, dtype=a.dtype if mixer.projects else wide)
         if feedback is not None and s is not None:
             # The past is read before f is known; attention starts while that ends.
-            queries = feedback.queries.view(B, T, D)
+            queries = feedback.queries.view(B, T, -1)
             given = (queries, feedback.keys, s, place.mask)
             shares = read_past(*given, length=place.length, chained=True)
         seen = (place.length, place.mask)
@@ -154,7 +167,7 @@ def _mix(
 def _solve_prompt(f: Tensor, feedback: Feedback, states: Tensor, P: int) -> Tensor:
     """The solved rows (B, T, D), which are also written behind the P cached ones."""
     B, T, _ = f.shape
-    q, k = feedback.queries.view(f.shape), feedback.keys[:, : P + T]
+    q, k = feedback.queries.view(B, T, -1), feedback.keys[:, : P + T]
     past = states[:, :P] if P else None
     # Without the checks of `feedback_solve`, which take the host longer than the launch.
     s, _ = solve_forward(f.to(states.dtype), q, k, feedback.gamma.view(B, T), past)
@@ -173,5 +186,5 @@ def _mamba2_layer(layer: Any, x: Tensor, rows: Mamba2LayerCache, B: int) -> Tens
     return y.flatten(0, 1)
 
 
-def _norm(norm: nn.LayerNorm) -> tuple[Tensor, Tensor, float]:
-    return norm.weight, norm.bias, norm.eps
+def _norm(norm: Any) -> Norm:
+    return Norm(weight=norm.weight, bias=getattr(norm, "bias", None), eps=norm.eps)

@@ -18,12 +18,13 @@ if not torch.cuda.is_available():
     pytest.skip("PyTorch finds no CUDA device here", allow_module_level=True)
 
 SAMPLED = SamplingConfig(temperature=0.9, top_k=15, top_p=0.95, min_p=0.01, seed=4)
-LIMITS = {"float32": 5e-5, "bfloat16": 5e-2}
-KINDS = ["grouped", "sessa_transformer", "hybrid"]
+# The modules themselves are 6e-2 from float64 in bfloat16, because these weights are large.
+LIMITS = {"float32": 5e-5, "bfloat16": 8e-2}
+KINDS = ["grouped", "sessa_transformer", "hybrid", "llama", "qwen3"]
 
 
 @pytest.mark.parametrize("dtype", LIMITS)
-@pytest.mark.parametrize("kind", ["grouped", "sessa_transformer"])
+@pytest.mark.parametrize("kind", ["grouped", "sessa_transformer", "llama", "qwen3"])
 def test_steps_and_prompts_equal_a_prefill_in_float64(kind, dtype):
     model = lively_model(kind, dtype, width=192, device="cuda")
     for B, padded in ((1, False), (3, True), (16, False)):
@@ -34,8 +35,9 @@ def test_steps_and_prompts_equal_a_prefill_in_float64(kind, dtype):
                 assert error <= LIMITS[dtype], (B, past)
 
 
-def test_a_hybrid_follows_its_state():
-    model = lively_model("hybrid", "float32", device="cuda")
+@pytest.mark.parametrize("kind", ["hybrid", "rms", "qwen2", "biased"])
+def test_steps_of_further_kinds_equal_a_prefill_in_float64(kind):
+    model = lively_model(kind, "float32", device="cuda")
     assert error_of_steps(model, 3, 40, [1] * 5 + [2] * 3, True) <= LIMITS["float32"]
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from support.block_options import LLAMA
 
 from sessa_common.checkpoint.stored_types import is_exact
 from sessa_common.config import SessaConfig
@@ -11,7 +14,10 @@ from sessa_torch.checkpoint import new_model
 from sessa_torch.cuda.graph import StepRunner, unavailable_reason
 from sessa_torch.model import SessaForCausalLM
 
-KINDS = {
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 24}
+# Blocks of a family with feedback, with keys and heads of widths of their own.
+UPCYCLED = {**LLAMA, "layer_kinds": ("sessa_transformer", "transformer")}
+KINDS: dict[str, dict[str, Any]] = {
     "sessa": {"layer_kinds": "sessa"},
     "grouped": {"layer_kinds": "sessa", "num_key_value_heads": 2, "tie_word_embeddings": False},
     "one head": {"num_attention_heads": 1, "use_forward_rope": False},
@@ -20,13 +26,18 @@ KINDS = {
     "sessa_transformer": {"layer_kinds": "sessa_transformer"},
     "hybrid": {"layer_kinds": ("mamba2", "sessa")},
     "mamba2": {"layer_kinds": "mamba2"},
+    "llama": {**UPCYCLED, "feedback_key_dim": 8, "rope_scaling": YARN},
+    "qwen2": {**UPCYCLED, "qkv_bias": True, "feedback_key_dim": 7, "layer_kinds": "transformer"},
+    "qwen3": {**UPCYCLED, "qk_norm": True, "head_dim": 10, "feedback_key_dim": 7},
+    "biased": {**UPCYCLED, "out_proj_bias": True, "mlp_bias": True, "norm_type": "layer"},
+    "rms": {"layer_kinds": ("mamba2", "sessa_transformer"), "norm_type": "rms", "qk_norm": True},
 }
 
 
 def lively_model(kind: str, dtype: str, width: int = 16, device: str = "cpu") -> SessaForCausalLM:
     """A model of two layers whose logits depend on everything that it reads."""
     heads = {"num_attention_heads": 4, "intermediate_size": 3 * width // 2}
-    options = heads | {"mamba_d_head": 4, "mamba_d_state": 6} | KINDS[kind]
+    options: dict[str, Any] = heads | {"mamba_d_head": 4, "mamba_d_state": 6} | KINDS[kind]
     config = SessaConfig(
         vocab_size=20,
         hidden_size=width,
