@@ -12,7 +12,7 @@ from sessa_common.errors import expect, is_count, require
 from sessa_common.fields import read_fields
 
 PRECISIONS = ("auto", "float32", "bfloat16")
-CHECKPOINTS = ("none", "layers")
+CHECKPOINTS = ("none", "selective", "layers")
 DOCUMENTS = (None, "separate", "joined")
 TRAINED = ("all", "lora", "feedback", "feedback+lora")
 LOSS_ON = ("answers", "all")
@@ -55,8 +55,9 @@ class TrainConfig:
     loss. `task` is "symbolsoup", "diffuse-mqar" or a folder of `sessa data`, to
     train on instead of text; `task_options` are "name=value" texts for its fields. `compile` lets
     the framework compile the training step, with the same numbers but for rounding; None compiles
-    with MLX on a GPU and nowhere else. `checkpoint_activations` is "none" or
-    "layers": the backward pass computes each layer again, which takes time and saves memory.
+    with MLX on a GPU and nowhere else. `checkpoint_activations` is "none",
+    "layers" (the backward pass computes each layer again, which takes time and saves memory) or,
+    in PyTorch, "selective" (the same, but the results of attention and feedback are kept).
     Of several processes, each group of `context_parallel` shares the tokens of the same rows, and
     each group of `shard_processes` shares one copy of weights, gradients and optimizer moments: 1
     for a copy in every process, 0 for one copy in all. Only PyTorch knows these two.

@@ -144,6 +144,12 @@ class TrainBackend:
         for name in ("context_parallel", "shard_processes"):
             value = getattr(settings, name)
             expect(value == 1, f"`{name}`", value, "1 with MLX; PyTorch has more")
+        expect(
+            settings.checkpoint_activations != "selective",
+            "`checkpoint_activations`",
+            settings.checkpoint_activations,
+            "none or layers with MLX, which keeps no results of a function that it repeats",
+        )
         self.processes = open_processes()
         self.device = choose_device(device)
         self.precision = choose_precision(settings.precision, self.device)

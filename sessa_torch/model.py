@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from sessa_common.config import SessaConfig
 from sessa_common.layer_kinds import KINDS, LayerKind
@@ -19,6 +24,14 @@ from sessa_torch.mixer import SessaMixer
 
 MIXERS = {"attention": AttentionMixer, "sessa": SessaMixer}
 NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
+# The operators whose work grows with the square of a row's length.
+QUADRATIC = {
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.sessa.feedback_solve.default,
+}
 
 
 class SessaLayer(nn.Module):
@@ -148,19 +161,24 @@ def _run(layer: nn.Module, x: Tensor, **rest: Any) -> Tensor:
     return y
 
 
-def _checkpointed(layer: nn.Module, x: Tensor, preserve_rng_state: bool, **rest: Any) -> Tensor:
+def _checkpointed(layer: nn.Module, x: Tensor, options: Mapping[str, Any], **rest: Any) -> Tensor:
     """`_run`, which the backward pass repeats instead of keeping what the layer computes."""
-    y: Tensor = checkpoint(
-        layer, x, use_reentrant=False, preserve_rng_state=preserve_rng_state, **rest
-    )
+    y: Tensor = checkpoint(layer, x, use_reentrant=False, **options, **rest)
     return y
+
+
+def _kept(_: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Say that results of attention and of the feedback solve are kept, and others repeated."""
+    keep, repeat = CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_RECOMPUTE
+    return keep if operator in QUADRATIC else repeat
 
 
 class SessaModel(nn.Module):
     """Token embedding, the blocks and the final norm.
 
     With `checkpoint_layers` the backward pass computes each layer again from its input, and the
-    forward pass keeps nothing else of it.
+    forward pass keeps nothing else of it but, with `_keeps_attention`, the results of attention and
+    of the feedback solve.
     """
 
     def __init__(self, config: SessaConfig) -> None:
@@ -169,7 +187,7 @@ class SessaModel(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(new_layer(config, kind) for kind in config.kinds)
         self.norm = NORMS[config.final_norm](config.hidden_size, eps=config.layer_norm_eps)
-        self.checkpoint_layers = False
+        self.checkpoint_layers = self._keeps_attention = False
         # Sessa draws no random numbers; an adapter's dropout must be the same when it is repeated.
         self._preserve_rng_state = False
         # `sessa_torch.distributed` replaces it where processes share the tokens of a row.
@@ -202,7 +220,10 @@ class SessaModel(nn.Module):
         rope = self.rope_of(self.config, x, past, mask, **documents) if rotates else None
         run = _run
         if self.checkpoint_layers and cache is None:
-            run = partial(_checkpointed, preserve_rng_state=self._preserve_rng_state)
+            options: dict[str, Any] = {"preserve_rng_state": self._preserve_rng_state}
+            if self._keeps_attention:
+                options["context_fn"] = partial(create_selective_checkpoint_contexts, _kept)
+            run = partial(_checkpointed, options=options)
         for i, layer in enumerate(self.layers):
             layer_cache = cache.layers[i] if cache is not None else None
             x = run(layer, x, rope=rope, cache=layer_cache, **masks)

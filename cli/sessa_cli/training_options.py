@@ -140,7 +140,8 @@ CheckpointActivations = Annotated[
     str | None,
     of_learning(
         "--checkpoint-activations",
-        "none, or layers: the backward pass computes each layer again, to save memory.",
+        "none; layers: the backward pass computes each layer again, to save memory; selective: "
+        "all of it but attention and feedback (PyTorch).",
     ),
 ]
 Seed = Annotated[int | None, of_learning("--seed", "Seed of weights and data order.")]

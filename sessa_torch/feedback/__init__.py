@@ -69,9 +69,10 @@ def feedback_solve(
     if backend == "naive":
         with torch.autocast(f.device.type, enabled=False):
             return feedback_solve_naive(f, q, k, gamma, past_s, key_mask, document_starts)
-    # Only the compiler needs the custom op, whose dispatch takes longer than a short solve.
+    # Only who looks at operators needs the custom op, whose dispatch takes longer than a short
+    # solve: the compiler, and modes such as that of selective checkpoints.
     solve = _Eager.apply if torch.is_grad_enabled() else _solve
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         solve = _forward
     return solve(f, q, k, gamma, past_s, key_mask, document_starts, backend, precision)[0]
 

@@ -10,6 +10,7 @@ import torch
 
 from sessa_torch.attention import apply_rope, rope_tables
 from sessa_torch.feedback import blocked, feedback_solve
+from sessa_torch.loss import weighted_loss
 
 if not torch.cuda.is_available():
     pytest.skip("PyTorch finds no CUDA device here", allow_module_level=True)
@@ -241,3 +242,24 @@ def test_rotation_equals_the_framework_operations(dtype, d):
     limit = torch.finfo(dtype).eps
     for value, want in ((got, wanted), (torch.autograd.grad(got, x, dy)[0], dx)):
         assert (value.detach().cpu().double() - want).norm() <= limit * want.norm()
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_the_loss_equals_that_of_float64(dtype, limit):
+    hidden, head = (torch.randn(n, 64, device="cuda") for n in (70, 5003))
+    leaves = [hidden[None].to(dtype).requires_grad_(), (head / 8).requires_grad_()]
+    targets, weights = torch.randint(0, 5003, (1, 70), device="cuda"), torch.rand(1, 70).cuda()
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    losses = torch.nn.functional.cross_entropy(
+        (exact[0] @ exact[1].T)[0], targets[0], reduction="none"
+    )
+    wanted = (losses * weights[0]).sum()
+    for function in (weighted_loss, torch.compile(weighted_loss, fullgraph=True)):
+        got = function(*leaves, targets, weights)
+        pairs = zip(
+            torch.autograd.grad(got, leaves),
+            torch.autograd.grad(wanted, exact, retain_graph=True),
+            strict=True,
+        )
+        for value, want in ((got, wanted), *pairs):
+            assert (value.double() - want).norm() <= limit * want.norm()

@@ -94,6 +94,11 @@ def test_rotation_and_its_gradient_equal_float64(results):
         assert error <= 3e-7, name
 
 
+def test_losses_and_gradients_equal_those_of_operations(results):
+    for name, error in results["loss"].items():
+        assert error <= (4e-3 if "bfloat16" in name else 3e-6), name
+
+
 def test_what_the_mask_hides_does_not_matter(results):
     assert len(results["hidden"]) == len(HIDDEN)
     assert not any(results["hidden"].values()), results["hidden"]
@@ -341,6 +346,23 @@ def rope():
     return errors
 
 
+def loss():
+    """Errors of the loss's kernel for vocabularies of several blocks, against float64."""
+    from sessa_torch.cuda.cross_entropy import losses_and_gradients
+
+    errors = {}
+    for n, V, dtype in ((5, 37, torch.float32), (2, 9000, torch.float32), (3, 40, torch.bfloat16)):
+        logits, targets = (3 * torch.randn(n, V)).to(dtype), torch.randint(0, V, (n,))
+        weights = torch.rand(n)
+        exact = logits.double().requires_grad_()
+        wanted = weights * torch.nn.functional.cross_entropy(exact, targets, reduction="none")
+        (gradients,) = torch.autograd.grad(wanted.sum(), exact)
+        got = losses_and_gradients(logits, targets, weights)
+        errors[f"losses of {V} in {dtype}"] = relative(got, wanted.detach())
+        errors[f"gradients of {V} in {dtype}"] = relative(logits, gradients)
+    return errors
+
+
 def main():
     import triton.language as tl
 
@@ -362,6 +384,7 @@ def main():
     first, second = (kernels.solve_forward(*args)[0] for _ in range(2))
     results["same bits"] = int(not torch.equal(first, second))
     results["rope"] = rope()
+    results["loss"] = loss()
     results["causality"] = causality(kernels)
     results["hidden"] = {str(case): hidden_rows(kernels, **case) for case in HIDDEN}
     print(json.dumps(results))

@@ -45,7 +45,11 @@ WAYS: dict[str, dict[str, Any]] = {
         "gradient_accumulation_steps": 2,
     },
     "context": {"context_parallel": 2},
-    "context-shard": {"context_parallel": 2, "shard_processes": 0},
+    "context-shard": {
+        "context_parallel": 2,
+        "shard_processes": 0,
+        "checkpoint_activations": "selective",
+    },
 }
 # Ways that need four processes.
 MORE_WAYS = {
