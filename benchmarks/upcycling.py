@@ -138,6 +138,7 @@ TINY = Size(
         "num_key_value_heads": 2,
         "intermediate_size": 64,
         "max_position_embeddings": 512,
+        "tie_word_embeddings": False,
     },
     tokenizer="bytes",
     key_dim=32,

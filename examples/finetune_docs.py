@@ -176,11 +176,11 @@ def main() -> None:
     weight = sum(float(batch.weights.sum()) for batch in batches)
     before = sum(backend.evaluate(batch)[0] for batch in batches) / weight
     print(f"held-out loss on answers before: {before:.4f} nats a token", flush=True)
-    asked = [question for question, _ in held_out[:: max(1, len(held_out) // SHOWN)][:SHOWN]]
-    first = answers(given.model, asked, None, given.device)
     result = sessa_torch.finetune(given.model, adapter, force=True, device=given.device, **settings)
     after = result.metrics["validation_loss"]
     print(f"held-out loss on answers after: {after:.4f} nats a token", flush=True)
+    asked = [question for question, _ in held_out[:: max(1, len(held_out) // SHOWN)][:SHOWN]]
+    first = answers(given.model, asked, None, given.device)
     last = answers(given.model, asked, adapter, given.device)
     lines = [f"Held-out loss on answers: {before:.4f} nats a token before, {after:.4f} after.", ""]
     true = dict(held_out)
