@@ -15,20 +15,27 @@ import argparse
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
 from measure import machine, median_ms, save, table
-from model_operations import operations_per_token, peak_operations
+
+from sessa_common.config import SessaConfig, parameter_shapes
 
 ROOT = Path(__file__).parents[1]
 GIB = 2**30
 Row = dict[str, Any]
+# A case, and the checkout of an older version that it is measured on.
+Case = tuple[Row, Path | None]
+# Cases of one process that prepare at the same time. Their memory must fit the GPU.
+TOGETHER = 4
 
 
 def cases(gpus: int) -> dict[str, list[Row]]:
@@ -44,19 +51,21 @@ def cases(gpus: int) -> dict[str, list[Row]]:
     }
     solve: Row = {"measure": "operator", "width": 16 if small else 1024}
     shared = {"processes": 2, "context_parallel": 2}
+    fast = {**base, "compile": not small}
     groups = {
         "step": [
-            *({**base, "compile": not small, "model": name} for name in (medium, *rivals(medium))),
-            {**base, "compile": not small, "checkpoint_activations": "layers"},
+            *({**fast, "model": name} for name in (medium, *rivals(medium))),
+            *({**fast, "checkpoint_activations": way} for way in ("selective", "layers")),
             {**base, "compile": False},
         ],
-        "large": [{**big, "rows": rows}],
+        "parts": [{**fast, "measure": "parts"}],
+        "large": [{**big, "rows": rows, "losses": 0, "repeats": 3}],
         "shared-device": [{**solve, "tokens": long}, {**solve, "tokens": long, **shared}],
     }
     if gpus != 1:
         groups |= {
             "data": [
-                {**base, "compile": not small},
+                fast,
                 {**whole, "compile": not small, "processes": many},
                 {**whole, "compile": not small, "processes": many, "shard_processes": 0},
             ],
@@ -72,33 +81,75 @@ def rivals(model: str) -> tuple[str, str]:
     return f"transformer-{size}", f"transformer-{size}-deep"
 
 
-def run_case(case: Row, before: Path | None = None) -> Row:
-    """Run a case in processes of its own and return its row."""
+def start(case: Row, before: Path | None) -> tuple[subprocess.Popen[str], IO[str]]:
+    """Start a case in processes of its own, and return its launcher and the file of its errors."""
     count = case.get("processes", 1)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
     command = [*(launcher if count > 1 else ()), __file__, "--case", json.dumps(case)]
     here = before or ROOT
     paths = os.pathsep.join(str(path) for path in (here, here / "export", Path(__file__).parent))
-    done = subprocess.run(
-        [sys.executable, *command], env=os.environ | {"PYTHONPATH": paths}, capture_output=True
+    # A full pipe would stop a process whose errors nobody reads yet.
+    errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
+    process = subprocess.Popen(
+        [sys.executable, *command],
+        env=os.environ | {"PYTHONPATH": paths},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=errors,
+        text=True,
     )
-    row = {"version": str(before)} if before else {}
-    lines = [line for line in done.stdout.decode().splitlines() if line.startswith("{")]
-    if done.returncode or not lines:
-        error = (done.stderr.decode().strip().splitlines() or ["no output"])[-1]
-        return row | case | {"error": error[:200]}
-    return row | case | json.loads(lines[-1])
+    return process, errors
 
 
-def step(case: Row) -> Row:
-    """Time training steps of a model on random tokens; tokens and memory are of all processes."""
+def run_cases(cases: list[Case]) -> Iterator[Row]:
+    """Prepare cases together and yield their rows, measured one after the other."""
+    started = [(*case, *start(*case)) for case in cases]
+    for case, _, process, _ in started:
+        if case.get("processes", 1) == 1 and process.stdout is not None:
+            process.stdout.readline()
+    for case, before, process, errors in started:
+        row = ({"version": str(before)} if before else {}) | case
+        output = process.communicate("measure\n")[0]
+        lines = [line for line in output.splitlines() if line.startswith("{")]
+        if not process.returncode and lines:
+            yield row | json.loads(lines[-1])
+        else:
+            errors.seek(0)
+            last = (errors.read().strip().splitlines() or ["no output"])[-1]
+            yield row | {"error": last[:200]}
+
+
+def waves(cases: list[Case]) -> Iterator[list[Case]]:
+    """Yield cases that prepare together: up to TOGETHER of one process each, or one of several."""
+    wave: list[Case] = []
+    for case in cases:
+        alone = case[0].get("processes", 1) > 1
+        if wave and (alone or len(wave) == TOGETHER):
+            yield wave
+            wave = []
+        wave.append(case)
+        if alone:
+            yield wave
+            wave = []
+    if wave:
+        yield wave
+
+
+def wait_for_turn() -> None:
+    """Say that this process is prepared, and wait until it may measure."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        print("prepared", flush=True)
+        sys.stdin.readline()
+
+
+def prepare(case: Row) -> tuple[Any, SessaConfig, Callable[[], float]]:
+    """Return the backend, the model's configuration and a training step, which has run once."""
     # An older version has these names in other modules.
     try:
         from sessa_common.presets import PRESETS
         from sessa_common.train_config import TrainConfig
     except ImportError:
         from sessa_common.config import PRESETS, TrainConfig
-    from sessa_common.checkpoint.initialization import initial_weights
     from sessa_common.data.batches import next_token_batch
     from sessa_torch.training import TrainBackend
 
@@ -109,24 +160,67 @@ def step(case: Row) -> Row:
     )
     names = ("compile", "checkpoint_activations", "shard_processes", "context_parallel")
     settings = TrainConfig(batch_size=rows, **{name: case[name] for name in names if name in case})
-    backend = TrainBackend(config, settings, initial_weights(config, 0), None)
+    backend = TrainBackend(config, settings, similar_layers(config), None)
     batch = next_token_batch(np.random.default_rng(0).integers(0, vocabulary, (rows, T + 1)))
+
+    def train() -> float:
+        loss: float = backend.step([batch], 3e-4)[0]
+        return loss
+
+    train()
+    return backend, config, train
+
+
+def similar_layers(config: SessaConfig) -> dict[str, np.ndarray]:
+    """Return initial weights whose layers are all alike, because drawing 1b parameters is slow."""
+    from sessa_common.checkpoint.initialization import initial_weights
+
+    drawn = initial_weights(dataclasses.replace(config, num_hidden_layers=1), 0)
+    names = parameter_shapes(config)
+    return {name: drawn[re.sub(r"layers\.\d+\.", "layers.0.", name)] for name in names}
+
+
+def step(case: Row) -> Row:
+    """Time training steps of a model on random tokens; tokens and memory are of all processes."""
+    backend, config, train = prepare(case)
+    wait_for_turn()
     losses: list[float] = []
-
-    def train() -> None:
-        losses.append(backend.step([batch], 3e-4)[0])
-
     reset_peak()
-    time = median_ms(train, repeats=10, warm=5)
-    row = {"ms": round(time, 2), "tokens/s": round(rows * T / time * 1e3)}
-    if (peak := peak_operations(machine()["device"])) is not None:
-        done = operations_per_token(config, T) * row["tokens/s"]
-        row["utilisation"] = round(done / peak / case.get("processes", 1), 3)
-    kept = held(backend)
-    row |= kept | {"peak GiB a process": peak_gib()}
+    time = median_ms(lambda: losses.append(train()), repeats=case.get("repeats", 10), warm=2)
+    row = {"ms": round(time, 2), "tokens/s": round(case["rows"] * case["tokens"] / time * 1e3)}
+    row |= utilisation(config, case, row["tokens/s"]) | held(backend)
+    row |= {"peak GiB a process": peak_gib()}
     while len(losses) < case.get("losses", 0):
-        train()
-    return row | ({"losses": losses} if "losses" in case else {})
+        losses.append(train())
+    return row | ({"losses": losses} if case.get("losses") else {})
+
+
+def parts(case: Row) -> Row:
+    """Return milliseconds of a training step by kind of kernel, and those of the other kernels."""
+    from sessa_torch._profile import milliseconds_by_kind, trace
+
+    _, _, train = prepare(case)
+    train()
+    wait_for_turn()
+    repeats = case.get("repeats", 3)
+    row: Row = {"ms": round(median_ms(train, repeats=5, warm=1), 2)}
+    with trace() as profiler:
+        for _ in range(repeats):
+            train()
+    return row | milliseconds_by_kind(profiler, repeats)
+
+
+def utilisation(config: SessaConfig, case: Row, rate: float) -> Row:
+    """Return the model-FLOP utilisation, where the version counts operations."""
+    try:
+        from sessa_common.training.operations import operations_per_token, peak_operations
+    except ImportError:
+        return {}
+    peak = peak_operations(machine()["device"])
+    if peak is None:
+        return {}
+    done = operations_per_token(config, case["tokens"]) * rate
+    return {"utilisation": round(done / peak / case.get("processes", 1), 3)}
 
 
 def held(backend: Any) -> Row:
@@ -183,8 +277,10 @@ def operator(case: Row) -> Row:
         pairs = zip(run(), (x[:, own] for x in right), strict=True)
         row["largest error"] = max(float((a - b).norm() / b.norm()) for a, b in pairs)
         del alone, right, s
+    run()
+    wait_for_turn()
     reset_peak()
-    time = median_ms(run, repeats=3, warm=1)
+    time = median_ms(run, repeats=3, warm=0)
     return row | {"ms": round(time, 1), "peak GiB a process": peak_gib()}
 
 
@@ -227,18 +323,24 @@ def main() -> None:
     parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.case is not None:
-        row = {"step": step, "operator": operator}[options.case["measure"]](options.case)
+        measures = {"step": step, "operator": operator, "parts": parts}
+        row = measures[options.case["measure"]](options.case)
         if os.environ.get("RANK", "0") == "0":
             print(json.dumps(row), flush=True)
         return
     print(machine(), f"{torch.cuda.device_count()} GPUs", flush=True)
     everything: list[Row] = []
     for name in options.only.split(","):
-        rows = [run_case(case) for case in groups[name]]
-        compare(rows)
+        chosen: list[Case] = [(case, None) for case in groups[name]]
         if options.before and name == "step":
-            earlier = [groups[name][0], groups[name][-1]]
-            rows += [run_case(case, options.before) for case in earlier]
+            chosen += [(groups[name][i], options.before) for i in (0, -1)]
+        rows: list[Row] = []
+        for row in (row for wave in waves(chosen) for row in run_cases(wave)):
+            print(json.dumps({k: v for k, v in row.items() if k != "losses"}), flush=True)
+            rows.append(row)
+            if options.save:
+                save(options.save, everything + [{"group": name} | row for row in rows])
+        compare(rows)
         print(f"\n{name}\n", flush=True)
         print(table([{k: v for k, v in row.items() if k != "losses"} for row in rows]), flush=True)
         everything += [{"group": name} | row for row in rows]

@@ -12,9 +12,9 @@ import argparse
 from typing import Any
 
 from measure import table
-from model_operations import PEAKS, operations_per_token
 
 from sessa_common.config import SessaConfig, parameter_count
+from sessa_common.training.operations import PEAKS, operations_per_token
 
 # sessa-131m, 8 rows of 4,096 tokens, vocabulary 32,768, bfloat16, compiled, on one H200 with
 # PyTorch 2.11 on 2026-11-30: 181,530 tokens/s.

@@ -22,6 +22,7 @@ ONE_SIDED = {
     "_documents.py",
     "_exp.py",
     "_linear.py",
+    "_profile.py",
     "_optimizer.py",
     "_step",
     "attention_blocks.py",

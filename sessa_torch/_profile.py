@@ -1,0 +1,63 @@
+"""Traces of training steps by PyTorch's profiler, and the time of their kernels by kind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+# Parts of the names of kernels, by kind; the first kind that matches counts.
+KERNELS = {
+    "solve": (
+        *("solve_kernel", "probabilities_kernel", "means_kernel", "score_gradients_kernel"),
+        *("products_kernel", "scores_kernel", "weighted_states_kernel", "combine_kernel"),
+    ),
+    "attention": ("flash", "fmha", "sdpa", "attention"),
+    "loss": ("cross_entropy",),
+    "optimizer": ("multi_tensor", "fused_adam", "lpnorm"),
+    "matrix products": ("gemm", "nvjet", "cutlass", "xmma", "wgmma", "cublas", "splitk"),
+    "element by element": (
+        *("elementwise", "reduce", "rotate_kernel", "catarray", "index", "embedding"),
+        *("memcpy", "memset"),
+    ),
+}
+# PyTorch's compiler names what it fuses triton_*_fused_ and the operators that it comes from.
+FUSED = "triton_"
+
+
+def trace() -> profile:
+    """Return a profiler, a context manager, of the CPU and of CUDA where it is."""
+    activities = [ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(ProfilerActivity.CUDA)
+    return profile(activities=activities)
+
+
+def milliseconds_by_kind(profiler: profile, steps: int) -> dict[str, Any]:
+    """Return milliseconds that the kernels of each kind take in a step, "other" with their names.
+
+    The products of the loss count as matrix products. There are no kernels without CUDA.
+    """
+    found: dict[str, float] = {}
+    others: dict[str, float] = {}
+    for event in profiler.events():
+        on_gpu = event.device_type == torch.autograd.DeviceType.CUDA
+        if not on_gpu or event.is_user_annotation:
+            continue
+        kind, time = kernel_kind(event.name), event.device_time / 1e3 / steps
+        found[kind] = found.get(kind, 0.0) + time
+        if kind == "other":
+            others[event.name[:60]] = others.get(event.name[:60], 0.0) + time
+    rounded = {kind: round(found[kind], 2) for kind in (*KERNELS, "other") if kind in found}
+    largest = sorted(others, key=lambda name: -others[name])[:5]
+    return rounded | ({"other kernels": ", ".join(largest)} if largest else {})
+
+
+def kernel_kind(name: str) -> str:
+    """Return the kind of a kernel of this name."""
+    name = name.lower()
+    if name.startswith(FUSED):
+        return "element by element"
+    kinds = (kind for kind, parts in KERNELS.items() if any(part in name for part in parts))
+    return next(kinds, "other")
