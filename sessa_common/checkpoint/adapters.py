@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from sessa_common.checkpoint.folder import (
     weight_files,
     write_safetensors,
 )
+from sessa_common.checkpoint.lazy_tensors import LazyTensors, Spec, spec_of
 from sessa_common.checkpoint.run_files import ADAPTER_CONFIG
 from sessa_common.config import SessaConfig, parameter_shapes
 from sessa_common.errors import SessaError
@@ -209,9 +211,7 @@ def _number(settings: Mapping[str, Any], name: str, path: Path) -> float:
     return float(value)
 
 
-def load_merged(
-    folder: Path | str, adapter: Path | str
-) -> tuple[SessaConfig, dict[str, np.ndarray]]:
+def load_merged(folder: Path | str, adapter: Path | str) -> tuple[SessaConfig, LazyTensors]:
     """Read a checkpoint folder with an adapter in its weights; those that it changes in float32."""
     config, weights = load_weights(folder)
     return config, merge_adapter(config, weights, read_adapter(adapter), np.dtype(np.float32))
@@ -234,40 +234,65 @@ def merge_adapter(
     weights: Mapping[str, np.ndarray],
     adapter: Adapter,
     dtype: np.dtype | None = None,
-) -> dict[str, np.ndarray]:
+) -> LazyTensors:
     """Return the weights of a model with an adapter in them: W + scale * B A.
 
-    The sum is computed in float64 and stored in `dtype`, by default that of W. Raises SessaError
-    when an array of the adapter has no place in the model, or another shape than that.
+    A sum is computed in float64 when it is read, and has the type `dtype`, by default that of W.
+    Raises SessaError when an array of the adapter has no place in the model, or another shape than
+    that.
     """
-    merged, shapes = dict(weights), parameter_shapes(config)
-    for target, (value, is_added) in _changes(adapter).items():
-        if value.shape != shapes.get(target):
+    merged, shapes = LazyTensors(weights), parameter_shapes(config)
+    for target, change in _changes(adapter).items():
+        if change.shape != shapes.get(target):
             there = shapes.get(target, "no such tensor")
             raise SessaError(
-                f"{adapter.where}: changes {target} by {value.shape}, but the model has {there}; "
+                f"{adapter.where}: changes {target} by {change.shape}, but the model has {there}; "
                 f"the adapter is for {adapter.base or 'another model'}"
             )
-        whole = weights[target].astype(np.float64) + value if is_added else value
-        merged[target] = whole.astype(dtype or weights[target].dtype)
+        spec = Spec(change.shape, dtype or spec_of(weights, target).dtype)
+        merged.defer(target, spec, partial(_changed, weights, target, change, spec.dtype))
     return merged
 
 
-def _changes(adapter: Adapter) -> dict[str, tuple[np.ndarray, bool]]:
-    """The array for each parameter that an adapter changes, and True where it is added."""
-    changes: dict[str, tuple[np.ndarray, bool]] = {}
+@dataclass(frozen=True, kw_only=True)
+class _Change:
+    """A change of one parameter: by the product of two matrices, or by an array in its place."""
+
+    left: np.ndarray
+    right: np.ndarray | None = None
+    scale: float = 1.0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.left.shape if self.right is None else (len(self.left), self.right.shape[1])
+
+
+def _changed(
+    weights: Mapping[str, np.ndarray], name: str, change: _Change, dtype: np.dtype
+) -> np.ndarray:
+    if change.right is None:
+        return change.left.astype(dtype)
+    whole = change.left.astype(np.float64) @ change.right.astype(np.float64)
+    whole *= change.scale
+    whole += weights[name].astype(np.float64)
+    return whole.astype(dtype)
+
+
+def _changes(adapter: Adapter) -> dict[str, _Change]:
+    """The change of each parameter that an adapter changes."""
+    changes: dict[str, _Change] = {}
     for name, value in adapter.arrays.items():
         layer = next((name.removesuffix(end) for end in (A, B) if name.endswith(end)), None)
         if layer is None:
-            changes[name] = value, False
+            changes[name] = _Change(left=value)
         elif f"{layer}.weight" not in changes:
-            changes[f"{layer}.weight"] = adapter.scale * _product(layer, adapter), True
+            changes[f"{layer}.weight"] = _lora_change(layer, adapter)
     return changes
 
 
-def _product(layer: str, adapter: Adapter) -> np.ndarray:
-    """B A of a layer, float64."""
+def _lora_change(layer: str, adapter: Adapter) -> _Change:
+    """The change scale * B A of a layer."""
     a, b = (adapter.arrays.get(layer + ending) for ending in (A, B))
     if a is None or b is None or a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1]:
         raise SessaError(f"{adapter.where}: the LoRA matrices of {layer} do not go together")
-    return np.asarray(b.astype(np.float64) @ a.astype(np.float64))
+    return _Change(left=b, right=a, scale=adapter.scale)

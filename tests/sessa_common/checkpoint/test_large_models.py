@@ -12,8 +12,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
+from sessa_common.checkpoint.adapters import adapter_config, lora_shapes, write_adapter
 from sessa_common.checkpoint.folder import map_safetensors, read_safetensors, write_safetensors
 from sessa_common.checkpoint.lazy_tensors import LazyTensors, Spec, spec_of
+from sessa_common.checkpoint.sources import read_source
+from sessa_common.config import SessaConfig
 from sessa_common.errors import SessaError
 
 SIZES = {
@@ -33,7 +36,9 @@ LIMIT = 40 * 2**20
 CONVERT = """
 import resource, sys
 from pathlib import Path
+import numpy
 from sessa_common.checkpoint.conversion import convert
+numpy.ones((256, 256)) @ numpy.ones((256, 256))  # the library's workspace does not grow
 used = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_DATA, (used + int(sys.argv[4]),) * 2)
 convert(sys.argv[1], sys.argv[2], feedback="all", feedback_key_dim=64, **eval(sys.argv[3]))
@@ -60,15 +65,35 @@ def write_model(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(SIZES))
 
 
+def write_adapter_of(config: SessaConfig, folder: Path) -> None:
+    """An adapter with LoRA of rank 2 in every linear layer."""
+    shapes = lora_shapes(config, 2)
+    folder.mkdir()
+    write_adapter(
+        folder, {name: np.full(shape, 0.01, np.float32) for name, shape in shapes.items()}
+    )
+    settings = adapter_config(list(shapes), "model", 2, 4.0)
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+
+
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the limit is Linux's")
 @pytest.mark.parametrize(
-    "options", ["dict(dtype='float32')", pytest.param("dict(bits=4)", marks=pytest.mark.slow)]
+    "options",
+    [
+        "dict(dtype='float32', merge='adapter')",
+        pytest.param("dict(bits=4)", marks=pytest.mark.slow),
+    ],
 )
 def test_a_model_converts_in_less_memory_than_it_has_bytes(tmp_path, options):
     write_model(tmp_path / "model")
+    write_adapter_of(read_source(tmp_path / "model").config, tmp_path / "adapter")
     arguments = [str(tmp_path / "model"), str(tmp_path / "out"), options, str(LIMIT)]
     done = subprocess.run(
-        [sys.executable, "-c", CONVERT, *arguments], capture_output=True, text=True, timeout=600
+        [sys.executable, "-c", CONVERT, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     ends = json.loads((tmp_path / "out" / "generation_config.json").read_text())
