@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tokenizers import processors
+
 from sessa_common.config import SessaConfig, parameter_count
 from sessa_common.errors import SessaError
 from sessa_common.inference.model_tokenizer import ModelTokenizer, stop_tokens
@@ -92,6 +94,7 @@ def write_client_files(folder: Path, clients: Collection[str], exported: Exporte
         write_json(folder / "web.json", _web(folder, exported))
     if "transformers-js" in clients:
         write_json(folder / "config.json", _transformers_js(folder, exported))
+        _begin_texts_by_tokenizer(folder, exported.config)
         if not (folder / "generation_config.json").is_file():
             write_json(folder / "generation_config.json", _token_ids(exported))
 
@@ -161,6 +164,26 @@ def _transformers_js(folder: Path, exported: Exported) -> dict[str, Any]:
         **_token_ids(exported),
         "transformers.js_config": settings,
     }
+
+
+def _begin_texts_by_tokenizer(folder: Path, config: SessaConfig) -> None:
+    """Let tokenizer.json put before a text what only tokenizer_config.json asks for.
+
+    transformers.js does not read `add_bos_token` where it tokenizes.
+    """
+    texts = ModelTokenizer.open(folder, config)
+    tokenizer, prefix = texts.tokenizer, texts.prefix_ids
+    if tokenizer.encode("a").ids[: len(prefix)] == prefix:
+        return
+    names = [str(tokenizer.id_to_token(i)) for i in prefix]
+    begin = processors.TemplateProcessing(
+        single=[*names, "$A"],
+        pair=[*names, "$A", *(f"{name}:1" for name in names), "$B:1"],
+        special_tokens=list(zip(names, prefix, strict=True)),
+    )
+    before = tokenizer.post_processor
+    tokenizer.post_processor = begin if before is None else processors.Sequence([before, begin])
+    tokenizer.save(str(folder / "tokenizer.json"))
 
 
 def _web(folder: Path, exported: Exported) -> dict[str, Any]:

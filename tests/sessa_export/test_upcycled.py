@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from support.stories import greedy_ids, write_stories
 
+from sessa_common.data.tokenizer import read_tokenizer
 from sessa_common.errors import SessaError
 from sessa_common.inference.generation import generate
 from sessa_common.inference.sampling import SamplingConfig
@@ -59,6 +60,9 @@ def test_feedback_with_a_gain_is_the_same_everywhere(checkpoints, tmp_path) -> N
     assert generator.get_sequence(0).tolist() == wanted[2]
     page = json.loads((tmp_path / "out" / "web.json").read_text())
     assert page["prefix"] == [1] and page["stop"] == [1, 2]
+    # transformers.js reads tokenizer.json alone.
+    own, whole = (read_tokenizer(folder) for folder in (checkpoints["gain"], tmp_path / "out"))
+    assert whole.encode("Once").ids == [1, *own.encode("Once").ids]
 
 
 def test_genai_is_refused_caches_that_it_cannot_hold(checkpoints, tmp_path) -> None:
