@@ -217,16 +217,6 @@ class SessaModel(nn.Module):
             x = run(layer, x, rope=rope, cache=layer_cache, **masks)
         return self.norm(x)
 
-    def gains(self, ids: mx.array) -> dict[int, mx.array]:
-        """The gains (B, T) of every layer with feedback on ids (B, T), by the layer's number."""
-        x, found = self.embed_tokens(ids), {}
-        for i, kind in enumerate(self.config.kinds):
-            layer = self.layers[i]
-            if kind.feeds_back:
-                found[i] = layer.mixer.gain(layer.mixer_input(x))
-            x = layer(x)
-        return found
-
 
 class SessaForCausalLM(nn.Module):
     """A language model of any kinds of layers; parameter names are the checkpoint's keys."""

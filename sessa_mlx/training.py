@@ -227,7 +227,13 @@ class TrainBackend:
         if not self.model.config.feeds_back:
             return {}
         self._fill_model(self.parameters)
-        found = self.model.model.gains(mx.array(inputs))
+        backbone, found = self.model.model, {}
+        x = backbone.embed_tokens(mx.array(inputs))
+        for i, kind in enumerate(self.model.config.kinds):
+            layer = backbone.layers[i]
+            if kind.feeds_back:
+                found[i] = layer.mixer.gain(layer.mixer_input(x))
+            x = layer(x)
         self._release_model()
         return {i: to_numpy(gamma.astype(mx.float32)) for i, gamma in found.items()}
 

@@ -236,17 +236,27 @@ class TrainBackend:
 
     @torch.no_grad()
     def gains(self, inputs: np.ndarray) -> dict[int, np.ndarray]:
-        """Return the gains float32 (B, T) of every layer with feedback on inputs (B, T).
+        """Return the gains float32 (B, T) of every layer with feedback on inputs (B, T)."""
+        found: dict[int, Tensor] = {}
 
-        Sharded weights are gathered for whole layers only, so there are no gains with them.
-        """
-        if self.shards or not self.model.config.feeds_back:
-            return {}
-        ids = torch.from_numpy(np.ascontiguousarray(inputs)).to(self.device)
-        low = self.precision == "bfloat16"
-        with torch.autocast(self.device.split(":")[0], dtype=torch.bfloat16, enabled=low):
-            found = self.model.model.gains(ids.long())
-        return {i: to_numpy(gamma.float()) for i, gamma in found.items()}
+        def keep(i: int, layer: Any, inputs: tuple[Tensor]) -> None:
+            found[i] = layer.mixer.gain(layer.mixer_input(inputs[0])).float()
+
+        # While a pass calls a layer, the layer's weights are whole in every process.
+        layers = zip(self.model.model.layers, self.model.config.kinds, strict=True)
+        hooks = [
+            layer.register_forward_pre_hook(partial(keep, i))
+            for i, (layer, kind) in enumerate(layers)
+            if kind.feeds_back
+        ]
+        try:
+            if hooks:
+                self.predict(inputs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        whole = self.context.whole if self.context is not None else lambda gamma: gamma
+        return {i: to_numpy(whole(gamma)) for i, gamma in found.items()}
 
     def weights(self) -> dict[str, np.ndarray]:
         """Return the float32 weights that are trained."""

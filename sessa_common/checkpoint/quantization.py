@@ -21,6 +21,8 @@ from sessa_common.errors import SessaError
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
+# Numbers that are quantised in one go, so that a matrix needs little memory besides itself.
+BLOCK = 2**24
 # Numbers that share a scale unless another size is asked for, as in mlx-lm.
 GROUP_SIZE = 64
 
@@ -40,6 +42,10 @@ def quantize(
 
     The larger end of each group is met exactly and zero falls on a code, as in MLX.
     """
+    if len(w) > (rows := _rows_at_once(w.shape[1])):
+        blocks = [quantize(w[i : i + rows], bits, group_size) for i in range(0, len(w), rows)]
+        packed, scales, biases = (np.concatenate(parts) for parts in zip(*blocks, strict=True))
+        return packed, scales, biases
     dtype = w.dtype
     groups = w.astype(np.float32).reshape(w.shape[0], -1, group_size)
     low, high = groups.min(-1, keepdims=True), groups.max(-1, keepdims=True)
@@ -61,9 +67,17 @@ def dequantize(weight: np.ndarray, scales: np.ndarray, biases: np.ndarray, bits:
 
     In 16-bit types the product is rounded before the bias is added, as MLX does.
     """
+    if len(weight) > (rows := _rows_at_once(weight.shape[1] * 32 // bits)):
+        starts = range(0, len(weight), rows)
+        blocks = [(x[i : i + rows] for x in (weight, scales, biases)) for i in starts]
+        return np.concatenate([dequantize(w, s, b, bits) for w, s, b in blocks])
     codes = unpack(weight, bits).astype(scales.dtype)
     groups = codes.reshape(*scales.shape, -1) * scales[..., None] + biases[..., None]
     return groups.astype(scales.dtype).reshape(codes.shape)
+
+
+def _rows_at_once(columns: int) -> int:
+    return max(1, BLOCK // max(1, columns))
 
 
 def pack(codes: np.ndarray, bits: int) -> np.ndarray:

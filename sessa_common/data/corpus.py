@@ -69,11 +69,13 @@ def read_corpus(
     source: TextSource,
     what: str,
     tell: Tell = say_nothing,
+    begin: Sequence[int] = (),
 ) -> Corpus:
     """Read and tokenize the texts of `names`, and open those that are folders of tokens.
 
     Texts without weights become one sequence, every other name becomes one of its own. Without
-    weights a sequence has the weight of its number of tokens. Raises SessaError for text that
+    weights a sequence has the weight of its number of tokens. A document stands between the ids
+    `begin` and the end token. Raises SessaError for text that
     cannot be read, for an empty one, and for tokens of another tokenizer.
     """
     names, weights = split_weights(names)
@@ -83,7 +85,8 @@ def read_corpus(
         counts, dropped = ReadCounts(), DroppedText()
         texts = told(read_documents(names, source, counts), f"tokenizing {what}", tell)
         # The order does not follow the run's seed, so that every seed holds out the same documents.
-        tokens = pack((ids for ids, _ in encode_documents(tokenizer, texts, dropped)), end_id, 0)
+        documents = encode_documents(tokenizer, texts, dropped, begin)
+        tokens = pack((ids for ids, _ in documents), end_id, 0)
         left_out = counts.notes() + dropped.notes()
         if len(tokens) == 0:
             raise SessaError("; ".join([f"{what} is empty", *left_out]))
@@ -97,17 +100,18 @@ def read_corpus(
     sequences: list[Tokens] = []
     for group in groups:
         if is_token_folder(group[0]):
-            sequences.append(_open_tokens(group[0], tokenizer, end_id))
+            sequences.append(_open_tokens(group[0], tokenizer, end_id, begin))
         else:
             sequences.append(packed(group))
     return Corpus(sequences, weights or [len(tokens) for tokens in sequences], notes)
 
 
-def _open_tokens(name: str, tokenizer: Tokenizer, end_id: int) -> TokenShards:
+def _open_tokens(name: str, tokenizer: Tokenizer, end_id: int, begin: Sequence[int]) -> TokenShards:
     """The tokens of a folder; SessaError when another tokenizer than the run's made them."""
     shards = TokenShards(name)
     own = read_tokenizer(name)
-    if shards.end_id != end_id or own.get_vocab() != tokenizer.get_vocab():
+    bounds = (shards.begin_ids, shards.end_id)
+    if bounds != (list(begin), end_id) or own.get_vocab() != tokenizer.get_vocab():
         raise SessaError(
             f"{name}: these tokens are of another tokenizer than the model's; tokenize the text "
             "again with the tokenizer of the model"
@@ -121,16 +125,18 @@ def read_text_batches(
     config: SessaConfig,
     settings: TrainConfig,
     tell: Tell = say_nothing,
+    begin: Sequence[int] = (),
 ) -> TextBatches:
     """Read and tokenize the text of a training run; its notes say what was left out.
 
-    `tell` is called with a few words while the text is read.
+    The ids `begin` stand before every document, and `end_id` behind it. `tell` is called with a few
+    words while the text is read.
 
     Raises SessaError as `read_corpus` and `TextBatches` do.
     """
 
     def read(names: Sequence[str], what: str) -> Corpus:
-        return read_corpus(tokenizer, end_id, names, TextSource.of(settings), what, tell)
+        return read_corpus(tokenizer, end_id, names, TextSource.of(settings), what, tell, begin)
 
     validation = None
     if settings.validation_data:

@@ -1,7 +1,8 @@
 """Token shards: a folder of token ids on disk that training reads without holding them.
 
 The folder has tokens.json, the tokenizer and files of little-endian uint16 or uint32 numbers, in
-which the end token closes every document.
+which the end token closes every document. Where texts of the tokenizer begin with ids such as bos,
+so do the documents.
 """
 
 from __future__ import annotations
@@ -66,6 +67,7 @@ class TokenShards:
                 raise SessaError(f"{path}: format {found['format']!r}, expected {FORMAT}")
             self.dtype = DTYPES[found["dtype"]]
             self.end_id, self.vocab_size = int(found["end_id"]), int(found["vocab_size"])
+            self.begin_ids = [int(i) for i in found.get("begin_ids", ())]
             self.shards = read_shards(found["shards"])
         except (KeyError, TypeError, AttributeError) as error:
             raise SessaError(f"{path}: not written by sessa data tokenize ({error!r})") from None

@@ -15,7 +15,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
@@ -41,6 +41,7 @@ from sessa_common.data.token_shards import (
 )
 from sessa_common.data.tokenizer import (
     DroppedText,
+    begin_of,
     choose_tokenizer,
     encode_documents,
     first_characters,
@@ -131,12 +132,12 @@ def tokenize(request: TokenizeRequest, tell: Tell = say_nothing) -> TokenShards:
     if first is None:
         raise SessaError("; ".join(["the text is empty", *counts.notes()]))
     work = out.with_name(f"{out.name}.partial")
-    tokenizer, end = _tokenizer_of(work, request, tell)
+    tokenizer, begin, end = _tokenizer_of(work, request, tell)
     work.mkdir(parents=True, exist_ok=True)
     with lock_folder(work):
         journal = _open_journal(work, request)
         write_text(work / TOKENIZER, tokenizer.to_str())
-        build = _Build(work, request, tokenizer, end, journal)
+        build = _Build(work, request, tokenizer, begin, end, journal)
         with closing(build.run(chain([first], texts))) as progress:
             for shards, tokens in progress:
                 tell(f"tokenizing: {tokens:,} tokens, {shards} shards on disk")
@@ -168,17 +169,24 @@ def _open_journal(work: Path, request: TokenizeRequest) -> dict[str, Any]:
     return found
 
 
-def _tokenizer_of(work: Path, request: TokenizeRequest, tell: Tell) -> tuple[Tokenizer, int]:
-    """The tokenizer of the folder that is gone on with, or the one that is asked for."""
+def _tokenizer_of(
+    work: Path, request: TokenizeRequest, tell: Tell
+) -> tuple[Tokenizer, list[int], int]:
+    """The tokenizer of the folder that is gone on with, or the one that is asked for.
+
+    The second and third results are the ids before a document and the one behind it.
+    """
     journal = _open_journal(work, request)
     if journal["shards"]:
-        tokenizer, end = read_tokenizer(work), int(journal["end_id"])
+        tokenizer = read_tokenizer(work)
+        begin, end = journal.get("begin_ids", []), int(journal["end_id"])
     else:
         tell("preparing the tokenizer")
         texts = first_characters(read_documents(request.sources, request.source))
         tokenizer, end = choose_tokenizer(request.tokenizer, texts)
+        begin = begin_of(tokenizer, request.tokenizer)
     parse_special_tokens(tokenizer, request.special_tokens)
-    return tokenizer, end
+    return tokenizer, begin, end
 
 
 class _Build:
@@ -189,13 +197,14 @@ class _Build:
         work: Path,
         request: TokenizeRequest,
         tokenizer: Tokenizer,
+        begin: list[int],
         end: int,
         journal: dict[str, Any],
     ) -> None:
         self.work, self.request, self.journal = work, request, journal
-        self.tokenizer, self.end = tokenizer, end
+        self.tokenizer, self.begin, self.end = tokenizer, begin, end
         self.dtype = token_dtype(vocabulary_size(tokenizer))
-        journal["end_id"] = end
+        journal |= {"begin_ids": begin, "end_id": end}
         write_json(work / PARTIAL, journal)
 
     def run(self, texts: Iterable[str]) -> Generator[tuple[int, int], None, None]:
@@ -203,7 +212,7 @@ class _Build:
         chunks = self._behind(_chunks(texts))
         writer = _ShardWriter(self)
         tokenized = _encode_in_order(
-            self.tokenizer, self.end, self.dtype, chunks, self.request.jobs
+            _Encoder(self.tokenizer, self.begin, self.end, self.dtype), chunks, self.request.jobs
         )
         with closing(tokenized):
             for chunk, encoded in tokenized:
@@ -249,6 +258,7 @@ class _Build:
         content = {
             "format": FORMAT,
             "dtype": self.dtype,
+            "begin_ids": self.begin,
             "end_id": self.end,
             "vocab_size": vocabulary_size(self.tokenizer),
             "tokens": sum(shard.tokens for shard in shards),
@@ -323,24 +333,34 @@ def _chunks(texts: Iterable[str]) -> Iterator[Chunk]:
         yield Chunk(chunk, found.hexdigest())
 
 
-def _encode(tokenizer: Tokenizer, end: int, dtype: str, texts: Sequence[str]) -> Encoded:
-    dropped = DroppedText()
-    documents = [ids for ids, _ in encode_documents(tokenizer, texts, dropped)]
-    closed = [part for ids in documents for part in (ids, np.array([end], np.int32))]
-    tokens = np.concatenate(closed or [np.empty(0, np.int32)]).astype(DTYPES[dtype])
-    return Encoded(tokens, len(documents), dropped)
+@dataclass(frozen=True)
+class _Encoder:
+    """The tokens of texts, each between the ids `begin` and the id `end`."""
+
+    tokenizer: Tokenizer
+    begin: list[int]
+    end: int
+    dtype: str
+
+    def __call__(self, texts: Sequence[str]) -> Encoded:
+        dropped = DroppedText()
+        encoded = encode_documents(self.tokenizer, texts, dropped, self.begin)
+        documents = [ids for ids, _ in encoded]
+        closed = [part for ids in documents for part in (ids, np.array([self.end], np.int32))]
+        tokens = np.concatenate(closed or [np.empty(0, np.int32)]).astype(DTYPES[self.dtype])
+        return Encoded(tokens, len(documents), dropped)
 
 
 def _encode_in_order(
-    tokenizer: Tokenizer, end: int, dtype: str, chunks: Iterable[Chunk], jobs: int
+    encode: _Encoder, chunks: Iterable[Chunk], jobs: int
 ) -> Generator[tuple[Chunk, Encoded], None, None]:
     """Yield each chunk with its tokens, in order, encoded by `jobs` processes."""
     if jobs == 1:
         for chunk in chunks:
-            yield chunk, _encode(tokenizer, end, dtype, chunk.texts)
+            yield chunk, encode(chunk.texts)
         return
     waiting: deque[tuple[Chunk, Future[Encoded]]] = deque()
-    settings = (tokenizer.to_str(), tokenizer.encode_special_tokens, end, dtype)
+    settings = (encode, encode.tokenizer.encode_special_tokens)
     # A process with threads must not be forked.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(jobs, context, _start_worker, settings)
@@ -362,22 +382,18 @@ def _encode_in_order(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-_worker: Callable[[Sequence[str]], Encoded]
+_worker: _Encoder
 
 
-def _start_worker(tokenizer_json: str, plain_special: bool, end: int, dtype: str) -> None:
+def _start_worker(encode: _Encoder, plain_special: bool) -> None:
     global _worker
     # Ctrl-C goes to all processes of a terminal; the main one ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    tokenizer = Tokenizer.from_str(tokenizer_json)
-    tokenizer.encode_special_tokens = plain_special
-
-    def work(texts: Sequence[str]) -> Encoded:
-        return _encode(tokenizer, end, dtype, texts)
-
-    _worker = work
+    # A pickled tokenizer is its tokenizer.json, which does not say this.
+    encode.tokenizer.encode_special_tokens = plain_special
+    _worker = encode
 
 
 def _end_with_parent() -> None:

@@ -221,6 +221,14 @@ def read_tokenizer(path: Path | str) -> Tokenizer:
     return tokenizer
 
 
+def begin_of(tokenizer: Tokenizer, spec: str) -> list[int]:
+    """`begin_token_ids` of the tokenizer that `choose_tokenizer` gives for `spec`."""
+    if spec == "bytes" or spec.lstrip("-").isdigit():
+        return []
+    path = Path(os.path.expanduser(spec))
+    return begin_token_ids(tokenizer, path if path.is_dir() else path.parent)
+
+
 def choose_tokenizer(
     spec: str, texts: Iterable[str], *, show_progress: bool = False
 ) -> tuple[Tokenizer, int]:
@@ -250,11 +258,8 @@ def end_token_id(path: Path | str) -> int:
     tokenizer = read_tokenizer(path)
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
     settings = folder / "tokenizer_config.json"
-    named = read_json(settings).get("eos_token") if settings.is_file() else None
-    if isinstance(named, dict):
-        named = named.get("content")
-    if not isinstance(named, str | None):
-        raise SessaError(f"{settings}: eos_token is {named!r}, expected a text")
+    keys = read_json(settings) if settings.is_file() else {}
+    named = _token_name(keys, "eos_token", str(settings))
     for token in [named] if named else KNOWN_ENDS:
         if (found := tokenizer.token_to_id(token)) is not None:
             return found
@@ -262,6 +267,41 @@ def end_token_id(path: Path | str) -> int:
         f"{path}: no token ends a document (looked for {named or ', '.join(KNOWN_ENDS)}); "
         "name it as eos_token in a tokenizer_config.json beside it"
     )
+
+
+def begin_token_ids(
+    tokenizer: Tokenizer, folder: Path | None, bos_token_id: int | None = None
+) -> list[int]:
+    """Ids that the tokenizer puts before every text, such as Llama's bos token.
+
+    `add_bos_token` of the folder's tokenizer_config.json decides; without this key it is the
+    tokenizer's post-processor. The token is `bos_token_id`, or the `bos_token` of that file. Raises
+    SessaError when neither is named.
+    """
+    path = None if folder is None else folder / "tokenizer_config.json"
+    settings = read_json(path) if path is not None and path.is_file() else {}
+    adds = settings.get("add_bos_token")
+    if adds is None:
+        encoding = tokenizer.encode("a", add_special_tokens=True)
+        plain = tokenizer.encode("a", add_special_tokens=False).ids
+        return encoding.ids[: encoding.special_tokens_mask.index(0) if plain else 0]
+    if not adds:
+        return []
+    if bos_token_id is None and (name := _token_name(settings, "bos_token", str(path))):
+        bos_token_id = tokenizer.token_to_id(name)
+    if bos_token_id is None:
+        raise SessaError(f"{path}: add_bos_token is true, but the model has no bos token")
+    return [bos_token_id]
+
+
+def _token_name(settings: dict[str, Any], key: str, where: str) -> str | None:
+    """The text of a special token in a tokenizer_config.json, None where it names none."""
+    named = settings.get(key)
+    if isinstance(named, dict):
+        named = named.get("content")
+    if not isinstance(named, str | None):
+        raise SessaError(f"{where}: {key} is {named!r}, expected a text")
+    return named
 
 
 def vocabulary_size(tokenizer: Tokenizer) -> int:
@@ -311,12 +351,16 @@ class DroppedText:
 
 
 def encode_documents(
-    tokenizer: Tokenizer, texts: Iterable[str], dropped: DroppedText | None = None
+    tokenizer: Tokenizer,
+    texts: Iterable[str],
+    dropped: DroppedText | None = None,
+    begin: Sequence[int] = (),
 ) -> Iterator[tuple[np.ndarray, int]]:
     """Yield each text as token ids, int32 (n,), and the bytes of UTF-8 that they stand for.
 
-    Special tokens are not added. Text that the tokenizer has no token for is not among the bytes;
-    a text without any known part is left out. Both are counted in `dropped`.
+    The ids `begin` stand before those of each text; no others are added. Text that the tokenizer
+    has no token for is not among the bytes; a text without any known part is left out. Both are
+    counted in `dropped`.
     """
     dropped = dropped or DroppedText()
     known = _KnownText(tokenizer)
@@ -328,7 +372,7 @@ def encode_documents(
             if lost == size or not encoding.ids:
                 dropped.documents += 1
             else:
-                yield np.asarray(encoding.ids, np.int32), size - lost
+                yield np.asarray([*begin, *encoding.ids], np.int32), size - lost
 
 
 def encode_texts(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[np.ndarray]:
@@ -420,19 +464,31 @@ class _KnownText:
         return lost + len(text[end:].encode())
 
 
-def write_tokenizer(folder: Path, tokenizer: Tokenizer, end_id: int, max_length: int) -> None:
-    """Write tokenizer.json, tokenizer_config.json and generation_config.json into a new folder."""
+def write_tokenizer(
+    folder: Path,
+    tokenizer: Tokenizer,
+    end_id: int,
+    max_length: int,
+    begin: Sequence[int] = (),
+) -> None:
+    """Write tokenizer.json, tokenizer_config.json and generation_config.json into a new folder.
+
+    `begin` are the ids before every text; without them the end token is the bos token too.
+    """
     tokenizer.save(str(folder / "tokenizer.json"))
+    begin_id = begin[-1] if begin else end_id
     end = tokenizer.id_to_token(end_id)
-    settings = {
+    settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": end,
+        "bos_token": tokenizer.id_to_token(begin_id),
         "eos_token": end,
         "pad_token": end,
         "model_max_length": max_length,
         "clean_up_tokenization_spaces": False,
     }
-    ids = {"bos_token_id": end_id, "eos_token_id": end_id, "pad_token_id": end_id}
+    if list(begin) != begin_token_ids(tokenizer, None):
+        settings["add_bos_token"] = bool(begin)
+    ids = {"bos_token_id": begin_id, "eos_token_id": end_id, "pad_token_id": end_id}
     _write(folder / "tokenizer_config.json", settings)
     _write(folder / "generation_config.json", ids)
 

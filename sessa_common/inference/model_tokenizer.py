@@ -9,6 +9,7 @@ from tokenizers import Tokenizer
 
 from sessa_common.config import SessaConfig
 from sessa_common.data.tokenizer import (
+    begin_token_ids,
     check_fits,
     encode_text,
     end_token_id,
@@ -54,24 +55,8 @@ class ModelTokenizer:
 
     @property
     def prefix_ids(self) -> list[int]:
-        """The ids that the tokenizer puts before every text, such as Llama's bos token.
-
-        `add_bos_token` of tokenizer_config.json decides; without this key it is the tokenizer's
-        post-processor.
-        """
-        path = None if self.folder is None else self.folder / "tokenizer_config.json"
-        settings = read_json(path) if path is not None and path.is_file() else {}
-        adds = settings.get("add_bos_token")
-        if adds is None:
-            encoding = self.tokenizer.encode("a", add_special_tokens=True)
-            plain = self.tokenizer.encode("a", add_special_tokens=False).ids
-            before = encoding.special_tokens_mask.index(0) if plain else 0
-            return encoding.ids[:before]
-        if not adds:
-            return []
-        if self.config.bos_token_id is None:
-            raise SessaError(f"{path}: add_bos_token is true, but the model has no bos_token_id")
-        return [self.config.bos_token_id]
+        """The ids that the tokenizer puts before every text; see `begin_token_ids`."""
+        return begin_token_ids(self.tokenizer, self.folder, self.config.bos_token_id)
 
     @property
     def start_id(self) -> int:

@@ -145,15 +145,18 @@ def read_source(
     text: _Text, config: SessaConfig, settings: TrainConfig, tell: Tell
 ) -> tuple[BatchSource, bool]:
     """Read the data of a run; the second result says whether a chat template was used."""
-    if not settings.examples:
-        parse_special_tokens(text.tokenizer, settings.parse_special_tokens)
-        return read_text_batches(text.tokenizer, text.end_id, config, settings, tell), False
-    training_sequence_length(config, settings)
     tokenizer = ModelTokenizer(
         tokenizer=text.tokenizer,
         config=dataclasses.replace(config, eos_token_id=text.end_id),
         folder=text.folder,
     )
+    if not settings.examples:
+        parse_special_tokens(text.tokenizer, settings.parse_special_tokens)
+        source = read_text_batches(
+            text.tokenizer, text.end_id, config, settings, tell, tokenizer.prefix_ids
+        )
+        return source, False
+    training_sequence_length(config, settings)
     parse_special_tokens(text.tokenizer, settings.parse_special_tokens)
     read = functools.partial(
         read_examples,

@@ -31,6 +31,8 @@ from sessa_common.data.task_registry import load_data
 from sessa_common.data.tasks import TaskBatches
 from sessa_common.data.token_shards import TokenShards, is_token_folder
 from sessa_common.data.tokenizer import (
+    begin_of,
+    begin_token_ids,
     check_fits,
     choose_tokenizer,
     end_token_id,
@@ -215,26 +217,34 @@ def _text_run(
     tokens = next(filter(is_token_folder, split_weights(settings.data)[0]), None)
     if init is not None and settings.tokenizer is None:
         tokenizer, end = read_tokenizer(init), end_token_id(init)
+        begin = begin_token_ids(tokenizer, init, config.bos_token_id)
     elif tokens is not None and settings.tokenizer is None:
-        tokenizer, end = read_tokenizer(tokens), TokenShards(tokens).end_id
+        shards = TokenShards(tokens)
+        tokenizer, begin, end = read_tokenizer(tokens), shards.begin_ids, shards.end_id
     else:
         spec = settings.tokenizer or str(config.vocab_size)
         tokenizer, end = choose_tokenizer(spec, _bpe_sample(settings, tell))
+        begin = begin_of(tokenizer, spec)
     parse_special_tokens(tokenizer, settings.parse_special_tokens)
     if not fixed_vocabulary:
         config = dataclasses.replace(config, vocab_size=vocabulary_size(tokenizer))
     check_fits(tokenizer, config, settings.tokenizer or str(init or out))
     config = dataclasses.replace(
-        config, dtype="float32", bos_token_id=end, eos_token_id=end, pad_token_id=end
+        config,
+        dtype="float32",
+        bos_token_id=begin[-1] if begin else end,
+        eos_token_id=end,
+        pad_token_id=end,
     )
     return Run(
         folder=out,
         config=config,
         settings=settings,
-        source=read_text_batches(tokenizer, end, config, settings, tell),
+        source=read_text_batches(tokenizer, end, config, settings, tell, begin),
         weights=_first_weights(config, settings, init),
         tokenizer=tokenizer,
         end_id=end,
+        begin_ids=begin,
     )
 
 
@@ -307,7 +317,7 @@ def _resumed_run(
         folder=folder,
         config=config,
         settings=settings,
-        source=_read_source(tokenizer, end, config, settings, tell),
+        source=_read_source(folder, tokenizer, end, config, settings, tell),
         weights=float32_weights(folder),
         tokenizer=tokenizer,
         end_id=end,
@@ -316,6 +326,7 @@ def _resumed_run(
 
 
 def _read_source(
+    folder: Path,
     tokenizer: Tokenizer,
     end: int,
     config: SessaConfig,
@@ -325,7 +336,8 @@ def _read_source(
     if settings.task is not None:
         return TaskBatches(load_data(settings.task, settings.task_options), config, settings)
     parse_special_tokens(tokenizer, settings.parse_special_tokens)
-    return read_text_batches(tokenizer, end, config, settings, tell)
+    begin = begin_token_ids(tokenizer, folder, config.bos_token_id)
+    return read_text_batches(tokenizer, end, config, settings, tell, begin)
 
 
 def _first_weights(

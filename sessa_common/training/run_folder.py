@@ -7,7 +7,7 @@ import functools
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +74,7 @@ class Run:
     source: BatchSource
     tokenizer: Tokenizer
     end_id: int
+    begin_ids: Sequence[int] = ()  # before every text
     resumed: bool = False
     base: Path | None = None
     chat_template: str | None = None
@@ -132,7 +133,8 @@ def _write_card(folder: Path, run: Run, target: Path | None = None) -> None:
 def _write_tokenizer(folder: Path, run: Run) -> None:
     """Write the tokenizer and what belongs to it: names of tokens, ends of texts, chat template."""
     if run.base is None:
-        write_tokenizer(folder, run.tokenizer, run.end_id, run.config.max_position_embeddings)
+        length = run.config.max_position_embeddings
+        write_tokenizer(folder, run.tokenizer, run.end_id, length, run.begin_ids)
         return
     for path in (path for name in TOKENIZER_FILES for path in run.base.glob(name)):
         require_own_file(run.base, path)

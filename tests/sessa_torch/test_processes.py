@@ -104,6 +104,12 @@ def losses(run: Path) -> np.ndarray:
     return np.array([[r["loss"], r["gradient_norm"]] for r in records if "loss" in r])
 
 
+def gains(run: Path) -> np.ndarray:
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    kinds = [f"layer_0_gain_{kind}" for kind in ("mean", "max", "used")]
+    return np.array([[r[kind] for kind in kinds] for r in records if "validation_loss" in r])
+
+
 def files(run: Path) -> set[str]:
     return {path.relative_to(run).as_posix() for path in run.rglob("*")}
 
@@ -140,9 +146,13 @@ def check_ways(folder: Path, count: int, ways: dict[str, dict[str, Any]]) -> Non
     assert out.count(f"by {count} processes") == out.count("wrote begun-again ") == 1
     assert f"--batch-size is {count + 1}, which {count} processes cannot share evenly" in err
     assert not Path("refused").exists()
-    for name in ways:
+    for name, way in ways.items():
         assert files(Path(name)) == files(Path("one"))
         np.testing.assert_allclose(losses(Path(name)), losses(Path("one")), rtol=1e-5)
+        # Gains are those of the first batch, which has other rows where it is smaller.
+        limit = 0.05 if "batch_size" in way else 1e-4
+        np.testing.assert_allclose(gains(Path(name)), gains(Path("one")), rtol=limit)
+    assert gains(Path("one")).size
     for run, steps in (("begun", 20), ("one", 24), ("shard", 24)):
         train(resume=run, steps=steps, shard_processes=1, device="cpu")
     for one, more in (("begun", "begun-again"), ("one", "shard")):

@@ -68,7 +68,7 @@ def test_processes_write_what_one_writes(text, tmp_path):
 
 def test_an_interrupted_run_goes_on(text, tmp_path, monkeypatch):
     whole, out = tokenize(request(text, tmp_path / "whole")), tmp_path / "out"
-    encode, calls = tokenization._encode, []
+    encode, calls = tokenization._Encoder.__call__, []
 
     def interrupted(*arguments):
         calls.append(1)
@@ -76,7 +76,7 @@ def test_an_interrupted_run_goes_on(text, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return encode(*arguments)
 
-    monkeypatch.setattr(tokenization, "_encode", interrupted)
+    monkeypatch.setattr(tokenization._Encoder, "__call__", interrupted)
     with pytest.raises(KeyboardInterrupt):
         tokenize(request(text, out))
     assert not out.exists() and (tmp_path / "out.partial").is_dir()
@@ -93,7 +93,7 @@ def test_an_interrupted_run_goes_on(text, tmp_path, monkeypatch):
 
 
 def test_text_that_changed_meanwhile_is_refused(text, tmp_path, monkeypatch):
-    encode, calls = tokenization._encode, []
+    encode, calls = tokenization._Encoder.__call__, []
 
     def interrupted(*arguments):
         calls.append(1)
@@ -101,7 +101,7 @@ def test_text_that_changed_meanwhile_is_refused(text, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return encode(*arguments)
 
-    monkeypatch.setattr(tokenization, "_encode", interrupted)
+    monkeypatch.setattr(tokenization._Encoder, "__call__", interrupted)
     with pytest.raises(KeyboardInterrupt):
         tokenize(request(text, tmp_path / "out"))
     text.write_text(text.read_text().replace("text 3 ", "text x ", 1))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -12,7 +11,6 @@ import pytest
 from tokenizers import Tokenizer, processors
 
 from sessa_common.checkpoint.sources import read_source
-from sessa_common.errors import SessaError
 from sessa_common.inference.model_tokenizer import ModelTokenizer
 
 STORIES = Path(__file__).parents[2] / "fixtures" / "stories260K"
@@ -60,11 +58,3 @@ def test_settings_go_before_the_post_processor(tmp_path, config, adds, template,
     assert tokenizer.prefix_ids == prefix
     assert tokenizer.encode("a")[: len(prefix)] == prefix
     assert tokenizer.start_id == (1 if prefix else 2)
-
-
-def test_a_prefix_without_an_id_is_refused(tmp_path, config):
-
-    folder = changed(tmp_path / "x", adds=True)
-    tokenizer = ModelTokenizer.open(folder, dataclasses.replace(config, bos_token_id=None))
-    with pytest.raises(SessaError, match="add_bos_token is true, but the model has no bos"):
-        tokenizer.encode("a")
