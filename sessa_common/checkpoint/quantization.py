@@ -68,9 +68,8 @@ def dequantize(weight: np.ndarray, scales: np.ndarray, biases: np.ndarray, bits:
     In 16-bit types the product is rounded before the bias is added, as MLX does.
     """
     if len(weight) > (rows := _rows_at_once(weight.shape[1] * 32 // bits)):
-        starts = range(0, len(weight), rows)
-        blocks = [(x[i : i + rows] for x in (weight, scales, biases)) for i in starts]
-        return np.concatenate([dequantize(w, s, b, bits) for w, s, b in blocks])
+        cuts = [slice(i, i + rows) for i in range(0, len(weight), rows)]
+        return np.concatenate([dequantize(weight[i], scales[i], biases[i], bits) for i in cuts])
     codes = unpack(weight, bits).astype(scales.dtype)
     groups = codes.reshape(*scales.shape, -1) * scales[..., None] + biases[..., None]
     return groups.astype(scales.dtype).reshape(codes.shape)

@@ -88,6 +88,16 @@ def test_error_is_at_most_half_a_step(bits):
     assert (error > 0).any()
 
 
+def test_blocks_of_rows_give_the_same_bits(monkeypatch):
+    w = matrix(64, "float32")
+    parts = quantize(w, 4, 64)
+    whole = dequantize(*parts, 4)
+    monkeypatch.setattr("sessa_common.checkpoint.quantization.BLOCK", 2 * w.shape[1])
+    for got, want in zip(quantize(w, 4, 64), parts, strict=True):
+        np.testing.assert_array_equal(got, want)
+    np.testing.assert_array_equal(dequantize(*parts, 4), whole)
+
+
 def model_tensors() -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     shapes = {"a.weight": (8, 64), "a.bias": (8,), "mixer.gamma_ctx.weight": (1, 64)}
