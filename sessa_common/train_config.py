@@ -47,12 +47,13 @@ class TrainConfig:
     positions begin anew, and the first token of a document is no target) or "joined"; None is
     "separate", but "joined" with `context_parallel`, which cannot separate them; a step uses
     batch_size * gradient_accumulation_steps rows; the optimizer is "adamw", or "muon" for the
-    layers' matrices beside AdamW for the rest; the learning rate rises
-    linearly over warmup_steps and falls along a cosine to min_lr_ratio of itself; each layer learns
-    with layer_rate_decay times the rate of the layer after it, the embedding like a layer before
-    the first, and feedback projections and gains with feedback_rate times that; an interval of 0
-    means "only at the end"; the last keep_checkpoints saves are kept, and the best by validation
-    loss. `task` is "symbolsoup", "diffuse-mqar" or a folder of `sessa data`, to
+    layers' matrices beside AdamW for the rest; the learning rate rises linearly over warmup_steps
+    and falls along a cosine to min_lr_ratio of itself; each layer learns with layer_rate_decay
+    times the rate of the layer after it, the embedding like a layer before the first, and feedback
+    projections and gains with feedback_rate times that; mup_base_width is the hidden_size that the
+    learning rate was found for, which scales it to the model's by muP, and 0 leaves it; an interval
+    of 0 means "only at the end"; the last keep_checkpoints saves are kept, and the best by
+    validation loss. `task` is "symbolsoup", "diffuse-mqar" or a folder of `sessa data`, to
     train on instead of text; `task_options` are "name=value" texts for its fields. `compile` lets
     the framework compile the training step, with the same numbers but for rounding; None compiles
     with MLX on a GPU and nowhere else. `checkpoint_activations` is "none",
@@ -92,6 +93,7 @@ class TrainConfig:
     min_lr_ratio: float = 0.1
     layer_rate_decay: float = 1.0
     feedback_rate: float = 1.0
+    mup_base_width: int = 0
     warmup_steps: int = 80
     weight_decay: float = 0.1
     beta1: float = 0.9
@@ -134,6 +136,7 @@ class TrainConfig:
             "sequence_length",
             "max_documents",
             "warmup_steps",
+            "mup_base_width",
             "shard_processes",
             "seed",
             "evaluate_every",
@@ -171,6 +174,11 @@ class TrainConfig:
             self.optimizer != "muon" or self.shard_processes == 1,
             f"`optimizer` is muon, which needs whole matrices, but `shard_processes` is "
             f"{self.shard_processes}; give `shard_processes` 1, or `optimizer` adamw",
+        )
+        require(
+            self.mup_base_width == 0 or self.train == "all",
+            f"`mup_base_width` scales the training of whole models, and `train` is {self.train}; "
+            "leave one of them out",
         )
         self._check_texts()
         for field in dataclasses.fields(self):

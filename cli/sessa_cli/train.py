@@ -118,6 +118,7 @@ def train(
     min_lr_ratio: options.MinLrRatio = None,
     layer_rate_decay: options.LayerRateDecay = None,
     feedback_rate: options.FeedbackRate = None,
+    mup_base_width: options.MupBaseWidth = None,
     warmup_steps: options.WarmupSteps = None,
     weight_decay: options.WeightDecay = None,
     beta1: options.Beta1 = None,

@@ -119,6 +119,14 @@ FeedbackRate = Annotated[
         "--feedback-rate", "The feedback's learning rate, as a multiple of its layer's. Default: 1."
     ),
 ]
+MupBaseWidth = Annotated[
+    int | None,
+    of_learning(
+        "--mup-base-width",
+        "Width of the model that the learning rate was found for; muP scales it to this model's. "
+        "Default: 0, as it is.",
+    ),
+]
 WarmupSteps = Annotated[
     int | None, of_learning("--warmup-steps", "Steps of the linear rise of the learning rate.")
 ]

@@ -55,6 +55,7 @@ from sessa_common.training.finetuning import (
 )
 from sessa_common.training.run_folder import Run
 from sessa_common.training.trained_parameters import trains_adapter
+from sessa_common.training.width_scaling import scale_initial
 
 DEFAULT_FOLDER, FINETUNED_FOLDER = Path("runs/pydoc"), Path("runs/finetuned")
 # Settings that may change in a resumed run; that the data give the same tokens is checked apart.
@@ -344,7 +345,7 @@ def _first_weights(
     config: SessaConfig, settings: TrainConfig, init: Path | None
 ) -> dict[str, np.ndarray]:
     if init is None:
-        return initial_weights(config, settings.seed)
+        return scale_initial(initial_weights(config, settings.seed), config, settings)
     return float32_weights(init)
 
 

@@ -11,6 +11,7 @@ from sessa_common.checkpoint.adapters import Shapes, initial_lora, lora_shapes
 from sessa_common.config import SessaConfig, parameter_shapes
 from sessa_common.errors import SessaError
 from sessa_common.train_config import TrainConfig
+from sessa_common.training.width_scaling import width_factor
 
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
 FEEDBACK = ("mixer.proj_fb.weight", "mixer.proj_fb.bias", "mixer.gamma_ctx.weight", "gamma_bias")
@@ -47,10 +48,11 @@ def rate_factors(config: SessaConfig, settings: TrainConfig) -> dict[str, float]
     """Return by what the learning rate of each trained array is multiplied.
 
     Layer i of L learns with layer_rate_decay^(L-1-i), the embedding with layer_rate_decay^L and
-    what follows the layers with 1; feedback learns with feedback_rate times that.
+    what follows the layers with 1; feedback learns with feedback_rate times that, and every array
+    with its `width_factor` times that.
     """
     factors = {}
-    for name in trained_shapes(config, settings):
+    for name, shape in trained_shapes(config, settings).items():
         depth = 0
         if found := LAYER.match(name):
             depth = config.num_hidden_layers - 1 - int(found[1])
@@ -59,6 +61,7 @@ def rate_factors(config: SessaConfig, settings: TrainConfig) -> dict[str, float]
         factors[name] = settings.layer_rate_decay**depth
         if name.endswith(FEEDBACK):
             factors[name] *= settings.feedback_rate
+        factors[name] *= width_factor(name, shape, config, settings)
     return factors
 
 
