@@ -1,11 +1,17 @@
 """Time Sessa in MLX against mlx-lm's own Llama of as many parameters, on a GPU.
 
-python benchmarks/mlx_models.py check decode train command (needs mlx with a GPU, and mlx-lm)
+python benchmarks/mlx_models.py decode prefill train command --out FOLDER
+(needs mlx with a GPU, and mlx-lm)
 
-`check` compares cached decoding with the full pass before anything is timed. `decode` gives
-milliseconds a token after 512 and 8,192 tokens, prefill and the pool, in bfloat16 and 4 bits.
-`train` gives tokens a second of the product's own training step, and `command` of `sessa train`
-itself. Both models have a vocabulary of 32,768; Sessa has 24 layers, the Llama 18.
+`decode` gives milliseconds a token after 512 and 8,192 tokens, in bfloat16 and 4 bits, and the
+pool; a step is first compared with the call of the model. Its caches are filled with random
+numbers, so that no prompt is read. `prefill` reads prompts of these lengths. `train` gives tokens a
+second of the product's own training step, and `command` of `sessa train` itself. `check` compares
+decoding with the full pass. Both models have a vocabulary of 32,768; Sessa has 24 layers, the Llama
+18.
+
+Every row is printed and stored at once. MLX compiles its fused kernels with NVRTC when they are
+first used, for some seconds each; it keeps them in FOLDER/ptx, for another run on such a device.
 """
 
 from __future__ import annotations
@@ -28,9 +34,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-# MLX reads the variable once; without it float32 products use 11-bit operands.
-os.environ.setdefault("MLX_ENABLE_TF32", "0")
-
 import mlx.core as mx
 import numpy as np
 from mlx import nn, optimizers
@@ -39,18 +42,24 @@ from mlx.utils import tree_flatten
 from sessa_common.checkpoint.initialization import initial_weights
 from sessa_common.config import SessaConfig
 from sessa_common.data.batches import next_token_batch
+from sessa_common.inference.generation import prefill
 from sessa_common.inference.sampling import SamplingConfig
 from sessa_common.presets import PRESETS
 from sessa_common.train_config import TrainConfig
 from sessa_common.training.metrics import read_metrics, tokens_per_second
+from sessa_mlx import _step_layers
 from sessa_mlx._step import held_arrays
+from sessa_mlx.cache import SessaCache
 from sessa_mlx.checkpoint import build_model
 from sessa_mlx.decoding import Decoder
 from sessa_mlx.training import TrainBackend
 
 GIB = 2**30
-PREFILL_CHUNK = 512
+LLAMA_PIECE = 2048  # tokens of a prompt, mlx-lm's own number
 DEPTHS = (512, 8192)  # tokens in the cache
+WARM_UP, TIMED = 20, 80  # tokens
+# Of the logits of a model in bfloat16.
+MOST_ERROR = 0.03
 SHAPES = ((8, 2048), (2, 8192))  # rows and tokens of a training step
 GREEDY = SamplingConfig(temperature=0)
 Row = dict[str, Any]
@@ -116,16 +125,31 @@ def count(model: nn.Module) -> int:
 
 
 class SessaTokens:
-    """The product's decoder: prefill in chunks, and tokens one ahead."""
+    """The product's decoder: prefill in its pieces, and tokens one ahead."""
 
     def __init__(self, model: nn.Module) -> None:
         self.decoder = Decoder(model)
 
     def prefill(self, ids: np.ndarray) -> None:
         self.decoder.reset()
-        for start in range(0, ids.shape[1], PREFILL_CHUNK):
-            self.decoder.feed(ids[:, start : start + PREFILL_CHUNK])
-        mx.eval(self.decoder.last)
+        prefill(self.decoder, ids, None)
+
+    def fill(self, depth: int) -> None:
+        """A cache of `depth` tokens of random numbers."""
+        self.decoder.reset()
+        config, tensors = self.decoder.config, {}
+        for i in range(config.num_hidden_layers):
+            rows = {
+                "k": (1, config.num_key_value_heads, depth, config.head_dim),
+                "v": (1, config.num_key_value_heads, depth, config.head_dim),
+                "k_fb": (1, depth, config.feedback_key_dim),
+                "s": (1, depth, config.hidden_size),
+            }
+            for name, shape in rows.items():
+                dtype = mx.float32 if name == "s" else mx.bfloat16
+                tensors[f"layers.{i}.{name}"] = mx.random.normal(shape).astype(dtype)
+        self.decoder.cache.load(tensors, mx.ones((1, depth), dtype=mx.bool_))
+        self.decoder.feed(np.array([[1]]))
 
     def tokens(self, number: int) -> Iterator[int]:
         with closing(self.decoder.draw(GREEDY, number)) as drawn:
@@ -142,11 +166,23 @@ class LlamaTokens:
 
     def prefill(self, ids: np.ndarray) -> None:
         self.cache = self.caches.make_prompt_cache(self.model)
-        for start in range(0, ids.shape[1], PREFILL_CHUNK):
-            logits = self.model(mx.array(ids[:, start : start + PREFILL_CHUNK]), cache=self.cache)
+        for start in range(0, ids.shape[1], LLAMA_PIECE):
+            logits = self.model(mx.array(ids[:, start : start + LLAMA_PIECE]), cache=self.cache)
             mx.eval(logits[:, -1], [cache.state for cache in self.cache])
             mx.clear_cache()
         self.last = logits[:, -1].argmax(-1)
+        mx.eval(self.last)
+
+    def fill(self, depth: int) -> None:
+        """A cache of `depth` tokens of random numbers."""
+        self.cache = self.caches.make_prompt_cache(self.model)
+        attention = self.model.layers[0].self_attn
+        shape = (1, attention.n_kv_heads, depth, attention.head_dim)
+        for cache in self.cache:
+            keys, values = (mx.random.normal(shape).astype(mx.bfloat16) for _ in "kv")
+            cache.update_and_fetch(keys, values)
+        mx.eval([cache.state[:2] for cache in self.cache])
+        self.last = mx.array([1])
 
     def tokens(self, number: int) -> Iterator[int]:
         mx.async_eval(self.last)
@@ -159,51 +195,129 @@ class LlamaTokens:
                 mx.clear_cache()
 
 
-def decode_rows(name: str, runner: SessaTokens | LlamaTokens, vocabulary: int) -> Iterator[Row]:
-    """Times of prefill and of a token, and memory, after each number of tokens."""
-    ids = np.random.default_rng(0).integers(0, vocabulary, (1, max(DEPTHS)))
-    for depth in DEPTHS:
-        mx.clear_cache()
-        mx.reset_peak_memory()
-        rates = []
-        for _ in range(2):
-            start = time.perf_counter()
-            runner.prefill(ids[:, :depth])
-            rates.append(depth / (time.perf_counter() - start))
-        times, last = [], time.perf_counter()
-        for _ in runner.tokens(120):
-            now = time.perf_counter()
-            times.append(1e3 * (now - last))
-            last = now
-        live = mx.get_active_memory()
-        yield {
-            "model": name,
-            "after": depth,
-            "ms a token": round(median(times[20:]), 3),
-            "mean ms": round(sum(times[20:]) / len(times[20:]), 3),
-            "prefill tokens/s, first": round(rates[0]),
-            "prefill tokens/s": round(rates[1]),
-            "live GiB": round(live / GIB, 3),
-            "pool GiB": round(mx.get_cache_memory() / GIB, 3),
-            "peak GiB": round(mx.get_peak_memory() / GIB, 3),
-        }
+Runner = SessaTokens | LlamaTokens
+
+
+def decode_row(name: str, runner: Runner, depth: int) -> Row:
+    """Times of a token and memory after `depth` tokens."""
+    mx.clear_cache()
+    start = time.perf_counter()
+    runner.fill(depth)
+    times, first = [], 0.0
+    mx.reset_peak_memory()
+    last = time.perf_counter()
+    for _ in runner.tokens(WARM_UP + TIMED):
+        now = time.perf_counter()
+        times.append(1e3 * (now - last))
+        first, last = first or now - start, now
+    timed = times[WARM_UP:]
+    return {
+        "model": name,
+        "after": depth,
+        "ms a token": round(median(timed), 3),
+        "mean ms": round(sum(timed) / len(timed), 3),
+        "least ms": round(min(timed), 3),
+        "host ms": round(build_time(runner), 3),
+        "first token s": round(first, 1),
+        "live GiB": round(mx.get_active_memory() / GIB, 3),
+        "pool GiB": round(mx.get_cache_memory() / GIB, 3),
+        "peak GiB": round(mx.get_peak_memory() / GIB, 3),
+    }
+
+
+def build_time(runner: Runner) -> float:
+    """Milliseconds in which Python builds the graph of a token."""
+    times, ids = [], mx.array([[1]])
+    for _ in range(10):
+        start = time.perf_counter()
+        if isinstance(runner, SessaTokens):
+            logits = runner.decoder.next_token(ids, runner.decoder.cache)
+        else:
+            logits = runner.model(ids, cache=runner.cache)
+        times.append(1e3 * (time.perf_counter() - start))
+        held = held_arrays(runner.decoder.cache) if isinstance(runner, SessaTokens) else []
+        mx.eval(logits, held)
+    return median(times)
+
+
+def checked(runner: SessaTokens, depth: int) -> Row:
+    """The difference of two tokens' logits in a step and in the call of the model.
+
+    Where the step's way to the mean of the states is wrong, the plain way is timed.
+    """
+    runner.fill(depth)
+    cache = runner.decoder.cache
+    tensors, mask = cache.tensors(), mx.ones((1, cache.length), dtype=mx.bool_)
+
+    def logits(call: Callable[..., mx.array]) -> mx.array:
+        cache = SessaCache(runner.decoder.config)
+        cache.load(tensors, mask)
+        found = [call(mx.array([[token]]), cache).astype(mx.float32) for token in (1, 2)]
+        mx.eval(found, held_arrays(cache))
+        return mx.stack(found).reshape(2, -1)
+
+    wanted = logits(lambda ids, cache: runner.decoder.model(ids, cache=cache))
+    row: Row = {"check": "a step and the call of the model", "after": cache.length}
+    for name in ("error", "error without strided attention"):
+        found = logits(runner.decoder.next_token)
+        row[name] = (mx.linalg.norm(found - wanted) / mx.linalg.norm(wanted)).item()
+        if row[name] < MOST_ERROR:
+            break
+        _step_layers.fits_strided_attention = _never
+    return row
+
+
+def _never(states: mx.array) -> bool:
+    return False
 
 
 def decode(small: bool) -> Iterator[Row]:
-    makers: dict[str, tuple[Callable[[bool], nn.Module], Any]] = {
-        "Sessa": (sessa, SessaTokens),
-        "Llama": (llama, LlamaTokens),
-    }
-    for name, (make, runner) in makers.items():
-        model = make(small)
-        yield {"model": name, "parameters": count(model)}
-        for bits in (16, 4):
-            if bits == 4:
+    ours, other = SessaTokens(sessa(small)), LlamaTokens(llama(small))
+    runners: dict[str, Runner] = {"Sessa": ours, "Llama": other}
+    for bits in (16, 4):
+        if bits == 4:
+            for model in (ours.decoder.model, other.model):
                 quantize(model)
-            yield from decode_rows(f"{name}, {bits} bits", runner(model), 300)
-        del model
+        for depth in DEPTHS:
+            if bits == 16:
+                yield checked(ours, depth)
+            for name, runner in runners.items():
+                yield decode_row(f"{name}, {bits} bits", runner, depth)
+    yield {name: count(runner_model(runner)) for name, runner in runners.items()}
+
+
+def runner_model(runner: Runner) -> nn.Module:
+    return runner.model if isinstance(runner, LlamaTokens) else runner.decoder.model
+
+
+def prefill_times(small: bool) -> Iterator[Row]:
+    """Tokens a second of prompts, the first and the second time."""
+    depths = (64, 256) if small else DEPTHS
+    ids = np.random.default_rng(0).integers(0, 300, (1, max(depths)))
+    runners: dict[str, Callable[[], Runner]] = {
+        "Sessa": lambda: SessaTokens(sessa(small)),
+        "Llama": lambda: LlamaTokens(llama(small)),
+    }
+    for name, make in runners.items():
+        runner = make()
+        for depth in depths:
+            mx.clear_cache()
+            mx.reset_peak_memory()
+            seconds = []
+            for _ in range(3):
+                start = time.perf_counter()
+                runner.prefill(ids[:, :depth])
+                seconds.append(time.perf_counter() - start)
+            yield {
+                "prefill": name,
+                "tokens": depth,
+                "tokens/s, first": round(depth / seconds[0]),
+                "tokens/s": round(depth / min(seconds[1:])),
+                "pool GiB": round(mx.get_cache_memory() / GIB, 3),
+                "peak GiB": round(mx.get_peak_memory() / GIB, 3),
+            }
+        del runner
         gc.collect()
-        mx.clear_cache()
 
 
 def check(small: bool) -> Iterator[Row]:
@@ -277,14 +391,14 @@ def llama_step(small: bool) -> Callable[[np.ndarray], float]:
 def train(small: bool) -> Iterator[Row]:
     for name, make in (("Sessa", sessa_step), ("Llama", llama_step)):
         step = make(small)
-        for B, T in SHAPES:
+        for B, T in ((2, 32), (1, 64)) if small else SHAPES:
             mx.clear_cache()
             mx.reset_peak_memory()
             ids = np.random.default_rng(0).integers(0, 300, (B, T + 1))
             start = time.perf_counter()
             losses = [step(ids)]
             first, times = time.perf_counter() - start, []
-            while len(times) < 3 or (sum(times) < 6 and len(times) < 8):
+            while len(times) < 3 or (sum(times) < 3 and len(times) < 6):
                 start = time.perf_counter()
                 losses.append(step(ids))
                 times.append(time.perf_counter() - start)
@@ -329,31 +443,39 @@ def command(small: bool) -> Iterator[Row]:
         }
 
 
-PARTS = {"check": check, "decode": decode, "train": train, "command": command}
+PARTS = {
+    "decode": decode,
+    "prefill": prefill_times,
+    "train": train,
+    "command": command,
+    "check": check,
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="+", choices=PARTS)
     parser.add_argument("--small", action="store_true", help="a small model, to try the script")
-    parser.add_argument("--out", type=Path, help="file to which the rows are appended as JSON")
+    parser.add_argument("--out", type=Path, required=True, help="folder of rows.jsonl and ptx")
     options = parser.parse_args()
+    (options.out / "ptx").mkdir(parents=True, exist_ok=True)
+    # MLX reads the variable with the first kernel that it compiles.
+    os.environ.setdefault("MLX_PTX_CACHE_DIR", str(options.out / "ptx"))
     about = {"mlx": mx.__version__, **mx.device_info(), "time": time.strftime("%Y-%m-%d %H:%M")}
     for part in options.parts:
         start = time.perf_counter()
         for row in PARTS[part](options.small):
-            write(row, options.out)
+            write({**row, "at s": round(time.perf_counter() - start, 1)}, options.out)
         seconds = round(time.perf_counter() - start, 1)
         write({"part": part, "seconds": seconds, **about}, options.out)
 
 
-def write(row: Row, out: Path | None) -> None:
+def write(row: Row, out: Path) -> None:
     """Print a row at once, so that a part that is ended keeps what it measured."""
     text = json.dumps(row, default=str)
     print(text, flush=True)
-    if out is not None:
-        with out.open("a") as file:
-            file.write(text + "\n")
+    with (out / "rows.jsonl").open("a") as file:
+        file.write(text + "\n")
 
 
 if __name__ == "__main__":

@@ -5,13 +5,15 @@ from __future__ import annotations
 import mlx.core as mx
 from mlx import nn
 
+from sessa_mlx._device import on_cuda
+
 
 def adds_bias_apart() -> bool:
     """Return True where MLX has matrix-vector products only without a bias, which is on CUDA.
 
     With one it calls cuBLAS for a single row, which costs the host far more than the product.
     """
-    return mx.cuda.is_available() and mx.default_device().type == mx.DeviceType.gpu
+    return on_cuda()
 
 
 class Linear(nn.Linear):

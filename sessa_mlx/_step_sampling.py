@@ -10,7 +10,7 @@ import numpy as np
 
 from sessa_common.errors import SessaError
 from sessa_common.inference.sampling import NOT_FINITE, GumbelNoise, SamplingConfig
-from sessa_mlx._step_cache import on_gpu
+from sessa_mlx._device import on_gpu
 
 
 class DeviceSampler:

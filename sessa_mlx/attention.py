@@ -6,6 +6,7 @@ Letters: B batch, T time, P past, D width, H heads, G key/value heads, d head wi
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import mlx.core as mx
 import numpy as np
@@ -13,10 +14,10 @@ from mlx import nn
 
 from sessa_common.config import SessaConfig
 from sessa_common.rope import RopeScaling
+from sessa_mlx._device import on_gpu
 from sessa_mlx._linear import Linear
-from sessa_mlx._step_cache import StepLayerCache, hide_rows, on_gpu
 from sessa_mlx.attention_blocks import attend
-from sessa_mlx.cache import SessaLayerCache
+from sessa_mlx.cache import SessaLayerCache, _hide_rows
 
 
 @dataclass(frozen=True)
@@ -91,11 +92,17 @@ def _rope_from(config: SessaConfig, first: mx.array, x: mx.array) -> Rope:
     if x.dtype == mx.float64 or amplified or not on_gpu():
         positions = first[:, None] + mx.arange(x.shape[1])
         return rope_tables(positions, d, theta, x.dtype, scaling)
-    # Rounded once; MLX's own powers in float32 are less exact.
-    periods = theta ** (np.arange(0, d, 2) / d)
-    if scaling is not None:
-        periods = 1 / scaling.frequencies(d, theta)
-    return _Consecutive(first, mx.array(periods, dtype=mx.float32))
+    return _Consecutive(first, _periods(d, theta, scaling))
+
+
+@cache
+def _periods(head_dim: int, theta: float, scaling: RopeScaling | None) -> mx.array:
+    """The periods (d/2,), rounded once; MLX's own powers in float32 are less exact."""
+    if scaling is None:
+        periods = theta ** (np.arange(0, head_dim, 2) / head_dim)
+    else:
+        periods = 1 / scaling.frequencies(head_dim, theta)
+    return mx.array(periods, dtype=mx.float32)
 
 
 def apply_rope(x: mx.array, rope: Rope) -> mx.array:
@@ -172,8 +179,6 @@ class AttentionMixer(nn.Module):
         a cache nor a mask. `rope` are the tables of `rope_of`, from a caller that shares them
         between layers. Without them they are built here, from the cache, the mask or the documents.
         """
-        if isinstance(cache, StepLayerCache):
-            return self._step(a, cache)
         B, T, _ = a.shape
         d = self.config.head_dim
         q, k, v = (
@@ -188,29 +193,7 @@ class AttentionMixer(nn.Module):
         if rope is not None:
             q, k = apply_rope(q, rope), apply_rope(k, rope)
         if cache is not None:
-            k, v = (hide_rows(x, key_mask) for x in (k, v))
+            k, v = (_hide_rows(x, key_mask) for x in (k, v))
             k, v = cache.k.append(k), cache.v.append(v)
         f = causal_attention(q, k, v, key_mask, document_starts).swapaxes(1, 2).reshape(B, T, -1)
-        return self.out_proj(f) if self.projects else f
-
-    def _step(self, a: mx.array, cache: StepLayerCache) -> mx.array:
-        """Mix one token (B, 1, D) behind the cached ones, inside the compiled step."""
-        return self._attend(cache.project(a), cache)
-
-    def _attend(self, projected: mx.array, cache: StepLayerCache) -> mx.array:
-        """Attention of one token; projected (B, 1, ...) begins with its q, k and v."""
-        B, H, G = len(projected), self.config.num_attention_heads, self.config.num_key_value_heads
-        d, position = self.config.head_dim, cache.position
-        heads = projected[..., : (H + 2 * G) * d].reshape(B, 1, -1, d).swapaxes(1, 2)
-        rotated, v = mx.split(heads, [H + G], 1)
-        if self.config.qk_norm:
-            q, k = mx.split(rotated, [H], 1)
-            rotated = mx.concatenate([self.q_norm(q), self.k_norm(k)], 1)
-        if position.rope is not None:
-            rotated = apply_rope(rotated, position.rope)
-        q, k = mx.split(rotated, [H], 1)
-        k = cache.write("k", k, position.index, axis=2)
-        v = cache.write("v", v, position.index, axis=2)
-        f = mx.fast.scaled_dot_product_attention(q, k, v, scale=d**-0.5, mask=position.seen)
-        f = f.swapaxes(1, 2).flatten(2)
         return self.out_proj(f) if self.projects else f

@@ -9,7 +9,6 @@ import numpy as np
 
 from sessa_common.config import SessaConfig
 from sessa_common.inference.cache_contents import position_axis, require_trimmable
-from sessa_mlx._step_cache import hide_rows
 
 # A buffer has room for a multiple of this number of rows.
 CHUNK = 256
@@ -50,19 +49,17 @@ class GrowingBuffer:
         """Replace all rows."""
         self.buffer, self.length = rows, rows.shape[self.axis]
 
-    def _reserve(self, count: int) -> bool:
-        """Make room for `count` more rows; return True when the buffer had to grow."""
-        assert self.buffer is not None
-        room, needed = self.buffer.shape[self.axis], _whole_chunks(self.length + count)
-        if needed <= room:
-            return False
-        more = max(needed, _whole_chunks(int(GROWTH * room))) - room
-        self.buffer = mx.concatenate([self.buffer, self._empty(self.buffer, more)], self.axis)
-        return True
+    def _has_room(self, count: int) -> bool:
+        """Return True if `count` more rows fit into the buffer."""
+        return self.buffer is not None and self.length + count <= self.buffer.shape[self.axis]
 
-    def _prepare_step(self) -> bool:
-        """Make room for the row of a step; return True when the buffer had to grow."""
-        return self._reserve(1)
+    def _reserve(self, count: int) -> None:
+        """Make room for `count` more rows."""
+        assert self.buffer is not None
+        if not self._has_room(count):
+            room, needed = self.buffer.shape[self.axis], _whole_chunks(self.length + count)
+            more = max(needed, _whole_chunks(int(GROWTH * room))) - room
+            self.buffer = mx.concatenate([self.buffer, self._empty(self.buffer, more)], self.axis)
 
     def _drop(self, length: int) -> None:
         """Drop all but the first `length` rows."""
@@ -78,6 +75,14 @@ class GrowingBuffer:
 
     def _span(self, start: int, stop: int) -> tuple[slice, ...]:
         return (slice(None),) * self.axis + (slice(start, stop),)
+
+
+def _hide_rows(rows: mx.array, mask: mx.array | None) -> mx.array:
+    """Zero the rows (B, T, D) or (B, G, T, d) that the last T columns of a mask (B, S) hide."""
+    if mask is None:
+        return rows
+    mask = mask[:, -rows.shape[-2] :, None]
+    return mx.where(mask[:, None] if rows.ndim == 4 else mask, rows, 0)
 
 
 def _whole_chunks(rows: int) -> int:
@@ -113,22 +118,15 @@ class _StateBuffer(GrowingBuffer):
         self.pending = None
         super().load(rows)
 
+    def _reserve(self, count: int) -> None:
+        self._write()
+        super()._reserve(count)
+
     def _write(self) -> None:
         if self.pending is not None:
             new, self.pending = self.pending, None
             self.length -= new.shape[self.axis]
             super().append(new)
-
-    def _prepare_step(self) -> bool:
-        """Let the last row alone be pending, and make room."""
-        single = self.pending is not None and self.pending.shape[self.axis] == 1
-        if self.buffer is None or not single:
-            self._write()
-            assert self.buffer is not None
-            # The sum has its own memory; a part of the buffer would keep it from being written.
-            self.pending = self.buffer[self._span(self.length - 1, self.length)] + 0
-            mx.eval(self.buffer, self.pending)
-        return super()._prepare_step()
 
     def _drop(self, length: int) -> None:
         self._write()
@@ -153,6 +151,16 @@ class SessaLayerCache:
         """Keep the first `length` positions."""
         for held in vars(self).values():
             held._drop(length)
+
+    def _has_room(self, count: int) -> bool:
+        """Return True if `count` more rows fit into the buffers that hold any."""
+        return all(held._has_room(count) for held in vars(self).values() if held.length)
+
+    def _reserve(self, count: int) -> None:
+        """Make room for `count` more rows in the buffers that hold any."""
+        for held in vars(self).values():
+            if held.length:
+                held._reserve(count)
 
     def tensors(self) -> dict[str, mx.array]:
         """The rows that are not empty, by name; all but `s` in the dtype of the model."""
@@ -313,7 +321,7 @@ class SessaCache:
             prefix = f"layers.{i}."
             own = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
             if isinstance(layer, SessaLayerCache) and self.mask is not None:
-                own = {name: hide_rows(rows, mask) for name, rows in own.items()}
+                own = {name: _hide_rows(rows, mask) for name, rows in own.items()}
             layer.load(own)
 
 

@@ -17,14 +17,14 @@ from sessa_common.checkpoint.adapters import adapted_files, text_folder
 from sessa_common.errors import SessaError
 from sessa_common.fields import build, split_fields
 from sessa_common.inference.cache_contents import MASK, check_cache_arrays, is_trimmable
-from sessa_common.inference.generation import NOTHING_FED
+from sessa_common.inference.generation import NOTHING_FED, PREFILL_CHUNK
 from sessa_common.inference.logit_rules import LogitRules, prepare_rules
 from sessa_common.inference.model_tokenizer import ModelTokenizer
 from sessa_common.inference.sampling import GumbelNoise, SamplingConfig
 from sessa_common.inference.shortcuts import ModelHome, Shortcuts, start
 from sessa_common.inference.texts import BATCH_SIZE, generate_texts
-from sessa_mlx._step import CompiledStep, held_arrays, undo_unless_kept
-from sessa_mlx._step_cache import on_gpu
+from sessa_mlx._device import on_gpu
+from sessa_mlx._step import TokenStep, held_arrays, undo_unless_kept
 from sessa_mlx._step_sampling import DeviceSampler
 from sessa_mlx.cache import SessaCache
 from sessa_mlx.checkpoint import load_model, to_numpy, to_tensor
@@ -32,6 +32,8 @@ from sessa_mlx.model import SessaForCausalLM
 
 # Tokens after which buffers that are no longer used are given back, as mlx-lm does.
 CLEAR_EVERY = 256
+# Tokens of a prompt that a GPU reads at once; describing a smaller piece takes it as long.
+GPU_PREFILL_TOKENS = 2048
 # Bytes that MLX may keep for reuse if the weights have fewer, and bytes besides the weights, for
 # the caches, that a Mac may not move out of memory.
 LEAST_POOL, WIRED_BESIDE = 256 * 2**20, 2**30
@@ -44,7 +46,8 @@ class Decoder:
         _limit_memory(model)
         self.model = model.eval()
         self.config = model.config
-        self.next_token = CompiledStep(model)
+        self.next_token = TokenStep(model)
+        self.prefill_tokens = GPU_PREFILL_TOKENS if on_gpu() else PREFILL_CHUNK
         self.reset()
 
     @property
@@ -151,8 +154,10 @@ class Decoder:
         ids = mx.array(tokens.astype(np.int32))
         if ids.shape[1] == 1 and mask is None and self.cache.length:
             self.next_token.refresh()
-            logits = self.next_token(ids, self.cache)
-            mx.eval(logits, held_arrays(self.cache))
+            with undo_unless_kept(self.cache) as done:
+                logits = self.next_token(ids, self.cache)
+                mx.eval(logits, held_arrays(self.cache))
+                done()
             return logits[:, None]
         seen = None if mask is None else mx.array(mask != 0)
         logits = self.model(ids, cache=self.cache, attention_mask=seen, logits_to_keep=keep)

@@ -13,12 +13,13 @@ from sessa_common.config import SessaConfig, parameter_shapes
 ROOT = Path(__file__).parents[2]
 # Triton runs on CUDA only, MLX arrays neither share memory nor tell their layout, and only PyTorch
 # writes pickles. PyTorch's custom kernels need no other way on CUDA and choose TF32 by product.
-# Only MLX decodes by a compiled step, in the files whose names begin with _step. PyTorch's own
-# attention has a gradient in O(T) memory, MLX's has not, and only MLX's exp is slow on a CPU
-# and its one-row products with a bias on CUDA. transformers has models in PyTorch, mlx-lm in MLX.
-# Only PyTorch shards weights, solves documents one by one, where MLX masks them, and has optimizers
-# that hold the moments.
+# Only MLX has one device for the whole program. The files of its single-token step begin with
+# _step; PyTorch captures a graph of its own layers. PyTorch's own attention has a gradient in O(T)
+# memory, MLX's has not, and only MLX's exp is slow on a CPU and its one-row products with a bias on
+# CUDA. transformers has models in PyTorch, mlx-lm in MLX. Only PyTorch shards weights, solves
+# documents one by one, where MLX masks them, and has optimizers that hold the moments.
 ONE_SIDED = {
+    "_device.py",
     "_documents.py",
     "_exp.py",
     "_linear.py",
