@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -246,7 +245,7 @@ class TrainBackend:
         # While a pass calls a layer, the layer's weights are whole in every process.
         layers = zip(self.model.model.layers, self.model.config.kinds, strict=True)
         hooks = [
-            layer.register_forward_pre_hook(partial(keep, i))
+            layer.register_forward_pre_hook(functools.partial(keep, i))
             for i, (layer, kind) in enumerate(layers)
             if kind.feeds_back
         ]
