@@ -28,7 +28,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "mamba2": {"layer_kinds": "mamba2"},
     "llama": {**UPCYCLED, "feedback_key_dim": 8, "rope_scaling": YARN},
     "qwen2": {**UPCYCLED, "qkv_bias": True, "feedback_key_dim": 7, "layer_kinds": "transformer"},
-    "qwen3": {**UPCYCLED, "qk_norm": True, "head_dim": 10, "feedback_key_dim": 7},
+    "qwen3": {**UPCYCLED, "qk_norm": True, "head_dim": 24, "feedback_key_dim": 7},
     "biased": {**UPCYCLED, "out_proj_bias": True, "mlp_bias": True, "norm_type": "layer"},
     "rms": {"layer_kinds": ("mamba2", "sessa_transformer"), "norm_type": "rms", "qk_norm": True},
 }
