@@ -81,14 +81,24 @@ def _rows_at_once(columns: int) -> int:
 
 def pack(codes: np.ndarray, bits: int) -> np.ndarray:
     """Codes uint8 (out, in) -> words uint32 (out, in*bits/32), lowest bit first."""
-    stream = np.unpackbits(codes[..., None], axis=-1, count=bits, bitorder="little")
-    octets = np.packbits(stream.reshape(len(codes), -1), axis=-1, bitorder="little")
+    if 8 % bits == 0:
+        octets = codes[:, :: 8 // bits].copy()
+        for i in range(1, 8 // bits):
+            octets |= codes[:, i :: 8 // bits] << i * bits
+    else:
+        stream = np.unpackbits(codes[..., None], axis=-1, count=bits, bitorder="little")
+        octets = np.packbits(stream.reshape(len(codes), -1), axis=-1, bitorder="little")
     return octets.view("<u4").astype(np.uint32)
 
 
 def unpack(words: np.ndarray, bits: int) -> np.ndarray:
     """Words uint32 (out, in*bits/32) -> codes uint8 (out, in)."""
     octets = np.ascontiguousarray(words, dtype="<u4").view(np.uint8)
+    if 8 % bits == 0:
+        codes = np.empty((len(words), octets.shape[1] * 8 // bits), np.uint8)
+        for i in range(8 // bits):
+            codes[:, i :: 8 // bits] = octets >> i * bits & 2**bits - 1
+        return codes
     stream = np.unpackbits(octets, axis=-1, bitorder="little").reshape(len(words), -1, bits)
     return np.packbits(stream, axis=-1, bitorder="little")[..., 0]
 
