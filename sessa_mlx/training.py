@@ -18,7 +18,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from sessa_common.config import SessaConfig, parameter_shapes
 from sessa_common.data.batches import Batch, batch_arrays
-from sessa_common.errors import SessaError, expect
+from sessa_common.errors import SessaError, expect, require
 from sessa_common.train_config import TrainConfig
 from sessa_common.training.backend import MOMENTS, decays
 from sessa_common.training.muon import state_shapes
@@ -64,6 +64,7 @@ def train(
     force: bool = False,
     device: str | None = None,
     reporter: Reporter | None = None,
+    profile: bool = False,
     **fields: Any,
 ) -> TrainResult:
     """Train a new run in the folder `out`, or go on with the run in the folder `resume`.
@@ -72,9 +73,14 @@ def train(
     config.json) or the checkpoint folder `init` to fine-tune; the settings are `train_config` (or
     the path of a training.json). Further keyword arguments are fields of SessaConfig and
     TrainConfig that replace theirs, as in train("runs/a", data="notes.txt", steps=200). `force`
-    replaces a folder that is not empty; `reporter` receives the progress. Raises SessaError before
+    replaces a folder that is not empty; `reporter` receives the progress. With `profile` (PyTorch)
+    a few steps are measured and traced into the folder. Raises SessaError before
     anything is written for input that cannot train, DivergedError when a loss is not finite.
     """
+    require(
+        not profile,
+        "`profile` needs PyTorch; MLX records a trace only with Xcode, by mx.metal.start_capture",
+    )
     request = TrainRequest(
         out=out,
         preset=preset,

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+from sessa_common.storage import atomic_path
 
 # Parts of the names of kernels, by kind; the first kind that matches counts.
 KERNELS = {
@@ -61,3 +66,44 @@ def kernel_kind(name: str) -> str:
         return "element by element"
     kinds = (kind for kind, parts in KERNELS.items() if any(part in name for part in parts))
     return next(kinds, "other")
+
+
+class TorchRecorder:
+    """A `sessa_common.training.profiling.Recorder` in PyTorch."""
+
+    def device_name(self, backend: Any) -> str:
+        """Return the name of the GPU, or the kind of another device."""
+        device = torch.device(backend.device)
+        return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+    def reset_peak(self) -> None:
+        """Let the peak memory of this process on its GPU begin anew."""
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+
+    def memory(self, backend: Any) -> dict[str, int]:
+        """Return bytes of weights, gradients and moments, and the peak on CUDA."""
+        parameters = list(backend.model.parameters())
+        states = backend.optimizer.state.values()
+        found = {
+            "weights": _bytes(parameters),
+            "gradients": _bytes(p.grad for p in parameters if p.grad is not None),
+            "moments": _bytes(x for state in states for x in state.values()),
+        }
+        on_gpu = torch.device(backend.device).type == "cuda"
+        return found | ({"peak": torch.cuda.max_memory_allocated()} if on_gpu else {})
+
+    @contextmanager
+    def trace(self, path: Path, steps: int) -> Iterator[dict[str, Any]]:
+        """Record a Chrome trace of `steps` steps; the dictionary gets the milliseconds by kind."""
+        kinds: dict[str, Any] = {}
+        with trace() as profiler:
+            yield kinds
+        kinds |= milliseconds_by_kind(profiler, steps)
+        with atomic_path(path) as scratch:
+            profiler.export_chrome_trace(str(scratch))
+
+
+def _bytes(tensors: Iterable[Any]) -> int:
+    local = (getattr(x, "_local_tensor", x) for x in tensors)
+    return sum(x.numel() * x.element_size() for x in local if isinstance(x, torch.Tensor))

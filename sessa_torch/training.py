@@ -29,6 +29,7 @@ from sessa_common.training.trained_parameters import (
 )
 from sessa_common.training.trainer import Reporter
 from sessa_torch._optimizer import Optimizer, make_optimizer
+from sessa_torch._profile import TorchRecorder
 from sessa_torch.checkpoint import build_model, choose_device, to_numpy, to_tensor
 from sessa_torch.distributed.context import ContextParallel
 from sessa_torch.distributed.sharding import (
@@ -67,6 +68,7 @@ def train(
     force: bool = False,
     device: str | None = None,
     reporter: Reporter | None = None,
+    profile: bool = False,
     **fields: Any,
 ) -> TrainResult:
     """Train a new run in the folder `out`, or go on with the run in the folder `resume`.
@@ -75,7 +77,8 @@ def train(
     config.json) or the checkpoint folder `init` to fine-tune; the settings are `train_config` (or
     the path of a training.json). Further keyword arguments are fields of SessaConfig and
     TrainConfig that replace theirs, as in train("runs/a", data="notes.txt", steps=200). `force`
-    replaces a folder that is not empty; `reporter` receives the progress. Raises SessaError before
+    replaces a folder that is not empty; `reporter` receives the progress. With `profile` (PyTorch)
+    a few steps are measured and traced into the folder. Raises SessaError before
     anything is written for input that cannot train, DivergedError when a loss is not finite.
     """
     request = TrainRequest(
@@ -89,7 +92,8 @@ def train(
         fields=fields,
     )
     processes = open_processes()
-    return run_session(TrainBackend, request, choose_device(device), reporter, processes)
+    recorder = TorchRecorder() if profile else None
+    return run_session(TrainBackend, request, choose_device(device), reporter, processes, recorder)
 
 
 def finetune(

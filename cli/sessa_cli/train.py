@@ -14,7 +14,7 @@ from sessa_cli.progress import TerminalReporter
 from sessa_cli.terminal import for_output
 from sessa_cli.training_options import of_data, of_model, of_run
 from sessa_common.checkpoint.adapters import is_adapter
-from sessa_common.checkpoint.run_files import LOSS_PICTURE, RESULT
+from sessa_common.checkpoint.run_files import LOSS_PICTURE, RESULT, TRACE
 from sessa_common.config import SessaConfig
 from sessa_common.data.task_registry import TASKS
 from sessa_common.errors import SessaError
@@ -141,6 +141,10 @@ def train(
     keep_checkpoints: options.KeepCheckpoints = None,
     track: options.Track = None,
     prompt: Annotated[str, of_run("--prompt", "First words of the closing paragraph.")] = "The",
+    profile: Annotated[
+        bool,
+        of_run("--profile", "Measure and trace a few steps: speed, memory, kernels (PyTorch)."),
+    ] = False,
     json_output: options.JsonOutput = False,
 ) -> None:
     """Train a model on text or on a task; without options, a small Sessa model in a few minutes.
@@ -163,10 +167,13 @@ def train(
             force=force,
             device=device,
             reporter=reporter,
+            profile=profile,
             **_fields(ctx.params),
         )
     if not result.is_main:
         return  # The main process of the run prints for all.
+    for line in _profile_lines(result):
+        say(console, line)
     summary = _summary(result, backend)
     if not result.finished:
         again = f"sessa train --resume {result.folder}"
@@ -204,6 +211,25 @@ def _test_line(test: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
+def _profile_lines(result: TrainResult) -> list[str]:
+    """Return lines about the profile of a run, none where it has none."""
+    found = result.profile
+    if found is None:
+        return []
+    used = found["utilisation"]
+    share = "" if used is None else f", model-FLOP utilisation {used:.3f}"
+    memory = [f"{kind} {size / 2**20:,.1f} MiB" for kind, size in found["bytes"].items()]
+    kernels = found.get("milliseconds_by_kind", {}).items()
+    times = [f"{kind} {value:.1f} ms" for kind, value in kernels if isinstance(value, float)]
+    return [
+        f"a step takes {found['milliseconds']:.1f} ms, {found['tokens_per_second']:,.0f} tokens/s, "
+        f"{found['operations_per_second'] / 1e12:.1f} TFLOP/s{share}",
+        f"memory of this process: {', '.join(memory)}",
+        *([f"kernels of a step: {', '.join(times)}"] if times else []),
+        f"trace for ui.perfetto.dev: {result.folder / TRACE}",
+    ]
+
+
 def _summary(result: TrainResult, backend: str) -> dict[str, Any]:
     return {
         "folder": str(result.folder),
@@ -212,6 +238,7 @@ def _summary(result: TrainResult, backend: str) -> dict[str, Any]:
         "parameters": result.parameters,
         **result.metrics,
         **(result.task_result or {}),
+        **({"profile": result.profile} if result.profile else {}),
     }
 
 

@@ -9,6 +9,8 @@ STATE = "training_state.safetensors"
 # One JSON object a line for every step and every evaluation, and its picture.
 METRICS = "metrics.jsonl"
 LOSS_PICTURE = "loss.png"
+# What a profiled run measured of a step, and the trace of its kernels for a browser.
+PROFILE, TRACE = "profile.json", "trace.json.gz"
 # Measures on the test examples of a task, written when the run is finished.
 RESULT = "result.json"
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from sessa_common.training.processes import (
     require_same_data,
     wait_for_all,
 )
+from sessa_common.training.profiling import Recorder, StepProfile, require_steps
 from sessa_common.training.run_folder import (
     Run,
     create_run_folder,
@@ -51,7 +53,8 @@ class TrainResult:
     `metrics` holds the newest step, loss, validation_loss, validation_perplexity (text) and
     validation_accuracy (a task). `task_result` is the content of result.json, which a finished run
     on a task has. `finished` is False when Ctrl-C ended the run early; it can be resumed. `is_main`
-    is False in a process that trains for another one, which alone has the metrics.
+    is False in a process that trains for another one, which alone has the metrics. `profile` is the
+    content of profile.json.
     """
 
     folder: Path
@@ -60,6 +63,7 @@ class TrainResult:
     metrics: dict[str, Any]
     task_result: dict[str, Any] | None = None
     is_main: bool = True
+    profile: dict[str, Any] | None = None
 
 
 def run_session(
@@ -68,8 +72,9 @@ def run_session(
     device: str | None = None,
     reporter: Reporter | None = None,
     processes: Processes | None = None,
+    recorder: Recorder | None = None,
 ) -> TrainResult:
-    """Train what is asked for and return the result.
+    """Train what is asked for and return the result; a recorder measures a few of the steps.
 
     A new run folder is made after everything that can fail early was tried: the data are read, the
     tokenizer is there and the backend holds the weights on its device. The folder is locked until
@@ -85,7 +90,7 @@ def run_session(
                 lock.enter_context(open_run_folder(Path(request.resume)))
             # The others read the folder when the main process has put it in order.
             wait_for_all(processes)
-            return _run_locked(make_backend, request, device, reporter, lock, processes)
+            return _run_locked(make_backend, request, device, reporter, lock, processes, recorder)
     except RuntimeError as error:
         if processes.is_lost(error):
             raise SessaError(
@@ -102,6 +107,7 @@ def _run_locked(
     reporter: Reporter,
     lock: ExitStack,
     processes: Processes,
+    recorder: Recorder | None,
 ) -> TrainResult:
     run = prepare(request, reporter.preparing)
     require_trackers(run.settings.track)
@@ -119,6 +125,8 @@ def _run_locked(
         raise SessaError(
             f"{run.folder}: all {steps} steps are done; give a larger `steps` to go on"
         )
+    if recorder is not None:
+        require_steps(steps - done)
     backend = make_backend(run.config, run.settings, run.weights, device)
     if run.resumed:
         step = restore_run(run, backend)
@@ -126,8 +134,13 @@ def _run_locked(
         step, state = 0, backend.state()
         if is_main:
             create_run_folder(run, state, backend.precision, force=request.force, lock_until=lock)
-    with tracked(reporter, run, step) if is_main else nullcontext(reporter) as told:
-        trainer = Trainer(backend, run, step, told, processes)
+    profile = None
+    with ExitStack() as stack:
+        if recorder is not None and is_main:
+            profile = StepProfile(backend, recorder, run.config, run.folder, processes.size)
+            stack.callback(profile.close)
+        told = stack.enter_context(tracked(reporter, run, step)) if is_main else reporter
+        trainer = Trainer(profile or backend, run, step, told, processes)
         told.started(_first_record(trainer))
         finished = trainer.train()
     if finished and isinstance(run.source, TaskBatches):
@@ -142,7 +155,8 @@ def _run_locked(
         return TrainResult(
             folder=run.folder, finished=finished, parameters=count, metrics={}, is_main=False
         )
-    return _result(run, finished)
+    result = _result(run, finished)
+    return result if profile is None else dataclasses.replace(result, profile=profile.result)
 
 
 def _is_untested(run: Run) -> bool:
