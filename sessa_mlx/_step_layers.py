@@ -70,7 +70,8 @@ def _write(held: GrowingBuffer, row: mx.array, indices: tuple[Index, Index]) -> 
 def _states(cache: SessaLayerCache, position: Position) -> mx.array:
     """The past states (B, P, D), with the one that the step before left to be written."""
     row, held = cache.s.pending, cache.s
-    if row is None or row.shape[1] != 1:  # the rows of a prefill, or of another cache
+    # Several rows are those of a prompt, and a first row has no buffer yet.
+    if row is None or row.shape[1] != 1 or not held._has_room(0):
         states = held.rows
         assert states is not None
         return states

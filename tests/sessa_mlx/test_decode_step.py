@@ -255,7 +255,7 @@ STEPS = {name: {"layer_kinds": name} for name in ("sessa", "transformer", "mamba
 @pytest.mark.parametrize("padded", [False, True])
 def test_a_step_equals_the_call_of_the_model(kind, padded):
     """Also as on CUDA, and when the buffers grow."""
-    given = {"num_key_value_heads": 2, "hidden_size": 64, **STEPS[kind]}
+    given = {"num_key_value_heads": 2, "hidden_size": 128, **STEPS[kind]}
     config = small_config(**given)
     model, cache, plain = new_model(config), SessaCache(config), SessaCache(config)
     ids = mx.array(np.random.default_rng(3).integers(0, 60, (1 + padded, 270)))
@@ -273,6 +273,26 @@ def test_a_step_equals_the_call_of_the_model(kind, padded):
     np.testing.assert_allclose(np.stack(found), np.stack(wanted), atol=2e-5)
     for name, rows in plain.tensors().items():
         np.testing.assert_allclose(cache.tensors()[name], rows, atol=2e-5)
+
+
+def test_steps_and_calls_of_the_model_alternate():
+    """Buffers that a call has filled are grown by the step, in layers of every kind."""
+    config = small_config(layer_kinds=("transformer", "sessa"))
+    model, cache, plain = new_model(config), SessaCache(config), SessaCache(config)
+    ids = mx.array(np.random.default_rng(3).integers(0, 60, (1, 270)))
+    step = TokenStep(model)
+    step.refresh()
+    # The first call leaves a state without a buffer, and the last one fills its own.
+    for start, stop in ((0, 1), (2, 190), (191, 256), (256, 257), (258, 259)):
+        for each in (cache, plain):
+            mx.eval(model(ids[:, start:stop], cache=each), held_arrays(each))
+        if stop not in (256, 259):
+            found = step(ids[:, stop : stop + 1], cache)
+            wanted = model(ids[:, stop : stop + 1], cache=plain)[:, 0]
+            np.testing.assert_allclose(found, wanted, atol=2e-5)
+    np.testing.assert_allclose(
+        cache.tensors()["layers.1.s"], plain.tensors()["layers.1.s"], atol=2e-5
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
