@@ -96,7 +96,8 @@ def test_rotation_and_its_gradient_equal_float64(results):
 
 def test_losses_and_gradients_equal_those_of_operations(results):
     for name, error in results["loss"].items():
-        assert error <= (4e-3 if "bfloat16" in name else 3e-6), name
+        # The interpreter cuts bfloat16 off where a GPU rounds.
+        assert error <= (8e-3 if "bfloat16" in name else 3e-6), name
 
 
 def test_what_the_mask_hides_does_not_matter(results):
