@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from measure import RESULTS, machine, save, table
 
+from sessa_common.config import SessaConfig
 from sessa_common.inference.generation import generate, prefill
 from sessa_common.inference.sampling import SamplingConfig
 from sessa_common.presets import PRESETS
@@ -37,6 +38,19 @@ SAMPLED = SamplingConfig(temperature=0.8)
 VOCABULARY, LONGEST = 32768, 32768
 ON_CUDA = ("sessa-131m", "transformer-131m-deep", "transformer-131m", "mamba2-131m")
 ON_CPU = ("sessa-9m", "transformer-9m-deep")
+# Models of a preset's width and depth with the blocks of the Llama family, without and with
+# feedback: `--models llama-131m upcycled-131m`.
+FAMILY: dict[str, dict[str, Any]] = {
+    "llama": {"layer_kinds": "transformer"},
+    "upcycled": {"layer_kinds": "sessa_transformer", "feedback_key_dim": 128},
+}
+LLAMA = {
+    "norm_type": "rms",
+    "mlp_type": "swiglu",
+    "qkv_bias": False,
+    "out_proj_bias": False,
+    "mlp_bias": False,
+}
 # Sequences and tokens before the first that is timed.
 DECODE = ((1, 512), (1, 16384), (16, 2048))
 PREFILL, PROMPT = 16384, 512
@@ -44,10 +58,20 @@ PREFILL, PROMPT = 16384, 512
 LIMIT = {"bfloat16": 0.05, "float32": 1e-4}
 
 
+def model_config(name: str) -> SessaConfig:
+    """A preset, or a model of the Llama family of its size."""
+    kind, _, size = name.partition("-")
+    if kind not in FAMILY:
+        return PRESETS[name]
+    plain = PRESETS[f"transformer-{size}"]
+    inner = plain.hidden_size * 8 // 3
+    return dataclasses.replace(plain, intermediate_size=inner, **LLAMA, **FAMILY[kind])
+
+
 def new_decoder(name: str, dtype: str) -> Decoder:
     """A decoder of a model whose weights are drawn on its device."""
     config = dataclasses.replace(
-        PRESETS[name], vocab_size=VOCABULARY, max_position_embeddings=LONGEST
+        model_config(name), vocab_size=VOCABULARY, max_position_embeddings=LONGEST
     )
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         torch.manual_seed(0)
