@@ -61,7 +61,9 @@ class TrainConfig:
     in PyTorch, "selective" (the same, but the results of attention and feedback are kept).
     Of several processes, each group of `context_parallel` shares the tokens of the same rows, and
     each group of `shard_processes` shares one copy of weights, gradients and optimizer moments: 1
-    for a copy in every process, 0 for one copy in all. Only PyTorch knows these two.
+    for a copy in every process, 0 for one copy in all. With `sharded_checkpoints` each process
+    saves its own part of a shared copy, while training goes on; without, one process gathers and
+    saves the whole. Only PyTorch knows these three.
 
     `train` is "all" weights of the model, or the parts of an adapter: "lora", "feedback" or
     "feedback+lora". LoRA adds lora_alpha / lora_rank * B A to the linear layers that `lora_targets`
@@ -105,6 +107,7 @@ class TrainConfig:
     checkpoint_activations: str = "none"
     context_parallel: int = 1
     shard_processes: int = 1
+    sharded_checkpoints: bool = False
     seed: int = 0
     evaluate_every: int = 100
     evaluate_batches: int = 8
@@ -166,7 +169,8 @@ class TrainConfig:
             expect(value in choices, name, value, ", ".join(map(str, choices)))
         for name in self.track:
             expect(name in TRACKERS, "track", name, ", ".join(TRACKERS))
-        for name in ("compile", "parse_special_tokens", "examples", "packing"):
+        flags = ("compile", "parse_special_tokens", "examples", "packing", "sharded_checkpoints")
+        for name in flags:
             value = getattr(self, name)
             chosen = isinstance(value, bool) or (name == "compile" and value is None)
             expect(chosen, name, value, "true or false")
@@ -179,6 +183,11 @@ class TrainConfig:
             self.mup_base_width == 0 or self.train == "all",
             f"`mup_base_width` scales the training of whole models, and `train` is {self.train}; "
             "leave one of them out",
+        )
+        require(
+            not self.sharded_checkpoints or self.train == "all",
+            f"`train` is {self.train}, which saves a small adapter; `sharded_checkpoints` is for "
+            "the weights of a model",
         )
         self._check_texts()
         for field in dataclasses.fields(self):

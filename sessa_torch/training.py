@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from sessa_torch._optimizer import Optimizer, make_optimizer
 from sessa_torch._profile import TorchRecorder
 from sessa_torch.checkpoint import build_model, choose_device, to_numpy, to_tensor
 from sessa_torch.distributed.context import ContextParallel
+from sessa_torch.distributed.sharded_state import ShardedState, require_pytorch
 from sessa_torch.distributed.sharding import (
     clip_gradients,
     is_sharded,
@@ -164,11 +165,14 @@ class TrainBackend:
         self.context: ContextParallel | None = None
         if settings.context_parallel > 1:
             require(not settings.compile, "`compile` does not go with `context_parallel` above 1")
+            if self.device.startswith("cuda"):
+                require_pytorch((2, 8), "`context_parallel` on CUDA")
             self.context = ContextParallel(settings.context_parallel)
             self.context.install(self.model)
         sharers = settings.shard_processes or self.processes.size
         self.shards = sharers > 1
         if self.shards:
+            require_pytorch((2, 7), "sharing weights (`shard_processes`)")
             layers, low = self.model.model.layers, self.precision == "bfloat16"
             for layer in layers if settings.compile else ():
                 layer.forward = _compile(layer.forward)
@@ -266,25 +270,29 @@ class TrainBackend:
         """Return the float32 weights that are trained."""
         return {name: whole_array(parameter) for name, parameter in self.parameters.items()}
 
-    def state(self) -> dict[str, np.ndarray]:
+    def state(self) -> dict[str, np.ndarray] | ShardedState:
         """Return weights and optimizer moments as they are after the last step.
 
-        Only the main one of several processes keeps them; the others get nothing.
+        Only the main one of several processes keeps them; the others get nothing. With
+        `sharded_checkpoints` each process has its own part of shared weights.
         """
+        if self.shards and self.settings.sharded_checkpoints:
+            return ShardedState(dict(self._tensors()))
         arrays: dict[str, np.ndarray] = {}
-        for name, parameter in self.parameters.items():
-            moments = self.optimizer.state[parameter]
-            kinds = {"weights": parameter.detach()} | {
-                kind: moments.get(key, torch.zeros_like(parameter))
-                for kind, key in MOMENT_KEYS.items()
-            }
-            for kind, value in kinds.items():
-                if f"{kind}.{name}" not in self.state_names:
-                    continue
-                array = whole_array(value)
-                if self.processes.rank == 0:
-                    arrays[f"{kind}.{name}"] = array
+        for name, value in self._tensors():
+            array = whole_array(value)
+            if self.processes.rank == 0:
+                arrays[name] = array
         return arrays
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the names and tensors of the training state."""
+        for name, parameter in self.parameters.items():
+            yield f"weights.{name}", parameter.detach()
+            moments = self.optimizer.state[parameter]
+            for kind, key in MOMENT_KEYS.items():
+                if f"{kind}.{name}" in self.state_names:
+                    yield f"{kind}.{name}", moments.get(key, torch.zeros_like(parameter)).detach()
 
     @torch.no_grad()
     def restore(self, state: Mapping[str, np.ndarray], steps: int) -> None:

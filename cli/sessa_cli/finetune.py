@@ -70,6 +70,7 @@ def finetune(
     seed: options.Seed = None,
     context_parallel: options.ContextParallel = None,
     shard_processes: options.ShardProcesses = None,
+    sharded_checkpoints: options.ShardedCheckpoints = None,
     out: Annotated[
         Path | None, of_run("--out -o", "Folder to write. Default: runs/finetuned.")
     ] = None,

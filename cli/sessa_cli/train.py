@@ -15,6 +15,7 @@ from sessa_cli.terminal import for_output
 from sessa_cli.training_options import of_data, of_model, of_run
 from sessa_common.checkpoint.adapters import is_adapter
 from sessa_common.checkpoint.run_files import LOSS_PICTURE, RESULT, TRACE
+from sessa_common.checkpoint.sharded_state import is_sharded
 from sessa_common.config import SessaConfig
 from sessa_common.data.task_registry import TASKS
 from sessa_common.errors import SessaError
@@ -130,6 +131,7 @@ def train(
     seed: options.Seed = None,
     context_parallel: options.ContextParallel = None,
     shard_processes: options.ShardProcesses = None,
+    sharded_checkpoints: options.ShardedCheckpoints = None,
     out: Annotated[Path | None, of_run("--out -o", "Folder to write. Default: runs/pydoc.")] = None,
     force: options.Force = False,
     resume: options.Resume = None,
@@ -184,6 +186,9 @@ def train(
     elif is_adapter(result.folder):
         again = f"sessa generate {init or 'MODEL'} --adapter {result.folder}"
         say(console, f"wrote {result.folder} in {watch.seconds:.0f} s; try: {again}")
+    elif is_sharded(result.folder):
+        again = f"sessa convert {result.folder} OUT"
+        say(console, f"wrote {result.folder} in {watch.seconds:.0f} s, in shards; export: {again}")
     else:
         summary["text"] = _paragraph(result.folder, backend, device, prompt)
         console.print(f"\n{for_output(summary['text'])}\n", markup=False, highlight=False)

@@ -178,6 +178,15 @@ ShardProcesses = Annotated[
         "Processes of torchrun that share one copy of the weights; 0 for all. Default: 1.",
     ),
 ]
+ShardedCheckpoints = Annotated[
+    bool | None,
+    of_run(
+        "--sharded-checkpoints/--whole-checkpoints",
+        "With --shard-processes: each process saves its part while training goes on; sessa convert "
+        "makes an ordinary checkpoint of it. Default: the first process gathers and saves the "
+        "whole, which its memory must hold.",
+    ),
+]
 Track = Annotated[
     list[str] | None,
     of_run("--track", f"Tracker that gets the metrics: {', '.join(TRACKERS)}; repeatable."),

@@ -39,11 +39,13 @@ from sessa_common.checkpoint.run_files import (
     METRICS,
     RESULT,
     STATE,
+    STATE_INDEX,
     TENSORBOARD,
     TRACKING,
     TRAINING,
     WANDB,
 )
+from sessa_common.checkpoint.sharded_state import is_shard
 from sessa_common.checkpoint.sources import Source, read_llama, read_source, state_file
 from sessa_common.checkpoint.upcycling import add_feedback, parse_layers, remove_feedback
 from sessa_common.config import DTYPES, FOREIGN_KEYS, SessaConfig, parameter_count
@@ -293,11 +295,11 @@ def _carry_files(source: Source, scratch: Path, left_out: Mapping[str, bool]) ->
     """
     if (folder := source.folder) is None:
         return []
-    written_anew = dict.fromkeys((MANIFEST, "config.json", *CODE_FILES), True)
+    written_anew = dict.fromkeys((MANIFEST, STATE_INDEX, "config.json", *CODE_FILES), True)
     left_out = {**written_anew, CARD: is_own_card(folder / CARD), **left_out}
     carried = []
     for path in sorted(folder.iterdir()):
-        weights = is_model_file(path.name) or path.match("*weight*.npz")
+        weights = is_model_file(path.name) or is_shard(path.name) or path.match("*weight*.npz")
         if weights or left_out.get(path.name) or path.name.startswith("."):
             continue
         for inside in (path, *path.rglob("*")):

@@ -111,6 +111,11 @@ def weight_files(folder: Path) -> list[Path]:
     model.safetensors, else one whole set of model-i-of-n.safetensors or a single file.
     """
     manifest = read_manifest(folder)
+    if manifest is not None and manifest.is_sharded:
+        raise SessaError(
+            f"{folder}: its weights are in shards, which only training reads; write them as an "
+            f"ordinary checkpoint with: sessa convert {folder} OUT"
+        )
     if manifest is not None and any(map(is_weight_file, manifest.files)):
         return manifest_files(folder, manifest, is_weight_file)
     single = folder / SINGLE

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from sessa_common.checkpoint.run_files import STATE_INDEX
 from sessa_common.errors import SessaError
 from sessa_common.json_files import read_json
 from sessa_common.storage import MANIFEST, is_ours, write_json
@@ -30,13 +31,19 @@ T = TypeVar("T")
 class Manifest:
     """The files of a save, by name: {"bytes": length, "sha256": hexadecimal digest}.
 
-    They lie in `folder`, which is "." except while a save of a run is being moved to the top.
+    They lie in `folder`, which is "." except while a save of a run is being moved to the top, and
+    for a save in shards, which stays in its folder.
     """
 
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     folder: str = "."
     step: int | None = None
     validation_loss: float | None = None
+
+    @property
+    def is_sharded(self) -> bool:
+        """True for a training state in shards, without an ordinary checkpoint."""
+        return STATE_INDEX in self.files
 
 
 def read_manifest(folder: Path) -> Manifest | None:

@@ -6,6 +6,8 @@ from __future__ import annotations
 TRAINING = "training.json"
 # Weights and optimizer moments of the last save, to resume from.
 STATE = "training_state.safetensors"
+# Step and data of a state in shards, each of which one process has written.
+STATE_INDEX = "training_state.json"
 # One JSON object a line for every step and every evaluation, and its picture.
 METRICS = "metrics.jsonl"
 LOSS_PICTURE = "loss.png"

@@ -4,6 +4,9 @@ A save is written to checkpoints/step-N and synced. Then the manifest of the run
 which decides that it is the model now. Then its files get their names at the top of the run folder
 too, as hard links, so that other programs find one ordinary checkpoint there, and the manifest
 names those. A kill leaves the old save or the new one; `finish_save` completes the names on top.
+
+A save in shards, which no other program reads, stays where it was written, and the top keeps only
+the manifest that names it.
 """
 
 from __future__ import annotations
@@ -12,7 +15,8 @@ import dataclasses
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from sessa_common.checkpoint.folder import is_model_file
@@ -26,7 +30,7 @@ from sessa_common.checkpoint.manifest import (
     write_manifest,
 )
 from sessa_common.checkpoint.remote_code import CODE_FILES
-from sessa_common.checkpoint.run_files import ADAPTER_CONFIG, TOKENIZER_FILES, TRAINING
+from sessa_common.checkpoint.run_files import ADAPTER_CONFIG, STATE, TOKENIZER_FILES, TRAINING
 from sessa_common.storage import atomic_path, new_folder, remove_folder, sweep
 
 # Files of a checkpoint folder that say how to use the weights; every save has its own copy.
@@ -46,14 +50,33 @@ def add_save(
     `write` writes the files of the save into a folder and returns their names. The last `keep`
     saves stay, and the one with the lowest validation loss.
     """
+    with open_save(folder, step, keep) as scratch:
+        write_save_manifest(scratch, write(scratch), step, validation_loss)
+
+
+def write_save_manifest(
+    scratch: Path, names: Iterable[str], step: int, validation_loss: float | None
+) -> None:
+    """Write the manifest of a save; a loss that is not finite is left out."""
     if validation_loss is not None and not math.isfinite(validation_loss):
         validation_loss = None
+    write_manifest(scratch, names, step=step, validation_loss=validation_loss)
+
+
+@contextmanager
+def open_save(folder: Path, step: int, keep: int) -> Iterator[Path]:
+    """Yield a scratch folder for the save of a step, which becomes the model of the run folder.
+
+    The block must write the files and, last, their manifest. An error in it leaves the run as it
+    was. When the save has its name, saves that are too old are removed as by `add_save`.
+    """
     save = folder / SAVES / f"step-{step:08d}"
     with new_folder(save, force=True) as scratch:
         for path in (path for pattern in BESIDE for path in folder.glob(pattern)):
             shutil.copyfile(path, scratch / path.name)
-        names = write(scratch)
-        manifest = write_manifest(scratch, names, step=step, validation_loss=validation_loss)
+        yield scratch
+    manifest = read_manifest(save)
+    assert manifest is not None
     put_manifest(folder, dataclasses.replace(manifest, folder=f"{SAVES}/{save.name}"))
     finish_save(folder)
     for old in old_saves(folder, keep):
@@ -70,12 +93,15 @@ def finish_save(folder: Path) -> None:
     manifest = read_manifest(folder)
     if manifest is None or manifest.folder == ".":
         return
-    for file in manifest_files(folder, manifest):
-        _link(file, folder / file.name)
+    if not manifest.is_sharded:
+        for file in manifest_files(folder, manifest):
+            _link(file, folder / file.name)
     for path in list(folder.iterdir()):
-        if is_model_file(path.name) and path.name not in manifest.files:
+        of_a_save = is_model_file(path.name) or path.name == STATE
+        if of_a_save and path.name not in manifest.files:
             path.unlink()
-    put_manifest(folder, dataclasses.replace(manifest, folder="."))
+    if not manifest.is_sharded:
+        put_manifest(folder, dataclasses.replace(manifest, folder="."))
 
 
 def list_saves(folder: Path) -> dict[Path, Manifest]:

@@ -32,6 +32,8 @@ from sessa_common.checkpoint.mamba2_names import mamba2_config, mamba2_names
 from sessa_common.checkpoint.manifest import Manifest, read_manifest, read_settled, verify
 from sessa_common.checkpoint.quantization import dequantize_lazily, is_quantized
 from sessa_common.checkpoint.run_files import STATE
+from sessa_common.checkpoint.sharded_state import is_sharded, sharded_weights
+from sessa_common.checkpoint.stored_types import as_stored
 from sessa_common.config import FOREIGN_KEYS, SessaConfig, parameter_shapes
 from sessa_common.errors import SessaError
 from sessa_common.json_files import read_json
@@ -103,6 +105,11 @@ def _read_folder(folder: Path, given: Mapping[str, Any]) -> Source:
     config = SessaConfig.from_dict(settings, str(folder / "config.json"))
     _require_agreement(config, settings, given, folder)
     tensors: Mapping[str, np.ndarray]
+    if is_sharded(folder):
+        tensors, kind = as_stored(sharded_weights(folder), config.dtype), "training run in shards"
+        return _checked(
+            Source(config=config, weights=tensors, kind=kind, folder=folder, settings=settings)
+        )
     arrays = [path for path in sorted(folder.glob("*.npz")) if "weight" in path.stem]
     if arrays and not any(folder.glob("model*.safetensors")):
         tensors, kind = read_arrays(arrays[0]), "MLX .npz folder"

@@ -14,7 +14,8 @@ from sessa_common.experiments.comparison import ComparedModel, Comparison
 from sessa_common.inference.evaluation import perplexity
 from sessa_common.json_files import read_json
 from sessa_common.training.metrics import read_metrics, tokens_per_second
-from sessa_common.training.run_folder import RESULT, read_state_metadata
+from sessa_common.training.run_folder import RESULT
+from sessa_common.training.saved_state import read_state_metadata
 
 # The folder of a run does not depend on its learning rate, so any rate serves to find the folder.
 ANY_RATE = 1.0

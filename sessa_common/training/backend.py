@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -13,6 +15,20 @@ from sessa_common.train_config import TrainConfig
 
 # Adam's first and second moment, by their names in a training state; Muon has the first only.
 MOMENTS = ("m", "v")
+
+
+class ShardedState(Protocol):
+    """A training state of which every process holds a part; all make the same calls."""
+
+    def is_finite(self) -> bool:
+        """Return True when this process's part holds neither NaN nor infinity."""
+
+    def start(self, folder: Path | None) -> Future[list[str]]:
+        """Copy this process's part, and write the copy into a folder in the background.
+
+        The main process names the folder, the others give None. In the main process the result is
+        the names of all files. A part that cannot be written is a SessaError in every process.
+        """
 
 
 class TrainBackend(Protocol):
@@ -43,10 +59,11 @@ class TrainBackend(Protocol):
     def weights(self) -> dict[str, np.ndarray]:
         """Return the float32 weights that are trained."""
 
-    def state(self) -> dict[str, np.ndarray]:
+    def state(self) -> Mapping[str, np.ndarray] | ShardedState:
         """Return weights and optimizer moments as they are after the last step.
 
-        Only the main one of several processes need return them whole.
+        Only the main one of several processes need return them whole. With `sharded_checkpoints`
+        it is a `ShardedState` where processes share the weights.
         """
 
     def restore(self, state: Mapping[str, np.ndarray], steps: int) -> None:

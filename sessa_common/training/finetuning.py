@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from tokenizers import Tokenizer
 
 from sessa_common.checkpoint.folder import load_config, load_weights
 from sessa_common.checkpoint.run_files import ADAPTER_CONFIG
+from sessa_common.checkpoint.sharded_state import is_sharded, sharded_weights
 from sessa_common.config import SessaConfig
 from sessa_common.data.batches import BatchSource
 from sessa_common.data.corpus import Tell, read_text_batches, training_sequence_length
@@ -174,6 +176,11 @@ def read_source(
     return ExampleBatches(examples, tokenizer.config, settings, held_out), has_messages
 
 
-def float32_weights(folder: Path) -> dict[str, np.ndarray]:
-    """The weights of a checkpoint folder, in float32 whatever it stores."""
+def float32_weights(folder: Path) -> Mapping[str, np.ndarray]:
+    """The weights of a checkpoint folder, in float32 whatever it stores.
+
+    Weights of a run in shards are read one by one.
+    """
+    if is_sharded(folder):
+        return sharded_weights(folder)
     return {name: value.astype(np.float32) for name, value in load_weights(folder)[1].items()}

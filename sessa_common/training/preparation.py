@@ -54,6 +54,7 @@ from sessa_common.training.finetuning import (
     resumed_finetune_run,
 )
 from sessa_common.training.run_folder import Run
+from sessa_common.training.saved_state import has_state
 from sessa_common.training.trained_parameters import trains_adapter
 from sessa_common.training.width_scaling import scale_initial
 
@@ -74,6 +75,7 @@ FREE_ON_RESUME = {
     "max_documents",
     "context_parallel",
     "shard_processes",
+    "sharded_checkpoints",
 }
 # Settings that a task has no use for.
 TEXT_SETTINGS = (
@@ -302,7 +304,7 @@ def _resumed_run(
                 "leave it out, or start a new run with `init`"
             )
     settings = build(TrainConfig, settings.to_dict() | dict(given))
-    if not (folder / STATE).is_file():
+    if not has_state(folder):
         raise SessaError(f"{folder}: no {STATE} in it, so there is no run to resume; use `init`")
     if settings.base is not None:
         run = resumed_finetune_run(folder, settings, tell)
@@ -343,7 +345,7 @@ def _read_source(
 
 def _first_weights(
     config: SessaConfig, settings: TrainConfig, init: Path | None
-) -> dict[str, np.ndarray]:
+) -> Mapping[str, np.ndarray]:
     if init is None:
         return scale_initial(initial_weights(config, settings.seed), config, settings)
     return float32_weights(init)

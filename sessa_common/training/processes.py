@@ -77,6 +77,15 @@ def check_sizes(settings: TrainConfig, processes: Processes) -> None:
         )
 
 
+def check_sharing(settings: TrainConfig, processes: Processes) -> None:
+    """Raise SessaError when a new run is to save shards, but its processes share no weights."""
+    if settings.sharded_checkpoints and (settings.shard_processes or processes.size) == 1:
+        raise SessaError(
+            "`sharded_checkpoints` saves the part of the weights that each process holds, but in "
+            "this run each holds all; give `shard_processes`, or leave it out"
+        )
+
+
 def own_rows(batch: Batch, processes: Processes, context_parallel: int = 1) -> Batch:
     """The rows of a batch (B, T) that this process trains on, (B context_parallel / size, T)."""
     groups = processes.size // context_parallel

@@ -25,12 +25,11 @@ from sessa_common.checkpoint.finite import require_finite_weights
 from sessa_common.checkpoint.folder import (
     SHARD_SIZE,
     load_config,
-    open_safetensors,
-    read_safetensors,
     require_own_file,
     write_safetensors,
     write_weights,
 )
+from sessa_common.checkpoint.lazy_tensors import spec_of
 from sessa_common.checkpoint.manifest import is_undamaged, verify, write_manifest
 from sessa_common.checkpoint.model_card import CardFacts, write_model_card
 from sessa_common.checkpoint.remote_code import write_config
@@ -39,21 +38,30 @@ from sessa_common.checkpoint.run_files import (
     CHAT_TEMPLATE,
     RESULT,
     STATE,
+    STATE_INDEX,
     TOKENIZER_FILES,
     TRAINING,
 )
-from sessa_common.checkpoint.saves import add_save, finish_save, list_saves
+from sessa_common.checkpoint.saves import (
+    add_save,
+    finish_save,
+    list_saves,
+    open_save,
+    write_save_manifest,
+)
+from sessa_common.checkpoint.sharded_state import is_sharded
 from sessa_common.checkpoint.stored_types import as_stored
 from sessa_common.config import SessaConfig, parameter_count, parameter_shapes
 from sessa_common.data.batches import BatchSource
 from sessa_common.data.tokenizer import write_tokenizer
 from sessa_common.errors import SessaError
-from sessa_common.json_files import parse_json, read_json
+from sessa_common.json_files import read_json
 from sessa_common.storage import lock_folder, new_folder, write_json, write_text
 from sessa_common.train_config import TrainConfig
-from sessa_common.training.backend import TrainBackend
+from sessa_common.training.backend import ShardedState, TrainBackend
 from sessa_common.training.metrics import last_metrics, read_metrics, tokens_per_second
 from sessa_common.training.muon import state_shapes
+from sessa_common.training.saved_state import has_state, read_state, read_state_metadata
 from sessa_common.training.trained_parameters import trained_shapes, trains_adapter
 
 
@@ -70,7 +78,7 @@ class Run:
     folder: Path
     config: SessaConfig
     settings: TrainConfig
-    weights: dict[str, np.ndarray]
+    weights: Mapping[str, np.ndarray]
     source: BatchSource
     tokenizer: Tokenizer
     end_id: int
@@ -92,7 +100,7 @@ class Run:
 
 def create_run_folder(
     run: Run,
-    state: Mapping[str, np.ndarray],
+    state: Mapping[str, np.ndarray] | ShardedState,
     precision: str,
     *,
     force: bool = False,
@@ -117,7 +125,11 @@ def create_run_folder(
             write_config(scratch, config)
         write_json(scratch / TRAINING, run.settings.to_dict())
         _write_card(scratch, run, run.folder)
-        write_manifest(scratch, _write_save(scratch, run, state, 0, dtype), step=0)
+        if isinstance(state, Mapping):
+            write_manifest(scratch, _write_save(scratch, run, state, 0, dtype), step=0)
+        else:
+            with open_save(scratch, 0, 1) as save:
+                finish_shards(run, save, state.start(save).result(), 0)
 
 
 def _write_card(folder: Path, run: Run, target: Path | None = None) -> None:
@@ -159,7 +171,7 @@ def open_run_folder(folder: Path) -> Iterator[None]:
     with lock_folder(folder):
         finish_save(folder)
         try:
-            if (folder / STATE).is_file():
+            if has_state(folder):
                 verify(folder)
         except SessaError as error:
             kept = [path for path in list_saves(folder) if is_undamaged(path)]
@@ -191,6 +203,22 @@ def save_run(
     _write_card(run.folder, run)
 
 
+def finish_shards(
+    run: Run, save: Path, shards: list[str], step: int, validation_loss: float | None = None
+) -> None:
+    """Complete the folder of a save whose shards are written: step, data and manifest.
+
+    Raises SessaError when a shard is not there.
+    """
+    if missing := [name for name in shards if not (save / name).is_file()]:
+        raise SessaError(
+            f"{run.folder}: {missing[0]} was written, but is not there for the main process; all "
+            "machines must write to one shared file system"
+        )
+    write_json(save / STATE_INDEX, {"step": step, "fingerprint": run.data_fingerprint})
+    write_save_manifest(save, [*shards, STATE_INDEX], step, validation_loss)
+
+
 def _write_save(
     folder: Path, run: Run, state: Mapping[str, np.ndarray], step: int, dtype: str
 ) -> list[str]:
@@ -213,8 +241,8 @@ def restore_run(run: Run, backend: TrainBackend) -> int:
 
     Raises SessaError when the state is not finite or belongs to another architecture or other data.
     """
-    path = run.folder / STATE
-    state = read_safetensors(path)
+    path = run.folder / (STATE_INDEX if is_sharded(run.folder) else STATE)
+    state = read_state(run.folder)
     step, fingerprint = read_state_metadata(run.folder)
     trained = trained_shapes(run.config, run.settings)
     _check_state(state, state_shapes(trained, run.settings), path)
@@ -231,24 +259,12 @@ def restore_run(run: Run, backend: TrainBackend) -> int:
 
 def _check_state(state: Mapping[str, np.ndarray], expected: Shapes, path: Path) -> None:
     for name in sorted(expected.keys() | state.keys()):
-        found = tuple(state[name].shape) if name in state else "missing"
+        found = spec_of(state, name).shape if name in state else "missing"
         if found != expected.get(name):
             raise SessaError(
                 f"{path}: saved by another architecture: {name} is {found}, "
                 f"config.json expects {expected.get(name, 'no such tensor')}"
             )
-
-
-def read_state_metadata(folder: Path) -> tuple[int, str]:
-    """Step and data fingerprint of the saved state, without reading its arrays."""
-    path = folder / STATE
-    with open_safetensors(path) as file:
-        stored = (file.metadata() or {}).get("training", "")
-    try:
-        about = parse_json(stored)
-        return int(about["step"]), str(about["fingerprint"])
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise SessaError(f"{path}: not a training state ({error})") from None
 
 
 def write_task_result(run: Run, measures: Mapping[str, Any], task: str, options: Any) -> None:

@@ -22,6 +22,7 @@ from sessa_common.training.preparation import TrainRequest, prepare
 from sessa_common.training.processes import (
     OneProcess,
     Processes,
+    check_sharing,
     check_sizes,
     require_same_data,
     wait_for_all,
@@ -31,11 +32,11 @@ from sessa_common.training.run_folder import (
     Run,
     create_run_folder,
     open_run_folder,
-    read_state_metadata,
     read_task_result,
     restore_run,
     write_task_result,
 )
+from sessa_common.training.saved_state import read_state_metadata
 from sessa_common.training.trackers import require_trackers, tracked
 from sessa_common.training.trained_parameters import trained_shapes
 from sessa_common.training.trainer import Reporter, Silent, Trainer
@@ -113,6 +114,8 @@ def _run_locked(
     require_trackers(run.settings.track)
     is_main = processes.rank == 0
     check_sizes(run.settings, processes)
+    if not run.resumed:
+        check_sharing(run.settings, processes)
     require_same_data(processes, run.source.fingerprint)
     steps = run.settings.steps
     done = read_state_metadata(run.folder)[0] if run.resumed else 0
@@ -134,6 +137,8 @@ def _run_locked(
         step, state = 0, backend.state()
         if is_main:
             create_run_folder(run, state, backend.precision, force=request.force, lock_until=lock)
+        elif not isinstance(state, Mapping):
+            state.start(None).result()
     profile = None
     with ExitStack() as stack:
         if recorder is not None and is_main:

@@ -22,6 +22,7 @@ from sessa_common.training.gains import gain_record
 from sessa_common.training.metrics import MetricsLog, draw_losses
 from sessa_common.training.processes import OneProcess, Processes, any_process
 from sessa_common.training.run_folder import Run, save_run
+from sessa_common.training.sharded_saves import ShardedSaves
 
 
 class Reporter(Protocol):
@@ -87,6 +88,7 @@ class Trainer:
         self.step = self.saved = step
         self.validation_loss: float | None = None  # the newest since the last save
         self.processes = processes or OneProcess()
+        self.saves = ShardedSaves(run, self.processes)
         self.metrics = MetricsLog(run.folder, step) if self.processes.rank == 0 else None
         self.notes = [] if self.metrics is None else self.metrics.notes
 
@@ -103,30 +105,42 @@ class Trainer:
             last * settings.gradient_accumulation_steps,
         )
         ahead = made_ahead(self.source.batch, numbers, 2 * settings.gradient_accumulation_steps)
-        with stop_signal() as stopped, closing(ahead) as self._batches:
-            while self.step < last and not any_process(self.processes, stopped()):
-                self._train_step()
-                if _is_due(self.step, settings.evaluate_every, settings.steps):
-                    self._evaluate()
-                if _is_due(self.step, settings.checkpoint_every, last):
-                    self.save()
-        if self.step != self.saved:
-            self.save()
+        with self.saves:
+            with stop_signal() as stopped, closing(ahead) as self._batches:
+                while self.step < last and not self._any_process_ends(stopped):
+                    self._train_step()
+                    if _is_due(self.step, settings.evaluate_every, settings.steps):
+                        self._evaluate()
+                    if _is_due(self.step, settings.checkpoint_every, last):
+                        self.save()
+            if self.step != self.saved:
+                self.save()
         return self.step == settings.steps
 
     def save(self) -> None:
-        """Write weights, training state and the loss picture into the folder."""
-        state = self.backend.state()
+        """Write weights, training state and the loss picture into the folder.
+
+        A state in shards is copied, and written while training goes on.
+        """
+        state, step, loss = self.backend.state(), self.step, self.validation_loss
         if self.metrics is not None:
             self.metrics.sync()
-            try:
-                save_run(self.run, state, step=self.step, validation_loss=self.validation_loss)
-            except NotFiniteError as error:
-                raise DivergedError(f"{error}; {self._advice()}") from None
+        try:
+            if not isinstance(state, Mapping):
+                self.saves.start(state, step, loss)
+            elif self.processes.rank == 0:
+                save_run(self.run, state, step=step, validation_loss=loss)
+        except NotFiniteError as error:
+            raise DivergedError(f"{error}; {self._advice()}") from None
+        if self.metrics is not None:
             draw_losses(self.folder)
-        self.saved, self.validation_loss = self.step, None
+        self.saved, self.validation_loss = step, None
+
+    def _any_process_ends(self, stopped: Callable[[], bool]) -> bool:
+        return any_process(self.processes, stopped() or self.saves.has_failed())
 
     def _advice(self) -> str:
+        self.saves.finish()
         return (
             f"the save of step {self.saved} in {self.folder} is good, try a smaller `learning_rate`"
         )

@@ -16,7 +16,7 @@ from sessa_common.checkpoint.run_files import STATE
 from sessa_common.checkpoint.saves import list_saves
 from sessa_common.storage import MANIFEST, lock_folder
 from sessa_common.training.metrics import METRICS, read_metrics
-from sessa_common.training.run_folder import read_state_metadata
+from sessa_common.training.saved_state import read_state_metadata
 from sessa_common.training.trainer import Trainer
 
 TINY = (

@@ -15,8 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sessa_common.checkpoint.folder import read_safetensors
-from sessa_common.checkpoint.run_files import STATE
+from sessa_common import convert
+from sessa_common.checkpoint.folder import load_weights
+from sessa_common.checkpoint.manifest import read_manifest
+from sessa_common.errors import SessaError
+from sessa_common.training.saved_state import read_state
 from sessa_torch.training import train
 
 ROOT = Path(__file__).parents[2]
@@ -51,11 +54,13 @@ WAYS: dict[str, dict[str, Any]] = {
         "checkpoint_activations": "selective",
     },
 }
+SAVED_IN_SHARDS = {"sharded_checkpoints": True, "checkpoint_every": 8}
 # Ways that need four processes.
 MORE_WAYS = {
     "hybrid": {"shard_processes": 2},
     "context-4": {"context_parallel": 4},
     "context-4-hybrid": {"context_parallel": 4, "shard_processes": 2},
+    "hybrid-saved": {"shard_processes": 2} | SAVED_IN_SHARDS,
 }
 HERE = ["--backend", "torch", "--device", "cpu"]
 REFUSED = ["train", *HERE, "--data", "text.txt", "--tokenizer", "bytes", "--out", "refused"]
@@ -115,48 +120,116 @@ def files(run: Path) -> set[str]:
 
 
 COMMANDS = """
-import json
-from support.shared_rows import check_operators
-from sessa_torch.training import train
+import json, os, signal
 from support.in_process import sessa
+from support.shared_rows import check_operators
+from sessa_common.errors import SessaError
+from sessa_torch.distributed import sharded_state
+from sessa_torch.training import TrainBackend, train
 
 check_operators()
-runs, commands = json.load(open("commands.json"))
+runs, commands, last = json.load(open("commands.json"))
 for fields in runs:
     train(**fields)
 print("codes", [sessa(*arguments) for arguments in commands])
+
+def fill_disk(plan, planner):
+    raise OSError(28, "No space left on device")
+
+right, writers = sharded_state._new_writer, []
+def new_writer(folder):
+    writers.append(right(folder))
+    if sharded_state.dist.get_rank() == 1 and len(writers) == 2:
+        writers[-1].write_data = fill_disk
+    return writers[-1]
+
+sharded_state._new_writer = new_writer
+try:
+    train(**last)
+except SessaError as error:
+    print("refused:", error, flush=True)
+sharded_state._new_writer = right
+
+step, steps = TrainBackend.step, []
+def lost(self, batches, learning_rate):
+    steps.append(self)
+    if self.processes.rank == 1 and len(steps) == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, batches, learning_rate)
+
+TrainBackend.step = lost
+train(**last | {"out": "lost"})
 """
 
 
 def check_ways(folder: Path, count: int, ways: dict[str, dict[str, Any]]) -> None:
-    """Train 20 steps in each way, and go on with runs of another number of processes."""
+    """Train 20 steps in each way, and go on with runs of another number of processes.
+
+    Two more runs end early: one whose disk is full, and one that loses a process at its fifth step.
+    """
     train("one", **FIELDS)
     train("begun", **FIELDS | {"steps": 8})
     shutil.copytree("begun", "begun-again")
+    saved = FIELDS | ways["shard"] | SAVED_IN_SHARDS
     runs = [{"out": name} | FIELDS | way for name, way in ways.items()]
+    runs += [{"out": "saved"} | saved | {"steps": 8}]
+    runs += [{"resume": "saved", "steps": 20, "device": "cpu"}]
     commands = [
         [*RESUME, "begun-again", "--steps", "20", "--shard-processes", "0"],
         [*REFUSED, "--batch-size", str(count + 1)],
     ]
-    (folder / "commands.json").write_text(json.dumps([runs, commands]))
+    full = {"out": "full"} | saved | {"checkpoint_every": 1}
+    (folder / "commands.json").write_text(json.dumps([runs, commands, full]))
     (folder / "commands.py").write_text(COMMANDS)
     code, out, err = launch(folder, count, "commands.py")
-    assert code == 0, out + err
+    assert code == 1 and "another process of this run has ended" in err, out + err
     assert out.count("codes [0, 2]") == count, out + err
     assert out.count(f"by {count} processes") == out.count("wrote begun-again ") == 1
     assert f"--batch-size is {count + 1}, which {count} processes cannot share evenly" in err
     assert not Path("refused").exists()
     for name, way in ways.items():
-        assert files(Path(name)) == files(Path("one"))
+        if "sharded_checkpoints" not in way:
+            assert files(Path(name)) == files(Path("one"))
         np.testing.assert_allclose(losses(Path(name)), losses(Path("one")), rtol=1e-5)
         # Gains are those of the first batch, which has other rows where it is smaller.
         limit = 0.05 if "batch_size" in way else 1e-4
         np.testing.assert_allclose(gains(Path(name)), gains(Path("one")), rtol=limit)
     assert gains(Path("one")).size
-    for run, steps in (("begun", 20), ("one", 24), ("shard", 24)):
+    check_shards(out, count)
+    assert len(losses(Path("lost"))) == 4
+    train(resume="lost", steps=6, device="cpu")
+    assert len(losses(Path("lost"))) == 6
+    for run, steps in (("begun", 20), ("one", 24), ("shard", 24), ("saved", 24)):
         train(resume=run, steps=steps, shard_processes=1, device="cpu")
-    for one, more in (("begun", "begun-again"), ("one", "shard")):
+    for one, more in (("begun", "begun-again"), ("one", "shard"), ("one", "saved")):
         np.testing.assert_allclose(losses(Path(more)), losses(Path(one)), rtol=1e-5)
+
+
+def check_shards(out: str, count: int) -> None:
+    """Compare runs saved in shards with those that one process has saved, and export one."""
+    expect_same_state("saved", "shard")
+    assert convert("saved", "exported").exact
+    with pytest.raises(SessaError, match="sessa convert saved OUT"):
+        load_weights("saved")
+    whole = load_weights("shard")[1]
+    for name, value in load_weights("exported")[1].items():
+        np.testing.assert_array_equal(value, whole[name], err_msg=name)
+    assert out.count("refused: a save failed: process 1: [Errno 28] No space left") == count, out
+    assert read_manifest(Path("full")).step == 0
+    assert [path.name for path in Path("full/checkpoints").iterdir()] == ["step-00000000"]
+    shutil.copytree("saved", "damaged")
+    (shard,) = Path("damaged/checkpoints/step-00000020").glob("shard-00002-*")
+    shard.unlink()
+    with pytest.raises(SessaError, match=f"{shard}.*step-00000016 is good"):
+        train(resume="damaged", steps=24, device="cpu")
+
+
+def expect_same_state(run: str, other: str) -> None:
+    """Require weights and moments of two runs that are equal bit for bit."""
+    state, wanted = read_state(Path(run)), read_state(Path(other))
+    assert state.keys() == wanted.keys()
+    for name, value in wanted.items():
+        np.testing.assert_array_equal(state[name], value, err_msg=name)
 
 
 def test_two_processes_train_as_one_and_one_writes(folder: Path) -> None:
@@ -168,31 +241,6 @@ def test_four_processes_train_as_one(folder: Path) -> None:
     # Four processes need a row each.
     shard = WAYS["shard"] | {"batch_size": 4, "gradient_accumulation_steps": 1}
     check_ways(folder, 4, WAYS | MORE_WAYS | {"shard": shard})
-
-
-FAILING = """
-import os, signal
-import sessa_torch.training as training
-
-right = training.TrainBackend.step
-def step(self, batches, learning_rate):
-    self.steps = getattr(self, "steps", 0) + 1
-    if self.processes.rank == 1 and self.steps == 5:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return right(self, batches, learning_rate)
-
-training.TrainBackend.step = step
-training.train("run", checkpoint_every=2, shard_processes=0, **FIELDS)
-"""
-
-
-def test_a_lost_process_ends_all_and_the_run_can_go_on(folder: Path) -> None:
-    (folder / "failing.py").write_text(FAILING.replace("FIELDS", repr(FIELDS)))
-    code, _, err = launch(folder, 2, "failing.py")
-    assert code == 1 and "another process of this run has ended" in err, err
-    assert len(losses(Path("run"))) == 4
-    train(resume="run", steps=6, shard_processes=1, device="cpu")
-    assert len(losses(Path("run"))) == 6
 
 
 KILLS = int(os.environ.get("KILLS", "3"))
@@ -213,10 +261,17 @@ def wait_for_step(folder: Path, step: int, running: subprocess.Popen[str]) -> No
     raise AssertionError(running.communicate())
 
 
+SAVES = [(), ("--sharded-checkpoints",)]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_the_step_under_way(folder: Path, number: int) -> None:
-    running = start(folder, 2, "-m", "sessa_cli.main", "train", *long_run("--out", "run"))
+@pytest.mark.parametrize("saves", SAVES, ids=["whole", "sharded"])
+def test_a_signal_saves_the_step_under_way(
+    folder: Path, number: int, saves: tuple[str, ...]
+) -> None:
+    options = long_run("--out", "run", *saves)
+    running = start(folder, 2, "-m", "sessa_cli.main", "train", *options)
     wait_for_step(Path("run"), 20, running)
     running.send_signal(number)
     out, err = running.communicate(timeout=60)
@@ -237,11 +292,12 @@ def processes_of(running: subprocess.Popen[str]) -> list[int]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds processes in /proc")
-def test_kills_at_random_moments_change_no_weight(folder: Path) -> None:
+@pytest.mark.parametrize("saves", SAVES, ids=["whole", "sharded"])
+def test_kills_at_random_moments_change_no_weight(folder: Path, saves: tuple[str, ...]) -> None:
     random = np.random.default_rng(0)
     command = ["-m", "sessa_cli.main", "train"]
     assert launch(folder, 2, *command, *long_run("--out", "unbroken"))[0] == 0
-    options = long_run("--out", "run")
+    options = long_run("--out", "run", *saves)
     for _ in range(KILLS):
         running = start(folder, 2, *command, *options)
         done = len(losses(Path("run"))) if Path("run").exists() else 0
@@ -252,6 +308,4 @@ def test_kills_at_random_moments_change_no_weight(folder: Path) -> None:
         assert running.returncode != 0, err
         options = [*HERE, "--resume", "run"]
     assert launch(folder, 2, *command, *options)[0] == 0
-    whole, broken = (read_safetensors(Path(name) / STATE) for name in ("unbroken", "run"))
-    for name, value in whole.items():
-        np.testing.assert_array_equal(broken[name], value, err_msg=name)
+    expect_same_state("run", "unbroken")

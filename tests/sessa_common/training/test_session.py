@@ -5,8 +5,9 @@ import importlib
 import pytest
 
 from sessa_common.errors import SessaError
-from sessa_common.training import run_folder, session
+from sessa_common.training import session
 from sessa_common.training.preparation import TrainRequest
+from sessa_common.training.saved_state import read_state_metadata
 
 TINY = {
     "num_hidden_layers": 1,
@@ -100,7 +101,7 @@ def test_the_folder_is_made_after_the_backend_and_holds_step_0(text, tmp_path, m
         return module.TrainBackend(*arguments)
 
     def stopped(*_):
-        order.append(("training", run_folder.read_state_metadata(tmp_path / "run")[0]))
+        order.append(("training", read_state_metadata(tmp_path / "run")[0]))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(session.Trainer, "train", stopped)
