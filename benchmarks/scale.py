@@ -1,12 +1,14 @@
 """Measure training on the GPUs that are here: speed, memory, losses, one process beside several.
 
-    python benchmarks/scale.py [--only step,operator] [--before FOLDER] [--save NAME]
+    python benchmarks/scale.py [--only step,operator] [--before FOLDER] [--save NAME] [--out FOLDER]
 
 With one GPU: training steps, and rows whose tokens two processes share. With two or more also data
 parallelism, sharded weights and shared rows by NCCL, each beside one GPU. Without a GPU the same
 cases run at small sizes, with gloo, as a check of this script. `--before` is a checkout of an older
 version, whose compiled and eager steps of the first model are measured too. Every case runs in
-processes of its own; one that fails leaves its error in the table.
+processes of its own; one that fails leaves its error in the table. Cases prepare together, because
+compiling leaves the GPU idle, and are measured one after the other. Each is printed, and saved with
+`--save`, as soon as it is measured.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from typing import IO, Any
 
 import numpy as np
 import torch
-from measure import machine, median_ms, save, table
+from measure import RESULTS, machine, median_ms, save, table
 
 from sessa_common.config import SessaConfig, parameter_shapes
 
@@ -35,7 +37,7 @@ Row = dict[str, Any]
 # A case, and the checkout of an older version that it is measured on.
 Case = tuple[Row, Path | None]
 # Cases of one process that prepare at the same time. Their memory must fit the GPU.
-TOGETHER = 4
+TOGETHER = 5
 
 
 def cases(gpus: int) -> dict[str, list[Row]]:
@@ -54,11 +56,11 @@ def cases(gpus: int) -> dict[str, list[Row]]:
     fast = {**base, "compile": not small}
     groups = {
         "step": [
-            *({**fast, "model": name} for name in (medium, *rivals(medium))),
+            {**fast, "parts": True},
+            *({**fast, "model": name} for name in rivals(medium)),
             *({**fast, "checkpoint_activations": way} for way in ("selective", "layers")),
             {**base, "compile": False},
         ],
-        "parts": [{**fast, "measure": "parts"}],
         "large": [{**big, "rows": rows, "losses": 0, "repeats": 3}],
         "shared-device": [{**solve, "tokens": long}, {**solve, "tokens": long, **shared}],
     }
@@ -88,11 +90,13 @@ def start(case: Row, before: Path | None) -> tuple[subprocess.Popen[str], IO[str
     command = [*(launcher if count > 1 else ()), __file__, "--case", json.dumps(case)]
     here = before or ROOT
     paths = os.pathsep.join(str(path) for path in (here, here / "export", Path(__file__).parent))
+    # Otherwise every case starts as many compilers as there are cores.
+    threads = max(1, (os.cpu_count() or 1) // TOGETHER)
     # A full pipe would stop a process whose errors nobody reads yet.
     errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
     process = subprocess.Popen(
         [sys.executable, *command],
-        env=os.environ | {"PYTHONPATH": paths},
+        env=os.environ | {"PYTHONPATH": paths, "TORCHINDUCTOR_COMPILE_THREADS": str(threads)},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=errors,
@@ -106,7 +110,9 @@ def run_cases(cases: list[Case]) -> Iterator[Row]:
     started = [(*case, *start(*case)) for case in cases]
     for case, _, process, _ in started:
         if case.get("processes", 1) == 1 and process.stdout is not None:
-            process.stdout.readline()
+            # Other lines are a library's.
+            while (line := process.stdout.readline()) and line != "prepared\n":
+                continue
     for case, before, process, errors in started:
         row = ({"version": str(before)} if before else {}) | case
         output = process.communicate("measure\n")[0]
@@ -193,22 +199,21 @@ def step(case: Row) -> Row:
     row |= {"peak GiB a process": peak_gib()}
     while len(losses) < case.get("losses", 0):
         losses.append(train())
+    if case.get("parts"):
+        row |= parts(train)
     return row | ({"losses": losses} if case.get("losses") else {})
 
 
-def parts(case: Row) -> Row:
-    """Return milliseconds of a training step by kind of kernel, and those of the other kernels."""
-    from sessa_torch._profile import milliseconds_by_kind, trace
-
-    _, _, train = prepare(case)
-    train()
-    wait_for_turn()
-    repeats = case.get("repeats", 3)
-    row: Row = {"ms": round(median_ms(train, repeats=5, warm=1), 2)}
+def parts(train: Callable[[], float], steps: int = 3) -> Row:
+    """Return milliseconds of a training step by kind of kernel, where the version counts them."""
+    try:
+        from sessa_torch._profile import milliseconds_by_kind, trace
+    except ImportError:
+        return {}
     with trace() as profiler:
-        for _ in range(repeats):
+        for _ in range(steps):
             train()
-    return row | milliseconds_by_kind(profiler, repeats)
+    return milliseconds_by_kind(profiler, steps)
 
 
 def utilisation(config: SessaConfig, case: Row, rate: float) -> Row:
@@ -320,33 +325,41 @@ def main() -> None:
     groups = cases(torch.cuda.device_count())
     parser.add_argument("--only", default=",".join(groups), help="groups, of: " + ", ".join(groups))
     parser.add_argument("--before", type=Path, help="checkout of an older version")
-    parser.add_argument("--save", help="name of the file under benchmarks/results")
+    parser.add_argument("--save", help="name of the file of results")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of that file")
     parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.case is not None:
-        measures = {"step": step, "operator": operator, "parts": parts}
+        measures = {"step": step, "operator": operator}
         row = measures[options.case["measure"]](options.case)
         if os.environ.get("RANK", "0") == "0":
             print(json.dumps(row), flush=True)
         return
     print(machine(), f"{torch.cuda.device_count()} GPUs", flush=True)
-    everything: list[Row] = []
-    for name in options.only.split(","):
-        chosen: list[Case] = [(case, None) for case in groups[name]]
+    names = options.only.split(",")
+    chosen: list[Case] = []
+    for name in names:
+        chosen += [({"group": name} | case, None) for case in groups[name]]
         if options.before and name == "step":
-            chosen += [(groups[name][i], options.before) for i in (0, -1)]
-        rows: list[Row] = []
-        for row in (row for wave in waves(chosen) for row in run_cases(wave)):
-            print(json.dumps({k: v for k, v in row.items() if k != "losses"}), flush=True)
-            rows.append(row)
-            if options.save:
-                save(options.save, everything + [{"group": name} | row for row in rows])
-        compare(rows)
+            earlier = [({"group": name} | groups[name][i], options.before) for i in (0, -1)]
+            chosen += earlier
+    rows: list[Row] = []
+    for row in (row for wave in waves(chosen) for row in run_cases(wave)):
+        print(json.dumps(without_losses(row)), flush=True)
+        rows.append(row)
+        if options.save:
+            save(options.save, rows, options.out)
+    for name in names:
+        found = [row for row in rows if row["group"] == name]
+        compare(found)
         print(f"\n{name}\n", flush=True)
-        print(table([{k: v for k, v in row.items() if k != "losses"} for row in rows]), flush=True)
-        everything += [{"group": name} | row for row in rows]
+        print(table([without_losses(row) for row in found]), flush=True)
     if options.save:
-        print(save(options.save, everything))
+        print(save(options.save, rows, options.out))
+
+
+def without_losses(row: Row) -> Row:
+    return {name: value for name, value in row.items() if name != "losses"}
 
 
 if __name__ == "__main__":
