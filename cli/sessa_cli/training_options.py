@@ -28,8 +28,8 @@ Data = Annotated[
     of_data(
         "--data",
         "File, folder or wildcard of .txt .md .py .jsonl .parquet (also .gz, .zst), hf:owner/"
-        "name of a Hugging Face data set, or - for standard input; repeatable. Default: "
-        "pydoc, the reference text inside Python.",
+        "name of a Hugging Face data set, hf-stream:owner/name to read it while training, or - for "
+        "standard input; repeatable. Default: pydoc, the reference text inside Python.",
     ),
 ]
 ValidationData = Annotated[

@@ -13,6 +13,7 @@ import stat
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import islice
@@ -28,6 +29,8 @@ from sessa_common.input_files import reason, require_regular
 from sessa_common.train_config import TrainConfig
 
 HUB_PREFIX = "hf:"
+# Training on such a set reads it while it trains and keeps no token.
+STREAM_PREFIX = "hf-stream:"
 HUB_SECONDS = 20
 STANDARD_INPUT = "-"
 # A name with its weight in a mixture.
@@ -101,7 +104,8 @@ def read_documents(
     name is missing or unreadable, or which row lacks the text.
     """
     source, counts = source or TextSource(), counts or ReadCounts()
-    if source.subset is not None and not any(name.startswith(HUB_PREFIX) for name in names):
+    hub = (HUB_PREFIX, STREAM_PREFIX)
+    if source.subset is not None and not any(name.startswith(hub) for name in names):
         raise SessaError(
             f"`subset` is a part of a Hugging Face data set, but none is named ({HUB_PREFIX}NAME)"
         )
@@ -115,7 +119,8 @@ def local_paths(names: Iterable[str]) -> list[Path]:
     """Files and folders of this machine that `read_documents` would read for these names."""
     paths: list[Path] = []
     for name, _ in map(_split_weight, names):
-        pattern = os.path.expanduser(name.removeprefix(HUB_PREFIX))
+        name = name.removeprefix(STREAM_PREFIX).removeprefix(HUB_PREFIX)
+        pattern = os.path.expanduser(name)
         paths += [Path(pattern), *map(Path, glob.glob(pattern, recursive=True))]
     return [path for path in paths if path.exists()]
 
@@ -177,8 +182,9 @@ def _readers(name: str, source: TextSource) -> list[Reader]:
         return [_pydoc_topics]
     if name == STANDARD_INPUT:
         return [_standard_input]
-    if name.startswith(HUB_PREFIX):
-        return [lambda: _hub_rows(name.removeprefix(HUB_PREFIX), source)]
+    if name.startswith((HUB_PREFIX, STREAM_PREFIX)):
+        dataset = name.partition(":")[2]
+        return [lambda: _hub_rows(dataset, source)]
     return [_file_reader(file, source) for file in find_files(name)]
 
 
@@ -317,18 +323,37 @@ def _read_stream(stream: Any) -> str:
 
 
 def _hub_rows(name: str, source: TextSource) -> Iterator[Row]:
+    with hub_errors(name):
+        rows, _ = open_hub(name, source)
+        for number, row in enumerate(rows, 1):
+            yield field_of(row, source.text_field, f"{HUB_PREFIX}{name}, row {number}")
+
+
+def open_hub(name: str, source: TextSource) -> tuple[Any, str]:
+    """Open a Hugging Face data set, or a folder, row by row; and its commit on the hub.
+
+    No code of a data set is run. The commit is empty for a folder.
+    """
     if importlib.util.find_spec("datasets") is None:
         raise SessaError(f"{HUB_PREFIX}{name}: reading it needs datasets; {install('data')}")
     import datasets
     from huggingface_hub import HfApi
 
+    commit = None
+    if not Path(name).exists():
+        # Loading a name that is not there would first retry for half a minute.
+        commit = HfApi().dataset_info(name, timeout=HUB_SECONDS).sha
+    rows = datasets.load_dataset(
+        name, source.subset, split=source.split, streaming=True, revision=commit
+    )
+    return rows, commit or ""
+
+
+@contextmanager
+def hub_errors(name: str) -> Iterator[None]:
+    """Turn the errors of reading a Hugging Face data set into SessaError."""
     try:
-        if not Path(name).exists():
-            # Loading a name that is not there would first retry for half a minute.
-            HfApi().dataset_info(name, timeout=HUB_SECONDS)
-        rows = datasets.load_dataset(name, source.subset, split=source.split, streaming=True)
-        for number, row in enumerate(rows, 1):
-            yield field_of(row, source.text_field, f"{HUB_PREFIX}{name}, row {number}")
+        yield
     except SessaError:
         raise
     # The library and the layers below it raise many types for a missing name, split or network.

@@ -17,7 +17,8 @@ from sessa_common.checkpoint.run_files import ADAPTER_CONFIG
 from sessa_common.checkpoint.sharded_state import is_sharded, sharded_weights
 from sessa_common.config import SessaConfig
 from sessa_common.data.batches import BatchSource
-from sessa_common.data.corpus import Tell, read_text_batches, training_sequence_length
+from sessa_common.data.corpus import Tell, training_sequence_length
+from sessa_common.data.stream import read_batches
 from sessa_common.data.tokenizer import (
     check_fits,
     end_token_id,
@@ -154,7 +155,7 @@ def read_source(
     )
     if not settings.examples:
         parse_special_tokens(text.tokenizer, settings.parse_special_tokens)
-        source = read_text_batches(
+        source = read_batches(
             text.tokenizer, text.end_id, config, settings, tell, tokenizer.prefix_ids
         )
         return source, False

@@ -21,12 +21,12 @@ from sessa_common.config import SessaConfig
 from sessa_common.data.batches import BatchSource
 from sessa_common.data.corpus import (
     Tell,
-    read_text_batches,
     say_nothing,
     told,
     training_sequence_length,
 )
 from sessa_common.data.sources import TextSource, local_paths, read_documents, split_weights
+from sessa_common.data.stream import read_batches
 from sessa_common.data.task_registry import load_data
 from sessa_common.data.tasks import TaskBatches
 from sessa_common.data.token_shards import TokenShards, is_token_folder
@@ -243,7 +243,7 @@ def _text_run(
         folder=out,
         config=config,
         settings=settings,
-        source=read_text_batches(tokenizer, end, config, settings, tell, begin),
+        source=read_batches(tokenizer, end, config, settings, tell, begin),
         weights=_first_weights(config, settings, init),
         tokenizer=tokenizer,
         end_id=end,
@@ -340,7 +340,7 @@ def _read_source(
         return TaskBatches(load_data(settings.task, settings.task_options), config, settings)
     parse_special_tokens(tokenizer, settings.parse_special_tokens)
     begin = begin_token_ids(tokenizer, folder, config.bos_token_id)
-    return read_text_batches(tokenizer, end, config, settings, tell, begin)
+    return read_batches(tokenizer, end, config, settings, tell, begin)
 
 
 def _first_weights(

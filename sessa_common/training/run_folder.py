@@ -53,6 +53,7 @@ from sessa_common.checkpoint.sharded_state import is_sharded
 from sessa_common.checkpoint.stored_types import as_stored
 from sessa_common.config import SessaConfig, parameter_count, parameter_shapes
 from sessa_common.data.batches import BatchSource
+from sessa_common.data.stream import StreamBatches
 from sessa_common.data.tokenizer import write_tokenizer
 from sessa_common.errors import SessaError
 from sessa_common.json_files import read_json
@@ -61,7 +62,12 @@ from sessa_common.train_config import TrainConfig
 from sessa_common.training.backend import ShardedState, TrainBackend
 from sessa_common.training.metrics import last_metrics, read_metrics, tokens_per_second
 from sessa_common.training.muon import state_shapes
-from sessa_common.training.saved_state import has_state, read_state, read_state_metadata
+from sessa_common.training.saved_state import (
+    has_state,
+    read_about,
+    read_state,
+    read_state_metadata,
+)
 from sessa_common.training.trained_parameters import trained_shapes, trains_adapter
 
 
@@ -97,6 +103,13 @@ class Run:
             digest.update(np.ascontiguousarray(self.weights[name], np.float32).data)
         return digest.hexdigest()
 
+    def about(self, step: int) -> dict[str, Any]:
+        """The step of a save, the fingerprint of the data, and the place in a stream."""
+        about = {"step": step, "fingerprint": self.data_fingerprint}
+        if isinstance(self.source, StreamBatches):
+            about["stream"] = self.source.place(step * self.settings.gradient_accumulation_steps)
+        return about
+
 
 def create_run_folder(
     run: Run,
@@ -129,7 +142,7 @@ def create_run_folder(
             write_manifest(scratch, _write_save(scratch, run, state, 0, dtype), step=0)
         else:
             with open_save(scratch, 0, 1) as save:
-                finish_shards(run, save, state.start(save).result(), 0)
+                finish_shards(save, state.start(save).result(), run.about(0))
 
 
 def _write_card(folder: Path, run: Run, target: Path | None = None) -> None:
@@ -204,19 +217,22 @@ def save_run(
 
 
 def finish_shards(
-    run: Run, save: Path, shards: list[str], step: int, validation_loss: float | None = None
+    save: Path,
+    shards: list[str],
+    about: Mapping[str, Any],
+    validation_loss: float | None = None,
 ) -> None:
-    """Complete the folder of a save whose shards are written: step, data and manifest.
+    """Complete the folder of a save whose shards are written: `Run.about` and the manifest.
 
     Raises SessaError when a shard is not there.
     """
     if missing := [name for name in shards if not (save / name).is_file()]:
         raise SessaError(
-            f"{run.folder}: {missing[0]} was written, but is not there for the main process; all "
-            "machines must write to one shared file system"
+            f"{missing[0]} was written, but the main process does not see it; all machines must "
+            "write to one shared file system"
         )
-    write_json(save / STATE_INDEX, {"step": step, "fingerprint": run.data_fingerprint})
-    write_save_manifest(save, [*shards, STATE_INDEX], step, validation_loss)
+    write_json(save / STATE_INDEX, about)
+    write_save_manifest(save, [*shards, STATE_INDEX], about["step"], validation_loss)
 
 
 def _write_save(
@@ -224,7 +240,7 @@ def _write_save(
 ) -> list[str]:
     """Write the weights in the type of config.json, and the training state in float32."""
     require_finite_weights(state, f"step {step}")
-    about = json.dumps({"step": step, "fingerprint": run.data_fingerprint})
+    about = json.dumps(run.about(step))
     trained = trained_shapes(run.config, run.settings)
     arrays = {name: state[f"weights.{name}"] for name in trained}
     if trains_adapter(run.settings):
@@ -253,6 +269,9 @@ def restore_run(run: Run, backend: TrainBackend) -> int:
             f"{run.folder}: the data{model} are not those that this run began with; give it the "
             "same `data` or `task`, or start a new run with `init`"
         )
+    if isinstance(run.source, StreamBatches):
+        first = step * run.settings.gradient_accumulation_steps
+        run.source.seek(first, read_about(run.folder)["stream"])
     backend.restore(state, step)
     return step
 

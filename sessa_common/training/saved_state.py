@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -27,6 +28,12 @@ def read_state(folder: Path) -> Mapping[str, np.ndarray]:
 
 def read_state_metadata(folder: Path) -> tuple[int, str]:
     """Step and data fingerprint of the saved state, without reading its arrays."""
+    about = read_about(folder)
+    return about["step"], about["fingerprint"]
+
+
+def read_about(folder: Path) -> dict[str, Any]:
+    """The content of `Run.about` in the saved state."""
     path = _index(folder) if is_sharded(folder) else folder / STATE
     try:
         if path.name == STATE_INDEX:
@@ -34,7 +41,7 @@ def read_state_metadata(folder: Path) -> tuple[int, str]:
         else:
             with open_safetensors(path) as file:
                 about = parse_json((file.metadata() or {}).get("training", ""))
-        return int(about["step"]), str(about["fingerprint"])
+        return about | {"step": int(about["step"]), "fingerprint": str(about["fingerprint"])}
     except SessaError:
         raise
     except (KeyError, TypeError, ValueError, OverflowError) as error:

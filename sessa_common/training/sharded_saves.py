@@ -40,14 +40,14 @@ class ShardedSaves:
         if self.processes.rank:
             self._under_way = state.start(None)
             return
-        run = self.run
+        run, about = self.run, self.run.about(step)
         write_json(run.folder / TRAINING, run.settings.to_dict())
         with ExitStack() as stack:
             save = stack.enter_context(open_save(run.folder, step, run.settings.keep_checkpoints))
             written = state.start(save)
             writer = ThreadPoolExecutor(1, "save")
             self._under_way = writer.submit(
-                self._finish, stack.pop_all(), save, written, step, validation_loss
+                self._finish, stack.pop_all(), save, written, about, validation_loss
             )
             writer.shutdown(wait=False)
 
@@ -70,11 +70,11 @@ class ShardedSaves:
         stack: ExitStack,
         save: Path,
         written: Future[list[str]],
-        step: int,
+        about: dict[str, Any],
         validation_loss: float | None,
     ) -> None:
         with stack:
-            finish_shards(self.run, save, written.result(), step, validation_loss)
+            finish_shards(save, written.result(), about, validation_loss)
 
     def __enter__(self) -> ShardedSaves:
         return self
