@@ -89,7 +89,10 @@ def _new_writer(folder: str) -> Any:
             files = {item.storage_data.relative_path for part in results for item in part}
             self.names = sorted(files)
 
-    return Writer(path=folder, save_distributed=True)
+    writer = Writer(path=folder, save_distributed=True)
+    # The tensors are on the CPU: copying ahead would open a stream on the first GPU in its thread.
+    writer.per_thread_copy_ahead = 0
+    return writer
 
 
 def _reason(error: BaseException) -> str:
