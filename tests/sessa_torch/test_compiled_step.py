@@ -148,9 +148,13 @@ def test_replayed_graphs_are_the_eager_steps(kind, precision, optimizer):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-def test_compiled_steps_are_the_eager_ones_in_mlx(kind):
-    plain, compiled = (make_backend("mlx", compile=c, kind=kind) for c in (False, True))
+@pytest.mark.parametrize(
+    ("kind", "optimizer"), [*((kind, "adamw") for kind in KINDS), ("sessa", "muon")]
+)
+def test_compiled_steps_are_the_eager_ones_in_mlx(kind, optimizer):
+    plain, compiled = (
+        make_backend("mlx", compile=c, kind=kind, optimizer=optimizer) for c in (False, True)
+    )
     np.testing.assert_allclose(steps(compiled, range(4)), steps(plain, range(4)), rtol=1e-4)
     assert_close(compiled.state(), plain.state())
     batch = Source().batch(0)
