@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from sessa_common.config import SessaConfig
+from sessa_common.data.encoding import encode_documents
 from sessa_common.data.sources import read_documents
-from sessa_common.data.tokenizer import check_fits, encode_documents, read_tokenizer
+from sessa_common.data.tokenizer import check_fits, read_tokenizer
 from sessa_common.errors import SessaError
 from sessa_common.inference.evaluation import Score, score_documents
 from sessa_common.inference.generation import Decoder

@@ -12,10 +12,11 @@ from tokenizers import Tokenizer
 
 from sessa_common.config import SessaConfig
 from sessa_common.data.batches import ALL_ROWS, Batch, next_token_batch
+from sessa_common.data.encoding import DroppedText, encode_documents
 from sessa_common.data.row_order import MixtureOrder, RowOrder
 from sessa_common.data.sources import ReadCounts, TextSource, read_documents, split_weights
 from sessa_common.data.token_shards import TokenShards, is_token_folder
-from sessa_common.data.tokenizer import DroppedText, encode_documents, read_tokenizer
+from sessa_common.data.tokenizer import read_tokenizer
 from sessa_common.errors import SessaError, require
 from sessa_common.memory import require_memory
 from sessa_common.train_config import TrainConfig

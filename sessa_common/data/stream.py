@@ -29,9 +29,9 @@ from sessa_common.data.corpus import (
     say_nothing,
     training_sequence_length,
 )
+from sessa_common.data.encoding import encode_texts
 from sessa_common.data.formats import field_of
 from sessa_common.data.sources import STREAM_PREFIX, TextSource, hub_errors, open_hub
-from sessa_common.data.tokenizer import encode_texts
 from sessa_common.errors import require
 from sessa_common.train_config import TrainConfig
 

@@ -28,6 +28,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from sessa_common.data.corpus import Tell, say_nothing
+from sessa_common.data.encoding import DroppedText, encode_documents
 from sessa_common.data.sources import ReadCounts, TextSource, local_paths, read_documents
 from sessa_common.data.token_shards import (
     DTYPES,
@@ -40,10 +41,8 @@ from sessa_common.data.token_shards import (
     token_dtype,
 )
 from sessa_common.data.tokenizer import (
-    DroppedText,
     begin_of,
     choose_tokenizer,
-    encode_documents,
     first_characters,
     parse_special_tokens,
     read_tokenizer,

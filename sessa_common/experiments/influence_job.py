@@ -11,7 +11,8 @@ import numpy as np
 from sessa_common.checkpoint.folder import load_config
 from sessa_common.config import SessaConfig
 from sessa_common.data.corpus import check_ids
-from sessa_common.data.tokenizer import check_fits, encode_texts, read_tokenizer
+from sessa_common.data.encoding import encode_texts
+from sessa_common.data.tokenizer import check_fits, read_tokenizer
 from sessa_common.errors import SessaError
 
 MIN_TOKENS = 16

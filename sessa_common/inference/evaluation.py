@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from sessa_common.data.corpus import check_ids
+from sessa_common.data.encoding import DroppedText, encode_documents
 from sessa_common.data.sources import ReadCounts, TextSource, read_documents
-from sessa_common.data.tokenizer import DroppedText, encode_documents
 from sessa_common.errors import SessaError, expect
 from sessa_common.inference.model_tokenizer import ModelTokenizer
 

@@ -13,7 +13,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from sessa_common.data.corpus import check_ids
-from sessa_common.data.tokenizer import encode_text
+from sessa_common.data.encoding import encode_text
 from sessa_common.errors import SessaError
 from sessa_common.inference.evaluation import token_losses
 from sessa_common.inference.generation import Decoder, generate

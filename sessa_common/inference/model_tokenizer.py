@@ -8,10 +8,10 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from sessa_common.config import SessaConfig
+from sessa_common.data.encoding import encode_text
 from sessa_common.data.tokenizer import (
     begin_token_ids,
     check_fits,
-    encode_text,
     end_token_id,
     parse_special_tokens,
     read_tokenizer,

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from sessa_common.data.corpus import Tell, told
+from sessa_common.data.encoding import encode_with_offsets
 from sessa_common.data.formats import format_of, read_json_lines
 from sessa_common.data.sources import HUB_PREFIX, STANDARD_INPUT, find_files, split_weights
 from sessa_common.data.token_shards import is_token_folder
-from sessa_common.data.tokenizer import encode_with_offsets
 from sessa_common.errors import SessaError, check_text
 from sessa_common.inference.chat_template import ChatTemplate, Message, check_messages
 from sessa_common.inference.model_tokenizer import ModelTokenizer

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[2]
 # CUDA. transformers has models in PyTorch, mlx-lm in MLX. Only PyTorch shards weights, solves
 # documents one by one, where MLX masks them, and has optimizers that hold the moments.
 ONE_SIDED = {
+    "_compiled_step.py",
     "_device.py",
     "_documents.py",
     "_exp.py",

@@ -10,10 +10,11 @@ from sessa_common.config import SessaConfig
 from sessa_common.data import tokenization
 from sessa_common.data.batches import next_token_batch
 from sessa_common.data.corpus import read_text_batches
+from sessa_common.data.encoding import encode_texts
 from sessa_common.data.sources import TextSource, read_documents, split_weights
 from sessa_common.data.token_shards import TokenShards, is_token_folder, token_dtype
 from sessa_common.data.tokenization import TokenizeRequest, tokenize
-from sessa_common.data.tokenizer import byte_tokenizer, encode_texts, read_tokenizer
+from sessa_common.data.tokenizer import byte_tokenizer, read_tokenizer
 from sessa_common.errors import SessaError
 from sessa_common.train_config import TrainConfig
 

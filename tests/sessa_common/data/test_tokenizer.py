@@ -12,6 +12,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from sessa_common.config import SessaConfig
 from sessa_common.data import tokenizer as tok
+from sessa_common.data.encoding import (
+    ENCODE_CHUNK,
+    DroppedText,
+    encode_documents,
+    encode_text,
+    encode_texts,
+)
 from sessa_common.errors import SessaError
 
 LETTERS = "abcdefghijklmnop"
@@ -52,8 +59,8 @@ def test_bpe_has_the_asked_size_and_knows_every_byte():
 
 def test_encode_texts_adds_no_special_token_and_keeps_order():
     tokenizer, _ = tok.choose_tokenizer("bytes", [])
-    many = [str(i) for i in range(tok.ENCODE_CHUNK * 2 + 3)]
-    encoded = list(tok.encode_texts(tokenizer, iter(many)))
+    many = [str(i) for i in range(ENCODE_CHUNK * 2 + 3)]
+    encoded = list(encode_texts(tokenizer, iter(many)))
     assert [bytes(ids.tolist()).decode() for ids in encoded] == many
 
 
@@ -111,17 +118,17 @@ def test_the_name_of_a_special_token_is_text_unless_asked(parse, tmp_path):
         end = tokenizer.token_to_id(tok.END_OF_TEXT)
         tok.parse_special_tokens(tokenizer, parse)
         text = f"a{tok.END_OF_TEXT}b"
-        [[ids, size]] = tok.encode_documents(tokenizer, [text])
+        [[ids, size]] = encode_documents(tokenizer, [text])
         assert (end in ids) == parse
         assert size == len(text)
-        assert tok.encode_text(tokenizer, text) == ids.tolist()
+        assert encode_text(tokenizer, text) == ids.tolist()
         if not parse:
             assert tokenizer.decode(ids.tolist()) == text
 
 
 def test_special_tokens_are_plain_text_by_default():
     for tokenizer in (tok.byte_tokenizer(), tok.train_bpe(TEXTS, 260)):
-        ids = tok.encode_text(tokenizer, tok.END_OF_TEXT)
+        ids = encode_text(tokenizer, tok.END_OF_TEXT)
         assert tokenizer.token_to_id(tok.END_OF_TEXT) not in ids
 
 
@@ -155,17 +162,17 @@ def lossy(kind):
 def test_text_that_no_token_stands_for_is_not_counted(kind, kept):
     # The spaces are lost too: these pre-tokenizers drop them.
     texts = ["ab aЖb", "Ж ы", "a"]
-    dropped = tok.DroppedText()
-    assert [size for _, size in tok.encode_documents(lossy(kind), texts, dropped)] == kept
+    dropped = DroppedText()
+    assert [size for _, size in encode_documents(lossy(kind), texts, dropped)] == kept
     assert dropped.bytes == sum(len(text.encode()) for text in texts) - sum(kept)
     assert dropped.documents == 1
     assert len(dropped.notes()) == 2
 
 
 def test_a_byte_level_tokenizer_drops_nothing():
-    dropped = tok.DroppedText()
+    dropped = DroppedText()
     for tokenizer in (tok.byte_tokenizer(), tok.train_bpe(TEXTS, 300)):
-        sizes = [size for _, size in tok.encode_documents(tokenizer, TEXTS, dropped)]
+        sizes = [size for _, size in encode_documents(tokenizer, TEXTS, dropped)]
         assert sizes == [len(text.encode()) for text in TEXTS]
     assert dropped.notes() == []
 
@@ -248,7 +255,7 @@ def test_a_pattern_that_fails_on_a_later_text_is_refused_in_one_line(tmp_path, c
     (tmp_path / "tokenizer.json").write_text(damaged(lambda c: c.update(pre_tokenizer=pattern)))
     tokenizer = tok.read_tokenizer(tmp_path)
     with pytest.raises(SessaError, match=r"the tokenizer fails on the text \(Onig"):
-        tok.encode_text(tokenizer, "a" * 40 + "b")
+        encode_text(tokenizer, "a" * 40 + "b")
     assert capfd.readouterr() == ("", "")
 
 

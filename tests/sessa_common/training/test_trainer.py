@@ -17,8 +17,9 @@ from sessa_common.checkpoint.run_files import STATE, TRAINING
 from sessa_common.config import SessaConfig, parameter_shapes
 from sessa_common.data.batches import Batch
 from sessa_common.data.corpus import TextBatches, pack
+from sessa_common.data.encoding import encode_texts
 from sessa_common.data.sources import read_documents
-from sessa_common.data.tokenizer import byte_tokenizer, encode_texts
+from sessa_common.data.tokenizer import byte_tokenizer
 from sessa_common.errors import SessaError
 from sessa_common.inference.evaluation import token_losses
 from sessa_common.train_config import TrainConfig
