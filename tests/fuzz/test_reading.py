@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-COUNT = 400
+COUNT = 250
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the fuzzer limits memory as Linux does")

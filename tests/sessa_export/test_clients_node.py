@@ -46,7 +46,7 @@ def test_onnxruntime(folders, provider: str) -> None:
     assert got["streamed"]
 
 
-@pytest.mark.parametrize("dtype", ["fp16", "int8", "int4"])
+@pytest.mark.parametrize("dtype", ["fp16", pytest.param("int8", marks=pytest.mark.slow), "int4"])
 def test_smaller_weights(tmp_path: Path, dtype: str) -> None:
     need_npm_packages(SCRIPTS)
     need_npm_packages(ROOT / "export" / "web")

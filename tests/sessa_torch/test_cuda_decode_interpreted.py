@@ -31,7 +31,7 @@ WIDTHS = [(24, 40), (64, 64), (129, 33), (40, 300), (1100, 24)]
 CASES = [
     (T, P, *WIDTHS[(i + j) % len(WIDTHS)], *TYPES[(3 * i + j) % len(TYPES)])
     for i, T in enumerate((1, 2, 7, 16))
-    for j, P in enumerate((1, 16, 17, 63, 64, 500))
+    for j, P in enumerate((1, 16, 17, 63, 64, 200))
 ]
 # s has the error of f's type; products of more rows than one with 16-bit states have theirs.
 EPS = {F32: 2e-6, F16: 6e-4, BF16: 5e-3}
@@ -133,7 +133,7 @@ def copies(kernels, decode):
         return launch(self, grid, tensors, *rest)
 
     kernels.prepared(kernels.combine_kernel).__class__.launch = record
-    for case in CASES[::3]:
+    for case in CASES[::5]:
         given.clear()
         T, P = case[:2]
         f, q, k, gamma, past, _ = draw(*case, room=9)

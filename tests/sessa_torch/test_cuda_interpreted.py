@@ -61,7 +61,6 @@ LIMITS |= dict.fromkeys((*COARSE, "rounded to bfloat16"), 4.5e-3) | {"two 16-bit
 
 HIDDEN = [
     {"T": 40, "P": 37},
-    {"T": 40, "P": 37, "types": ("float16", "float32")},
     {"T": 5, "P": 40},
     {"T": 40, "P": 64, "half": True},
 ]

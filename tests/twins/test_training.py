@@ -151,7 +151,10 @@ def test_muon_is_that_of_the_framework(framework: Any, shape: tuple[int, int]) -
 
 def test_both_frameworks_train_alike_with_muon() -> None:
     torch, mlx = (steps(framework, 20, optimizer="muon") for framework in FRAMEWORKS)
-    np.testing.assert_allclose(mlx[0], torch[0], rtol=1e-5)
+    # Losses, and gradient norms, whose roundings add up over all weights.
+    for column, tolerance in enumerate((1e-5, 1e-4)):
+        ours, theirs = (np.array(run[0])[:, column] for run in (mlx, torch))
+        np.testing.assert_allclose(ours, theirs, rtol=tolerance)
     adamw, _ = steps(FRAMEWORKS[0], 2)
     assert torch[0][0] == adamw[0] and torch[0][1] != adamw[1]
     assert mlx[1].state().keys() == torch[1].state().keys()

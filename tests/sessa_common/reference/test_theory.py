@@ -208,7 +208,7 @@ BACKENDS = (
         for way in ("naive", "blocked")
         for dtype in (np.float64, np.float32)
     ),
-    Backend("triton-interpreter", triton, lengths=SHORT, longest=97),
+    Backend("triton-interpreter", triton, lengths=(1, 2, 65), longest=65),
     Backend("torch-metal-emulator", metal("torch"), lengths=SHORT, longest=130),
     Backend("mlx-metal-emulator", metal("mlx"), lengths=SHORT, longest=130),
     Backend("mlx-naive", mlx("naive"), longest=385),

@@ -94,7 +94,7 @@ def test_fifty_steps_agree_between_the_frameworks(tokens):
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
-@pytest.mark.parametrize("stop", [3, 5, 8, 11], ids=lambda step: f"stop{step}")
+@pytest.mark.parametrize("stop", [3, 8], ids=lambda step: f"stop{step}")
 def test_stopped_and_resumed_is_the_unbroken_run(framework, stop, tokens, tmp_path):
     whole = make_trainer(framework, tmp_path / "whole", tokens)
     assert whole.train()
