@@ -155,7 +155,7 @@ TINY = Size(
 
 @dataclasses.dataclass(frozen=True)
 class Gates:
-    """What the processes of the arms wait for: each other, the trained Llama, the free device."""
+    """Signals by which the arms wait for each other, the trained Llama and the free device."""
 
     trained: Any
     compiled: Any
