@@ -21,7 +21,7 @@ from sessa_common.training.operations import PEAKS, operations_per_token
 MEASURED_TOKENS, MEASURED = 174_185, SessaConfig(
     vocab_size=32_768, hidden_size=768, num_hidden_layers=24, num_attention_heads=12
 )  # fmt: skip
-# The part of the speed that the same step with layers checkpointed kept.
+# The part of the speed that an earlier version of the step kept with layers checkpointed.
 CHECKPOINTED = 0.80
 MODELS = {
     "1B": SessaConfig(
