@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from sessa_common.config import SessaConfig
 from sessa_common.errors import SessaError
 from sessa_torch.attention import AttentionMixer, Rope, rope_tables
+from sessa_torch.distributed.attention import shared_attention
 from sessa_torch.distributed.deal import Deal
 from sessa_torch.distributed.sweep import (
     Exchange,
@@ -99,10 +100,7 @@ class ContextParallel:
         key_mask: Tensor | None = None,
     ) -> Tensor:
         """Return `causal_attention` of the own T rows over the rows of all, (B, H, T, d)."""
-        B, G = k.shape[:2]
-        grouped = q.unflatten(1, (G, -1)).flatten(0, 1)  # (B G, H / G, T, d)
-        out = _Attention.apply(grouped, k.flatten(0, 1), v.flatten(0, 1), self.exchange)
-        return out.unflatten(0, (B, G)).flatten(1, 2)
+        return shared_attention(q, k, v, self.exchange)
 
     def feedback_solve(
         self,
@@ -115,37 +113,6 @@ class ContextParallel:
     ) -> Tensor:
         """Return the states s (B, T, D) of the own T rows of `feedback_solve` over all rows."""
         return _Solve.apply(f, q, k, gamma, self.exchange)
-
-
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> Tensor:
-        with torch.autocast(q.device.type, enabled=False):
-            sums = RunningSums(q, v.shape[-1])
-
-            def prepare(i: int) -> None:
-                rows = exchange.deal.rows(i)
-                hidden = later(exchange.deal.height(i), q.device, strict=False)
-                sums.add(rows, k[:, rows], v[:, rows], hidden)
-
-            sweep_forward(exchange, sums, k, v, prepare)
-            out = (sums.sum / sums.total).to(v.dtype)
-        ctx.save_for_backward(q, k, v, out, sums.top, sums.total)
-        ctx.exchange = exchange
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *cotangents: Any) -> tuple[Tensor | None, ...]:
-        (dout,) = cotangents
-        q, k, v, out, top, total = ctx.saved_tensors
-        work = work_type(q)
-        with torch.autocast(q.device.type, enabled=False):
-            delta = (dout.to(work) * out.to(work)).sum(-1, keepdim=True)
-            dv = v.new_zeros(v.shape, dtype=work)
-            gradients = Gradients(q, k, v, dout, top, total, delta, dv, strict=False)
-            sweep_backward(ctx.exchange, gradients, lambda i: None)
-        return gradients.dq.to(q.dtype), gradients.dk.to(k.dtype), dv.to(v.dtype), None
 
 
 class _Solve(torch.autograd.Function):
@@ -192,22 +159,22 @@ class _Solve(torch.autograd.Function):
             u, gain = ds.to(work, copy=True), gamma.to(work)[..., None]
             dout, r = torch.empty_like(s), torch.empty_like(gain)
             delta = torch.empty_like(r)
-            strict = Gradients(
+            gradients = Gradients(
                 q[:, None], k, s, dout[:, None], top, total, delta[:, None], u, strict=True
             )
 
             def prepare(i: int) -> None:
                 rows = deal.rows(i)
                 hidden = later(deal.height(i), s.device, strict=True)
-                weights = strict.weights(q[:, None, rows], rows, top[:, :, rows], hidden)
+                weights = gradients.weights(q[:, None, rows], rows, top[:, :, rows], hidden)
                 weights = weights[:, 0] / total[:, 0, rows]
                 u[:, rows] = _solve_block(weights * gain[:, rows], u[:, rows], transposed=True)
                 r[:, rows] = (u[:, rows] * means[:, rows].to(work)).sum(-1, keepdim=True)
                 dout[:, rows] = (gain[:, rows] * u[:, rows]).to(s.dtype)
                 delta[:, rows] = gain[:, rows] * r[:, rows]
 
-            sweep_backward(ctx.exchange, strict, prepare)
-        dq, dk = strict.dq[:, 0].to(q.dtype), strict.dk.to(k.dtype)
+            sweep_backward(ctx.exchange, gradients, prepare)
+        dq, dk = gradients.dq[:, 0].to(q.dtype), gradients.dk.to(k.dtype)
         return u.to(s.dtype), dq, dk, r[..., 0].to(gamma.dtype), None
 
 

@@ -1,0 +1,39 @@
+"""Attention over chunks of keys that processes send each other: what is read, and by which call."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from sessa_torch.distributed import attention
+from sessa_torch.distributed.deal import Deal
+from sessa_torch.distributed.fused_attention import attention_backward, attention_forward
+
+
+@pytest.mark.parametrize("length", [3, 5, 16, 37, 100])
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+@pytest.mark.parametrize("most", [1, 20, 1000])
+def test_products_cover_every_earlier_key_once(length, size, most, monkeypatch):
+    monkeypatch.setattr(attention, "MOST_KEYS", most)
+    read = torch.zeros(length, length, dtype=torch.int64)
+    for rank in range(min(size, length)):
+        deal = Deal.of(length, rank, min(size, length))
+        for chunk in attention.chunks_of(deal):
+            keys = torch.arange(chunk.first * deal.block, length)[: chunk.keys]
+            for rows, seen, causal in chunk.products():
+                pairs = torch.ones(len(deal.places[rows]), len(keys[seen]), dtype=torch.int64)
+                places = deal.places[rows][:, None], keys[seen][None]
+                read[places] += pairs.tril() if causal else pairs
+    assert torch.equal(read, torch.ones_like(read).tril())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("width", [64, 264])
+def test_kernels_of_cuda_take_these_arguments(dtype, width):
+    with FakeTensorMode():
+        q, k = (torch.empty(2, 4, n, width, dtype=dtype, device="cuda") for n in (100, 300))
+        out, log_total = attention_forward(q, k, k, False, 0.1)
+        assert (out.shape, log_total.shape) == (q.shape, q.shape[:3])
+        found = attention_backward(q, q, out, log_total, k, k, False, 0.1)
+        assert [x.shape for x in found] == [q.shape, k.shape, k.shape]
