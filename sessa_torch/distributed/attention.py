@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 import torch.distributed as dist
@@ -25,6 +26,7 @@ from torch.autograd.function import once_differentiable
 from sessa_torch.distributed.deal import Deal
 from sessa_torch.distributed.fused_attention import attention_backward, attention_forward
 from sessa_torch.distributed.sweep import Exchange, work_type
+from sessa_torch.model import QUADRATIC
 
 # Keys that a process holds at a time: more make fewer passes over the sums of all rows.
 MOST_KEYS = 16_384
@@ -43,6 +45,7 @@ def shared_attention(
 ) -> Tensor:
     """Return causal attention of the own T rows over the rows of all processes, (B, H, T, d)."""
     d = v.shape[-1]
+    _exchanges[id(exchange)] = exchange
     # Under autocast the norms of queries and keys may give another type than the projection of v.
     q, k = q.to(v.dtype), k.to(v.dtype)
     if v.itemsize == 2 and (missing := -d % WIDTH_MULTIPLE):
@@ -150,24 +153,38 @@ def _merge(out: Tensor, log_total: Tensor, part: Tensor, log_part: Tensor) -> No
     log_total.copy_(torch.logaddexp(log_total, log_part))
 
 
+# An operator takes numbers and tensors, so it finds the exchange by its id.
+_exchanges: WeakValueDictionary[int, Exchange] = WeakValueDictionary()
+
+
+# Selective checkpoints see one operator, and keep its result instead of that of each kernel.
+@torch.library.custom_op("sessa::shared_attention", mutates_args=())
+def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float, exchange: int) -> tuple[Tensor, Tensor]:
+    """Return the means (B, H, T, d) and the logarithms of the totals (B, H, T) of the own rows."""
+    work = work_type(q)
+    means = torch.zeros_like(q, dtype=work)
+    # A finite number, because the difference of two infinite ones is not defined.
+    log_total = q.new_full(q.shape[:3], torch.finfo(work).min, dtype=work)
+    with torch.autocast(q.device.type, enabled=False):
+        for chunk, kv in _arriving(_exchanges[exchange], k, v):
+            keys, values = _heads(kv, q.shape[1])
+            for rows, seen, causal in chunk.products():
+                part, log_part = attention_forward(
+                    q[:, :, rows], keys[:, :, seen], values[:, :, seen], causal, scale
+                )
+                _merge(means[:, :, rows], log_total[:, :, rows], part, log_part)
+    return _rows_first(means.to(v.dtype)), log_total
+
+
+QUADRATIC.add(torch.ops.sessa.shared_attention.default)
+
+
 class _SharedAttention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, exchange: Exchange
     ) -> Tensor:
-        work = work_type(q)
-        means = torch.zeros_like(q, dtype=work)
-        # A finite number, because the difference of two infinite ones is not defined.
-        log_total = q.new_full(q.shape[:3], torch.finfo(work).min, dtype=work)
-        with torch.autocast(q.device.type, enabled=False):
-            for chunk, kv in _arriving(exchange, k, v):
-                keys, values = _heads(kv, q.shape[1])
-                for rows, seen, causal in chunk.products():
-                    part, log_part = attention_forward(
-                        q[:, :, rows], keys[:, :, seen], values[:, :, seen], causal, scale
-                    )
-                    _merge(means[:, :, rows], log_total[:, :, rows], part, log_part)
-        out = _rows_first(means.to(v.dtype))
+        out, log_total = torch.ops.sessa.shared_attention(q, k, v, scale, id(exchange))
         ctx.save_for_backward(q, k, v, out, log_total)
         ctx.scale, ctx.exchange = scale, exchange
         return out
