@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -36,8 +38,13 @@ GIB = 2**30
 Row = dict[str, Any]
 # A case, and the checkout of an older version that it is measured on.
 Case = tuple[Row, Path | None]
-# Cases of one process that prepare at the same time. Their memory must fit the GPU.
+# Cases that prepare at the same time. Their memory must fit a GPU.
 TOGETHER = 5
+# Random tokens by Zipf's law: batches of them, and the rate of a step, which rises at first.
+BATCHES = 60
+LEARNING_RATE, WARM_UP = 3e-4, 50
+# The variable that names the file a case waits for.
+TURN = "SCALE_TURN"
 
 
 def cases(gpus: int) -> dict[str, list[Row]]:
@@ -46,14 +53,14 @@ def cases(gpus: int) -> dict[str, list[Row]]:
     tokens, rows, long, longest = (32, 2, 64, 256) if small else (4096, 8, 65536, 1_000_000)
     medium, large = ("sessa-400k", "sessa-1m") if small else ("sessa-131m", "sessa-1b")
     base: Row = {"measure": "step", "model": medium, "tokens": tokens, "rows": rows}
-    whole = {**base, "rows": rows * many}
-    big = {**base, "model": large, "checkpoint_activations": "layers", "losses": 50}
-    shared_row = {**base, "tokens": 128 if small else 262_144, "rows": 1} | {
-        "checkpoint_activations": "layers"
-    }
-    solve: Row = {"measure": "operator", "width": 16 if small else 1024}
-    shared = {"processes": 2, "context_parallel": 2}
     fast = {**base, "compile": not small}
+    whole = {**fast, "rows": rows * many, "processes": many}
+    big = {**fast, "model": large, "checkpoint_activations": "layers", "losses": 50, "repeats": 5}
+    shared_row = {**base, "tokens": 128 if small else 262_144, "rows": 1, "repeats": 1, "warm": 0}
+    shared_row |= {"checkpoint_activations": "layers"}
+    solve: Row = {"measure": "operator", "width": 16 if small else 1024}
+    slow = {**solve, "tokens": longest, "repeats": 1}
+    shared = {"processes": 2, "context_parallel": 2}
     groups = {
         "step": [
             {**fast, "parts": True},
@@ -61,18 +68,14 @@ def cases(gpus: int) -> dict[str, list[Row]]:
             *({**fast, "checkpoint_activations": way} for way in ("selective", "layers")),
             {**base, "compile": False},
         ],
-        "large": [{**big, "rows": rows, "losses": 0, "repeats": 3}],
+        "large": [{**big, "losses": 0}],
         "shared-device": [{**solve, "tokens": long}, {**solve, "tokens": long, **shared}],
     }
     if gpus != 1:
         groups |= {
-            "data": [
-                fast,
-                {**whole, "compile": not small, "processes": many},
-                {**whole, "compile": not small, "processes": many, "shard_processes": 0},
-            ],
+            "data": [fast, whole, {**whole, "shard_processes": 0}],
             "shard": [big, {**big, "processes": many, "shard_processes": 0}],
-            "operator": [{**solve, "tokens": longest}, {**solve, "tokens": longest, **shared}],
+            "operator": [slow, slow | shared],
             "long-row": [{**shared_row, **shared}],
         }
     return groups
@@ -83,69 +86,97 @@ def rivals(model: str) -> tuple[str, str]:
     return f"transformer-{size}", f"transformer-{size}-deep"
 
 
-def start(case: Row, before: Path | None) -> tuple[subprocess.Popen[str], IO[str]]:
-    """Start a case in processes of its own, and return its launcher and the file of its errors."""
+@dataclasses.dataclass
+class Started:
+    """A case in processes of its own, which wait for the file `turn` before they measure."""
+
+    case: Row
+    before: Path | None
+    process: subprocess.Popen[str]
+    errors: IO[str]
+    turn: Path
+
+
+def start(case: Row, before: Path | None, turn: Path, gpu: int) -> Started:
+    """Start a case, on one GPU if it has one process."""
     count = case.get("processes", 1)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
     command = [*(launcher if count > 1 else ()), __file__, "--case", json.dumps(case)]
     here = before or ROOT
     paths = os.pathsep.join(str(path) for path in (here, here / "export", Path(__file__).parent))
-    # Otherwise every case starts as many compilers as there are cores.
+    # Otherwise every process starts as many compilers as there are cores.
     threads = max(1, (os.cpu_count() or 1) // TOGETHER)
+    added = {"PYTHONPATH": paths, "TORCHINDUCTOR_COMPILE_THREADS": str(threads), TURN: str(turn)}
+    if count == 1:
+        added["CUDA_VISIBLE_DEVICES"] = str(gpu)
     # A full pipe would stop a process whose errors nobody reads yet.
     errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
     process = subprocess.Popen(
         [sys.executable, *command],
-        env=os.environ | {"PYTHONPATH": paths, "TORCHINDUCTOR_COMPILE_THREADS": str(threads)},
-        stdin=subprocess.PIPE,
+        env=os.environ | added,
         stdout=subprocess.PIPE,
         stderr=errors,
         text=True,
     )
-    return process, errors
+    return Started(case, before, process, errors, turn)
 
 
-def run_cases(cases: list[Case]) -> Iterator[Row]:
-    """Prepare cases together and yield their rows, measured one after the other."""
-    started = [(*case, *start(*case)) for case in cases]
-    for case, _, process, _ in started:
-        if case.get("processes", 1) == 1 and process.stdout is not None:
-            # Other lines are a library's.
-            while (line := process.stdout.readline()) and line != "prepared\n":
-                continue
-    for case, before, process, errors in started:
-        row = ({"version": str(before)} if before else {}) | case
-        output = process.communicate("measure\n")[0]
-        lines = [line for line in output.splitlines() if line.startswith("{")]
-        if not process.returncode and lines:
-            yield row | json.loads(lines[-1])
-        else:
-            errors.seek(0)
-            last = (errors.read().strip().splitlines() or ["no output"])[-1]
-            yield row | {"error": last[:200]}
+def run_cases(cases: list[Case], folder: Path, gpus: int) -> Iterator[Row]:
+    """Prepare cases together, and yield their rows; a GPU measures one case at a time."""
+    started = [start(*case, folder / f"turn-{i}", i % max(1, gpus)) for i, case in enumerate(cases)]
+    for one in started:
+        assert one.process.stdout is not None
+        # Other lines are a library's.
+        while (line := one.process.stdout.readline()) and line != "prepared\n":
+            continue
+    for group in on_gpus_of_their_own(started, gpus):
+        for one in group:
+            one.turn.touch()
+        yield from map(finish, group)
+
+
+def on_gpus_of_their_own(started: list[Started], gpus: int) -> Iterator[list[Started]]:
+    """Yield cases that measure at the same time: of one process each, on different GPUs."""
+    group: list[Started] = []
+    for one in started:
+        several = one.case.get("processes", 1) > 1
+        if group and (several or len(group) == max(1, gpus)):
+            yield group
+            group = []
+        group.append(one)
+        if several:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def finish(one: Started) -> Row:
+    """Return the row of a case when it has ended."""
+    output = one.process.communicate()[0]
+    row = ({"version": str(one.before)} if one.before else {}) | one.case
+    lines = [line for line in output.splitlines() if line.startswith("{")]
+    if not one.process.returncode and lines:
+        return row | json.loads(lines[-1])
+    one.errors.seek(0)
+    text = one.errors.read().strip()
+    print(text[-3000:], file=sys.stderr, flush=True)
+    named = [line for line in text.splitlines() if "Error" in line]
+    return row | {"error": (named or ["no output"])[-1][:200]}
 
 
 def waves(cases: list[Case]) -> Iterator[list[Case]]:
-    """Yield cases that prepare together: up to TOGETHER of one process each, or one of several."""
-    wave: list[Case] = []
-    for case in cases:
-        alone = case[0].get("processes", 1) > 1
-        if wave and (alone or len(wave) == TOGETHER):
-            yield wave
-            wave = []
-        wave.append(case)
-        if alone:
-            yield wave
-            wave = []
-    if wave:
-        yield wave
+    """Yield cases that prepare together, those of one process first."""
+    for i in range(0, len(cases), TOGETHER):
+        yield sorted(cases[i : i + TOGETHER], key=lambda case: case[0].get("processes", 1))
 
 
 def wait_for_turn() -> None:
     """Say that this process is prepared, and wait until it may measure."""
-    if os.environ.get("WORLD_SIZE", "1") == "1":
+    if os.environ.get("RANK", "0") == "0":
         print("prepared", flush=True)
-        sys.stdin.readline()
+    while not os.path.exists(os.environ[TURN]):
+        time.sleep(0.05)
 
 
 def prepare(case: Row) -> tuple[Any, SessaConfig, Callable[[], float]]:
@@ -167,10 +198,15 @@ def prepare(case: Row) -> tuple[Any, SessaConfig, Callable[[], float]]:
     names = ("compile", "checkpoint_activations", "shard_processes", "context_parallel")
     settings = TrainConfig(batch_size=rows, **{name: case[name] for name in names if name in case})
     backend = TrainBackend(config, settings, similar_layers(config), None)
-    batch = next_token_batch(np.random.default_rng(0).integers(0, vocabulary, (rows, T + 1)))
+    rng, odds = np.random.default_rng(0), 1 / np.arange(1, vocabulary + 1)
+    draws = (rng.choice(vocabulary, (rows, T + 1), p=odds / odds.sum()) for _ in range(BATCHES))
+    batches = [next_token_batch(tokens) for tokens in draws]
+    steps = itertools.count()
 
     def train() -> float:
-        loss: float = backend.step([batch], 3e-4)[0]
+        i = next(steps)
+        rate = LEARNING_RATE * min(1, (i + 1) / WARM_UP)
+        loss: float = backend.step([batches[i % BATCHES]], rate)[0]
         return loss
 
     # A replayed CUDA graph allocates nothing, so the peak is that of the first steps.
@@ -193,8 +229,9 @@ def step(case: Row) -> Row:
     backend, config, train = prepare(case)
     wait_for_turn()
     losses: list[float] = []
-    time = median_ms(lambda: losses.append(train()), repeats=case.get("repeats", 10), warm=2)
-    row = {"ms": round(time, 2), "tokens/s": round(case["rows"] * case["tokens"] / time * 1e3)}
+    repeats, warm = case.get("repeats", 10), case.get("warm", 2)
+    ms = median_ms(lambda: losses.append(train()), repeats=repeats, warm=warm)
+    row = {"ms": round(ms, 2), "tokens/s": round(case["rows"] * case["tokens"] / ms * 1e3)}
     row |= utilisation(config, case, row["tokens/s"]) | held(backend)
     row |= {"peak GiB a process": peak_gib()}
     while len(losses) < case.get("losses", 0):
@@ -286,8 +323,8 @@ def operator(case: Row) -> Row:
     run()
     wait_for_turn()
     reset_peak()
-    time = median_ms(run, repeats=3, warm=0)
-    return row | {"ms": round(time, 1), "peak GiB a process": peak_gib()}
+    ms = median_ms(run, repeats=case.get("repeats", 3), warm=0)
+    return row | {"ms": round(ms, 1), "peak GiB a process": peak_gib()}
 
 
 def reset_peak() -> None:
@@ -344,11 +381,13 @@ def main() -> None:
             earlier = [({"group": name} | groups[name][i], options.before) for i in (0, -1)]
             chosen += earlier
     rows: list[Row] = []
-    for row in (row for wave in waves(chosen) for row in run_cases(wave)):
-        print(json.dumps(without_losses(row)), flush=True)
-        rows.append(row)
-        if options.save:
-            save(options.save, rows, options.out)
+    for wave in waves(chosen):
+        with tempfile.TemporaryDirectory() as folder:
+            for row in run_cases(wave, Path(folder), torch.cuda.device_count()):
+                print(json.dumps(without_losses(row)), flush=True)
+                rows.append(row)
+                if options.save:
+                    save(options.save, rows, options.out)
     for name in names:
         found = [row for row in rows if row["group"] == name]
         compare(found)

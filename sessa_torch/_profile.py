@@ -14,9 +14,11 @@ from sessa_common.storage import atomic_path
 
 # Parts of the names of kernels, by kind; the first kind that matches counts.
 KERNELS = {
+    "messages": ("nccl",),
     "solve": (
         *("solve_kernel", "probabilities_kernel", "means_kernel", "score_gradients_kernel"),
         *("products_kernel", "scores_kernel", "weighted_states_kernel", "combine_kernel"),
+        *("block_weights_kernel", "block_gradients_kernel"),
     ),
     "attention": ("flash", "fmha", "sdpa", "attention"),
     "loss": ("cross_entropy",),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+from collections.abc import Iterator
 from datetime import timedelta
 from functools import cache
 
@@ -17,6 +18,8 @@ from sessa_common.training.processes import OneProcess, Processes
 
 # The others wait this long for a process that reads data or writes a save.
 PATIENCE = timedelta(hours=1)
+# Numbers that one message holds: 64 MiB in float32.
+BUCKET = 2**24
 
 
 @cache
@@ -42,6 +45,18 @@ def open_processes() -> Processes:
     return _Group()
 
 
+def _buckets(arrays: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield neighbouring arrays together, because sending many small ones takes long."""
+    bucket: list[Tensor] = []
+    for array in arrays:
+        if bucket and sum(x.numel() for x in bucket) + array.numel() > BUCKET:
+            yield bucket
+            bucket = []
+        bucket.append(array)
+    if bucket:
+        yield bucket
+
+
 class _Group:
     """`sessa_common.training.processes.Processes` of all processes of torch.distributed."""
 
@@ -54,10 +69,11 @@ class _Group:
         return tensor.numpy()
 
     def mean(self, arrays: list[Tensor]) -> list[Tensor]:
-        waiting = [dist.all_reduce(array, async_op=True) for array in arrays]
-        for work in waiting:
-            work.wait()
-        torch._foreach_div_(arrays, self.size)
+        for bucket in _buckets(arrays):
+            packed = torch.cat([array.flatten() for array in bucket])
+            dist.all_reduce(packed)
+            parts = (packed / self.size).split([array.numel() for array in bucket])
+            torch._foreach_copy_(bucket, [x.view_as(y) for x, y in zip(parts, bucket, strict=True)])
         return arrays
 
     def is_lost(self, error: Exception) -> bool:

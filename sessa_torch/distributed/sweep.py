@@ -21,10 +21,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sessa_torch.cuda.device import unavailable_reason
 from sessa_torch.distributed.deal import Deal
 
-# Scores that exist at a time: 256 MiB in float32.
-MOST_SCORES = 2**26
+# Scores that exist at a time: 64 MiB in float32, much of which stays in a cache.
+MOST_SCORES = 2**24
 
 Prepare = Callable[[int], None]
 
@@ -39,6 +40,20 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     if b.is_cuda and b.itemsize == 2:
         return torch.bmm(a.to(b.dtype), b, out_dtype=torch.float32)
     return a.to(work_type(b)) @ b.to(work_type(b))
+
+
+def add_product(sums: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add `product` of a (N, r, m) and b (N, m, c) to sums (N, r, c)."""
+    if b.is_cuda and b.itemsize == 2:
+        a = a.to(b.dtype)
+        torch.baddbmm(sums, a, b, out_dtype=torch.float32, out=sums)
+    else:
+        sums += product(a, b)
+
+
+def has_kernels(x: Tensor) -> bool:
+    """Return True where `sessa_torch.cuda.block_scores` takes tensors like x."""
+    return unavailable_reason(x.device, x.dtype) is None
 
 
 def masked_scores(q: Tensor, k: Tensor, hidden: Tensor | None) -> Tensor:
@@ -73,9 +88,27 @@ class RunningSums:
     def add(self, rows: slice, k: Tensor, v: Tensor, hidden: Tensor | None = None) -> None:
         """Add keys (N, m, K) and values (N, m, D) to the sums of `rows`."""
         for part in chunks(rows, self.q.shape[0] * self.q.shape[1] * k.shape[1]):
-            weights = self.weigh(part, k, hidden if hidden is None else hidden[_inside(part, rows)])
-            added = product(weights.flatten(1, 2), v).unflatten(1, weights.shape[1:3])
-            self.sum[:, :, part] += added
+            if hidden is None and has_kernels(self.q):
+                weights = self._weigh_by_kernel(part, k)
+            else:
+                seen = hidden if hidden is None else hidden[_inside(part, rows)]
+                weights = self.weigh(part, k, seen)
+            self._add(part, weights, v)
+
+    def _add(self, rows: slice, weights: Tensor, v: Tensor) -> None:
+        sums = self.sum[:, :, rows]
+        if sums.shape[1] == 1:
+            add_product(sums[:, 0], weights[:, 0], v)
+        else:
+            sums += product(weights.flatten(1, 2), v).unflatten(1, weights.shape[1:3])
+
+    def _weigh_by_kernel(self, rows: slice, k: Tensor) -> Tensor:
+        from sessa_torch.cuda.block_scores import block_weights
+
+        q = self.q[:, :, rows]
+        scores = product(q.flatten(1, 2), k.mT).unflatten(1, q.shape[1:3])
+        top, total, sums = self.top[:, :, rows], self.total[:, :, rows], self.sum[:, :, rows]
+        return block_weights(scores, top, total, sums, q.shape[3] ** -0.5, k.dtype)
 
     def weigh(self, rows: slice, k: Tensor, hidden: Tensor | None) -> Tensor:
         """Return the weights (N, g, r, m) of keys (N, m, K), with `top` and `total` brought up."""
@@ -222,7 +255,7 @@ class Gradients:
         q, *_ = message
         for part in chunks(columns, q.shape[0] * q.shape[1] * q.shape[2]):
             weights, dscores = self._scores(message, part, None)
-            self.dv[:, part] += product(weights.mT, message[1].flatten(1, 2))
+            add_product(self.dv[:, part], weights.mT, message[1].flatten(1, 2))
             self._add_scores(dscores, q, part, dq)
 
     def add_own(self, message: list[Tensor], rows: slice, dq: Tensor) -> None:
@@ -246,14 +279,28 @@ class Gradients:
     ) -> tuple[Tensor, Tensor]:
         """Return the weights and the gradients of the scores, (N, g m, columns)."""
         q, dout, top, total, delta = message
-        weights = self.weights(q, part, top, hidden).div_(total).flatten(1, 2)
         dweights = product(dout.flatten(1, 2), self.v[:, part].mT)
+        if hidden is None and has_kernels(q):
+            return self._gradients_by_kernel(message, part, dweights)
+        weights = self.weights(q, part, top, hidden).div_(total).flatten(1, 2)
         dscores = dweights.sub_(delta.flatten(1, 2)).mul_(weights).mul_(q.shape[3] ** -0.5)
         return weights, dscores
 
+    def _gradients_by_kernel(
+        self, message: list[Tensor], part: slice, dweights: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        from sessa_torch.cuda.block_scores import block_gradients
+
+        q, _, top, total, delta = message
+        heads, scale = q.shape[1:3], q.shape[3] ** -0.5
+        scores = product(q.flatten(1, 2), self.k[:, part].mT).unflatten(1, heads)
+        dweights = dweights.unflatten(1, heads)
+        weights, dscores = block_gradients(scores, dweights, top, total, delta, scale, q.dtype)
+        return weights.flatten(1, 2), dscores.flatten(1, 2)
+
     def _add_scores(self, dscores: Tensor, q: Tensor, part: slice, dq: Tensor) -> None:
-        self.dk[:, part] += product(dscores.mT, q.flatten(1, 2))
-        dq += product(dscores, self.k[:, part]).view_as(dq)
+        add_product(self.dk[:, part], dscores.mT, q.flatten(1, 2))
+        add_product(dq.flatten(1, 2), dscores, self.k[:, part])
 
 
 def sweep_backward(exchange: Exchange, gradients: Gradients, prepare: Prepare) -> None:

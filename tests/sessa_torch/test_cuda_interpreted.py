@@ -99,6 +99,11 @@ def test_losses_and_gradients_equal_those_of_operations(results):
         assert error <= (8e-3 if "bfloat16" in name else 3e-6), name
 
 
+def test_sums_over_blocks_of_shared_rows_equal_float64(results):
+    for name, error in results["shared rows"].items():
+        assert error <= 1e-6, name
+
+
 def test_what_the_mask_hides_does_not_matter(results):
     assert len(results["hidden"]) == len(HIDDEN)
     assert not any(results["hidden"].values()), results["hidden"]
@@ -311,6 +316,38 @@ def hidden_rows(kernels, **case):
     return sum(not torch.equal(x, y) for x, y in zip(*found, strict=True))
 
 
+def shared_rows():
+    """Errors of sums over blocks of keys and of their gradients, beside those in float64."""
+    from sessa_torch.distributed.sweep import Gradients, RunningSums
+
+    N, g, T, m, K, D = 2, 2, 21, 7, 5, 9
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"q": (N, g, T, K), "k": (N, T, K), "v": (N, T, D), "dout": (N, g, T, D)}
+    shapes |= {"delta": (N, g, T, 1), "top": (N, g, T, 1), "total": (N, g, T, 1)}
+    drawn = {name: 2 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    drawn["total"].abs_().add_(1)
+
+    def results(dtype):
+        x = {name: value.to(dtype) for name, value in drawn.items()}
+        sums = RunningSums(x["q"], D)
+        for i in range(3):
+            block = slice(m * i, m * i + m)
+            sums.add(slice(4 * i, T), x["k"][:, block], x["v"][:, block])
+        stats = x["top"], x["total"], x["delta"]
+        gradients = Gradients(
+            x["q"], x["k"], x["v"], x["dout"], *stats, x["v"].clone(), strict=True
+        )
+        dq = torch.zeros(N, g, m, K, dtype=dtype)
+        gradients.add(list(gradients.block(slice(5, 5 + m))), slice(2, 17), dq)
+        return {
+            **{"top": sums.top, "total": sums.total, "sum": sums.sum, "dq": dq},
+            **{"dk": gradients.dk, "dv": gradients.dv},
+        }
+
+    found, wanted = results(torch.float32), results(torch.float64)
+    return {name: relative(found[name], wanted[name]) for name in wanted}
+
+
 def causality(kernels):
     """ "kept" if a row that is not finite changes no row before it, among few behind a past."""
     import numpy as np
@@ -385,6 +422,7 @@ def main():
     results["same bits"] = int(not torch.equal(first, second))
     results["rope"] = rope()
     results["loss"] = loss()
+    results["shared rows"] = shared_rows()
     results["causality"] = causality(kernels)
     results["hidden"] = {str(case): hidden_rows(kernels, **case) for case in HIDDEN}
     print(json.dumps(results))
