@@ -15,8 +15,10 @@ constexpr int kThreads = 256, kWarp = 32, kWarps = kThreads / kWarp;
 constexpr int kFewRows = 16;
 // A product's tile is kTile x kTile, and a thread's part of it kPart x kPart.
 constexpr int kTile = 64, kDepth = 16, kPart = 4;
-// Rows of a diagonal block, rows of it that are solved at once, and columns of one of its strips.
-constexpr int kBlock = 256, kSub = 64, kStrip = 16;
+// Rows of a diagonal block, rows of it that are solved at once, and columns of one of its strips,
+// of which a warp takes kWarpColumns.
+constexpr int kBlock = 256, kSub = 64, kStrip = 8, kWarpColumns = 2;
+constexpr int kStripThreads = kStrip / kWarpColumns * kWarp;
 
 constexpr float kMinusInfinity = -__builtin_inff();
 
@@ -74,10 +76,10 @@ __global__ void gather_states(Problem p, float* states) {
   }
 }
 
-// out = scale * x in float32.
-__global__ void convert(Tensor x, int64_t count, float scale, float* out) {
+// out = x in float32.
+__global__ void convert(Tensor x, int64_t count, float* out) {
   const int64_t i = blockIdx.x * int64_t{kThreads} + threadIdx.x;
-  if (i < count) out[i] = scale * read(x, i);
+  if (i < count) out[i] = read(x, i);
 }
 
 // Matrices of a batch, with the distances from one to the next and from one row to the next.
@@ -115,19 +117,30 @@ struct Fetch {
   }
 };
 
-// Tile (blockIdx.y, blockIdx.x) of out = a b, or of a b^T (`kTurned`). With several parts of the
-// sum, blockIdx.z = part * B + b, and part i goes to out.data + i * spread.
-template <bool kTurned>
-__global__ void multiply(Matrix a, Matrix b, Matrix out, int64_t rows, int64_t columns,
-                         int64_t depth, int64_t part_depth, int64_t B, int64_t spread) {
+// A product of rows x depth and depth x columns for each of B matrices.
+struct Sizes {
+  int64_t B, rows, columns, depth;
+  // Columns that row 0 needs, each further row one more; the tiles that no row needs are left out.
+  int64_t needed;
+  // Terms of one part of the sums, and the distance from the result of one part to the next.
+  int64_t part_depth, spread;
+};
+
+// Tile (blockIdx.y, blockIdx.x) of out = a b, or of a b^T (`kTurned`), or of out += a b (`kAdd`).
+// With several parts of the sums, blockIdx.z = part * B + b.
+template <bool kTurned, bool kAdd>
+__global__ void multiply(Matrix a, Matrix b, Matrix out, Sizes sizes) {
   alignas(16) __shared__ float left[kDepth][kTile + 4];
   alignas(16) __shared__ float right[kDepth][kTile + 4];
-  const int64_t batch = blockIdx.z % B, part = blockIdx.z / B;
-  const int64_t first = part * part_depth, row0 = blockIdx.y * int64_t{kTile};
+  const int64_t batch = blockIdx.z % sizes.B, part = blockIdx.z / sizes.B;
+  const int64_t first = part * sizes.part_depth, row0 = blockIdx.y * int64_t{kTile};
   const int64_t column0 = blockIdx.x * int64_t{kTile};
-  const int length = static_cast<int>(first + part_depth < depth ? part_depth : depth - first);
-  const int height = static_cast<int>(rows - row0 < kTile ? rows - row0 : kTile);
-  const int width = static_cast<int>(columns - column0 < kTile ? columns - column0 : kTile);
+  if (column0 >= sizes.needed + row0 + kTile - 1) return;
+  const int64_t left_terms = sizes.depth - first;
+  const int length = static_cast<int>(sizes.part_depth < left_terms ? sizes.part_depth : left_terms);
+  const int64_t left_rows = sizes.rows - row0, left_columns = sizes.columns - column0;
+  const int height = static_cast<int>(left_rows < kTile ? left_rows : kTile);
+  const int width = static_cast<int>(left_columns < kTile ? left_columns : kTile);
   const float* A = a.data + batch * a.batch + row0 * a.row + first;
   const float* R = b.data + batch * b.batch;
   R += kTurned ? column0 * b.row + first : first * b.row + column0;
@@ -158,28 +171,44 @@ __global__ void multiply(Matrix a, Matrix b, Matrix out, int64_t rows, int64_t c
       }
     }
   }
-  float* O = out.data + batch * out.batch + part * spread + row0 * out.row + column0;
+  float* O = out.data + batch * out.batch + part * sizes.spread + row0 * out.row + column0;
   for (int i = 0; i < kPart; ++i) {
     for (int j = 0; j < kPart; ++j) {
-      if (row + i < height && column + j < width) O[(row + i) * out.row + column + j] = sums[i][j];
+      if (row + i >= height || column + j >= width) continue;
+      float& result = O[(row + i) * out.row + column + j];
+      result = kAdd ? result + sums[i][j] : sums[i][j];
     }
   }
 }
 
-// Scores of row start + blockIdx.x to gamma times their softmax, 0 where the row sees nothing.
-__global__ void weigh(Problem p, int64_t start, int64_t stop, Matrix weights) {
+// states (B, S, D) of `rows` rows from `first` on += the sums of `parts` parts.
+__global__ void add_parts(Problem p, int64_t first, int64_t rows, float* states, const float* sums,
+                          int64_t parts, int64_t spread) {
+  const int64_t i = blockIdx.x * int64_t{kThreads} + threadIdx.x;
+  if (i >= p.B * rows * p.D) return;
+  const int64_t b = i / (rows * p.D), inside = i % (rows * p.D);
+  float total = 0;
+  for (int64_t part = 0; part < parts; ++part) total += sums[part * spread + i];
+  states[(b * p.S() + first) * p.D + inside] += total;
+}
+
+// Scores of row start + blockIdx.x, times `scale`, to gamma times their softmax, 0 where the row
+// sees nothing and in the rest of its diagonal block.
+__global__ void weigh(Problem p, int64_t start, float scale, Matrix weights) {
   __shared__ float shared[kWarps];
-  const int64_t t = start + blockIdx.x, b = blockIdx.y, seen = p.P + t, all = p.P + stop;
+  const int64_t t = start + blockIdx.x, b = blockIdx.y, seen = p.P + t;
+  const int64_t block_end = (t / kBlock + 1) * kBlock;
+  const int64_t all = p.P + (block_end < p.T ? block_end : p.T);
   float* row = weights.data + b * weights.batch + blockIdx.x * weights.row;
   float top = kMinusInfinity;
   for (int64_t j = threadIdx.x; j < seen; j += kThreads) {
-    if (!p.hides(b, j)) top = fmaxf(top, row[j]);
+    if (!p.hides(b, j)) top = fmaxf(top, scale * row[j]);
   }
   top = block_reduce<false>(top, shared);
   float total = 0;
   for (int64_t j = threadIdx.x; j < all; j += kThreads) {
     const bool visible = j < seen && !p.hides(b, j);
-    row[j] = visible ? expf(row[j] - top) : 0;
+    row[j] = visible ? expf(scale * row[j] - top) : 0;
     total += row[j];
   }
   total = block_reduce<true>(total, shared);
@@ -187,13 +216,36 @@ __global__ void weigh(Problem p, int64_t start, int64_t stop, Matrix weights) {
   for (int64_t j = threadIdx.x; j < all; j += kThreads) row[j] = row[j] == 0 ? 0 : gain * row[j];
 }
 
-// Forward substitution in rows [start, stop) of kStrip columns: adds to the states the `parts` sums
-// over the rows before the block, then what the rows of the block add to one another, and writes s.
-// A warp holds kSub rows of two columns, so that rows pass their values on without a barrier.
-__global__ void substitute(Problem p, int64_t start, int64_t stop, Matrix weights, float* states,
-                           const float* sums, int64_t parts, int64_t spread) {
-  alignas(16) __shared__ float w[kSub][kSub + 4];  // by column: w[j][r] of row r and column j
-  __shared__ float x[kBlock][kStrip + 1];          // solved rows, 0 where their key is hidden
+// A thread's part of a kSub x kSub tile of weights, which is on its way while the last one is used.
+struct NextTile {
+  static constexpr int kEach = kSub * kSub / kStripThreads;
+  float values[kEach];
+
+  __device__ void load(const float* from, int64_t row, int lines, int columns) {
+#pragma unroll
+    for (int e = 0; e < kEach; ++e) {
+      const int i = threadIdx.x + e * kStripThreads, r = i / kSub, j = i % kSub;
+      values[e] = r < lines && j < columns ? from[r * row + j] : 0;
+    }
+  }
+
+  // By column: tile[j][r] of row r and column j.
+  __device__ void store(float (&tile)[kSub][kSub + 4]) const {
+#pragma unroll
+    for (int e = 0; e < kEach; ++e) {
+      const int i = threadIdx.x + e * kStripThreads;
+      tile[i % kSub][i / kSub] = values[e];
+    }
+  }
+};
+
+// Forward substitution in rows [start, stop) of kStrip columns of the states, to which the rows
+// before the block are added already: adds what the rows of the block add to one another, and
+// writes s. `own` are the block's weights on its own rows. A warp holds kSub rows of kWarpColumns
+// columns, so that rows pass their values on without a barrier.
+__global__ void substitute(Problem p, int64_t start, int64_t stop, Matrix own, float* states) {
+  alignas(16) __shared__ float w[kSub][kSub + 4];
+  __shared__ float x[kBlock][kStrip + 1];  // solved rows, 0 where their key is hidden
   __shared__ bool hidden[kBlock];
   constexpr int kEach = 4, kLanes = kSub / kEach;
   const int n = static_cast<int>(stop - start), lane = threadIdx.x % kLanes;
@@ -201,28 +253,25 @@ __global__ void substitute(Problem p, int64_t start, int64_t stop, Matrix weight
   const int64_t b = blockIdx.y, first = p.P + start, D = p.D;
   const int64_t d0 = blockIdx.x * int64_t{kStrip};
   const int columns = static_cast<int>(D - d0 < kStrip ? D - d0 : kStrip);
-  float* own = states + (b * p.S() + first) * D + d0;
-  for (int i = threadIdx.x; i < n * kStrip; i += kThreads) {
+  const float* from = own.data + b * own.batch;
+  NextTile next;
+  next.load(from, own.row, n, n);
+  float* to = states + (b * p.S() + first) * D + d0;
+  for (int i = threadIdx.x; i < n * kStrip; i += kStripThreads) {
     const int r = i / kStrip, c = i % kStrip;
-    float value = c < columns ? own[r * D + c] : 0;
-    for (int64_t part = 0; c < columns && part < parts; ++part) {
-      value += sums[part * spread + (b * n + r) * D + d0 + c];
-    }
-    x[r][c] = value;
+    x[r][c] = c < columns ? to[r * D + c] : 0;
   }
-  for (int r = threadIdx.x; r < n; r += kThreads) hidden[r] = p.hides(b, first + r);
-  const float* from = weights.data + b * weights.batch + first;
+  for (int r = threadIdx.x; r < n; r += kStripThreads) hidden[r] = p.hides(b, first + r);
   for (int r0 = 0; r0 < n; r0 += kSub) {
     __syncthreads();
     float value[kEach];
     for (int u = 0; u < kEach; ++u) value[u] = r0 + row + u < n ? x[r0 + row + u][column] : 0;
     for (int j0 = 0; j0 <= r0; j0 += kSub) {
       __syncthreads();
-      for (int i = threadIdx.x; i < kSub * kSub; i += kThreads) {
-        const int r = i / kSub, j = i % kSub;
-        w[j][r] = r0 + r < n && j0 + j < n ? from[(r0 + r) * weights.row + j0 + j] : 0;
-      }
+      next.store(w);
       __syncthreads();
+      const int next_r = j0 == r0 ? r0 + kSub : r0, next_j = j0 == r0 ? 0 : j0 + kSub;
+      next.load(from + next_r * own.row + next_j, own.row, n - next_r, n - next_j);
       if (j0 == r0) break;
 #pragma unroll 8
       for (int j = 0; j < kSub; ++j) {
@@ -254,8 +303,8 @@ __global__ void substitute(Problem p, int64_t start, int64_t stop, Matrix weight
     }
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < n * kStrip; i += kThreads) {
-    if (i % kStrip < columns) own[i / kStrip * D + i % kStrip] = x[i / kStrip][i % kStrip];
+  for (int i = threadIdx.x; i < n * kStrip; i += kStripThreads) {
+    if (i % kStrip < columns) to[i / kStrip * D + i % kStrip] = x[i / kStrip][i % kStrip];
   }
 }
 
@@ -266,20 +315,27 @@ struct Parts {
   int64_t count, length;
 };
 
+// Queries in float32, and by how much their products are to be scaled.
+struct Queries {
+  const float* data;  // (B, T, K)
+  float scale;
+};
+
 // One chunk of keys for T <= kRows rows: scores in `weights`, and whether each key is shown.
 template <typename KeyType, int kRows, int kChunk>
-__device__ void score_chunk(const Problem& p, const float* q, int64_t b, int64_t first, int count,
+__device__ void score_chunk(const Problem& p, Queries q, int64_t b, int64_t first, int count,
                             float (&weights)[kRows][kChunk], bool (&shown)[kChunk]) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const float* rows = q.data + b * p.T * p.K;
   for (int j = warp; j < count; j += kWarps) {
     const KeyType* key = static_cast<const KeyType*>(p.k.data) + (b * p.S() + first + j) * p.K;
     float sums[kRows] = {};
     for (int64_t c = lane; c < p.K; c += kWarp) {
       const float value = to_float(key[c]);
-      for (int t = 0; t < kRows; ++t) sums[t] += t < p.T ? q[t * p.K + c] * value : 0;
+      for (int t = 0; t < kRows; ++t) sums[t] += t < p.T ? rows[t * p.K + c] * value : 0;
     }
     for (int t = 0; t < kRows && t < p.T; ++t) {
-      const float score = warp_sum(sums[t]);
+      const float score = q.scale * warp_sum(sums[t]);
       if (lane == 0) weights[t][j] = score;
     }
     if (lane == 0) shown[j] = !p.hides(b, first + j);
@@ -289,7 +345,7 @@ __device__ void score_chunk(const Problem& p, const float* q, int64_t b, int64_t
 // Reads keys and states [blockIdx.x * length, ...) of the past once for all T <= kRows rows, chunk
 // by chunk; a larger score in a later chunk scales down what the earlier ones gave.
 template <typename KeyType, typename StateType, int kRows>
-__global__ void read_part(Problem p, const float* queries, Parts out) {
+__global__ void read_part(Problem p, Queries queries, Parts out) {
   constexpr int kChunk = kRows == 1 ? 256 : 64;
   __shared__ float weights[kRows][kChunk], tops[kRows], totals[kRows], scales[kRows];
   __shared__ bool shown[kChunk];
@@ -301,7 +357,7 @@ __global__ void read_part(Problem p, const float* queries, Parts out) {
   for (int64_t first = begin; first < end; first += kChunk) {
     const int count = static_cast<int>(end - first < kChunk ? end - first : kChunk);
     __syncthreads();
-    score_chunk<KeyType>(p, queries + b * p.T * p.K, b, first, count, weights, shown);
+    score_chunk<KeyType>(p, queries, b, first, count, weights, shown);
     __syncthreads();
     for (int t = warp; t < p.T; t += kWarps) {
       float top = tops[t], total = 0;
@@ -343,7 +399,7 @@ __global__ void read_part(Problem p, const float* queries, Parts out) {
 }
 
 // Joins the parts of T <= kFewRows rows in kThreads columns: each row also reads the rows before it.
-__global__ void join_parts(Problem p, const float* queries, Parts in) {
+__global__ void join_parts(Problem p, Queries queries, Parts in) {
   __shared__ float own[kFewRows][kFewRows], solved[kFewRows][kThreads];
   const int64_t b = blockIdx.y, d = blockIdx.x * int64_t{kThreads} + threadIdx.x;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -352,9 +408,9 @@ __global__ void join_parts(Problem p, const float* queries, Parts in) {
     const int t = pair / T, i = pair % T;
     float sum = 0;
     for (int64_t c = lane; c < p.K && i < t; c += kWarp) {
-      sum += queries[(b * T + t) * p.K + c] * read(p.k, (b * p.S() + p.P + i) * p.K + c);
+      sum += queries.data[(b * T + t) * p.K + c] * read(p.k, (b * p.S() + p.P + i) * p.K + c);
     }
-    sum = warp_sum(sum);
+    sum = queries.scale * warp_sum(sum);
     if (lane == 0) own[t][i] = sum;
   }
   __syncthreads();
