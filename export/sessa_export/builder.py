@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -46,11 +46,15 @@ class Builder:
         self.nodes = outer
         return self.add("If", condition, **branches)
 
-    def split(self, x: str, parts: int, axis: int) -> list[str]:
-        """Append a Split into equal parts."""
+    def split(self, x: str, parts: int | Sequence[int], axis: int) -> list[str]:
+        """Append a Split into so many equal parts, or into parts of these sizes."""
         name = self.name("Split")
-        outputs = [f"{name}.{i}" for i in range(parts)]
-        node = helper.make_node("Split", [x], outputs, name=name, axis=axis, num_outputs=parts)
+        count = parts if isinstance(parts, int) else len(parts)
+        outputs = [f"{name}.{i}" for i in range(count)]
+        if isinstance(parts, int):
+            node = helper.make_node("Split", [x], outputs, name, axis=axis, num_outputs=parts)
+        else:
+            node = helper.make_node("Split", [x, self.ints(*parts)], outputs, name, axis=axis)
         self.nodes.append(node)
         return outputs
 
@@ -81,10 +85,19 @@ class Builder:
 
     def linear(self, weights: Weights, name: str, x: str) -> str:
         """x W^T + b; the weight is stored (in, out), which MatMul reads without a transpose."""
-        y = self.add("MatMul", x, self.weight(f"{name}.weight", weights[f"{name}.weight"].T))
-        if f"{name}.bias" not in weights:
+        return self.joint_linear(weights, [name], name, x)
+
+    def joint_linear(self, weights: Weights, names: Sequence[str], joint: str, x: str) -> str:
+        """The results of several `linear` of x side by side, as one product named `joint`."""
+        matrices = [weights[f"{name}.weight"] for name in names]
+        y = self.add("MatMul", x, self.weight(f"{joint}.weight", np.concatenate(matrices).T))
+        if all(f"{name}.bias" not in weights for name in names):
             return y
-        return self.add("Add", y, self.weight(f"{name}.bias", weights[f"{name}.bias"]))
+        biases = [
+            weights.get(f"{name}.bias", np.zeros(len(matrix), np.float32))
+            for name, matrix in zip(names, matrices, strict=True)
+        ]
+        return self.add("Add", y, self.weight(f"{joint}.bias", np.concatenate(biases)))
 
     def norm(self, weights: Weights, name: str, x: str, epsilon: float) -> str:
         """LayerNorm, or RMSNorm where there is no bias, over the last axis of x."""

@@ -98,10 +98,20 @@ def _layer(
 
 def _mix(g: Builder, config: SessaConfig, weights: Weights, i: int, x: str, shared: Shared) -> str:
     """The mixer of layer i: x (B, T, D) -> s (B, T, D), which is f without feedback."""
-    f = attention(g, config, weights, i, x, shared)
-    if not config.kinds[i].feeds_back:
-        return f
-    return _feedback(g, config, weights, i, x, f, shared)
+    prefix, kind = f"model.layers.{i}.mixer.", config.kinds[i]
+    heads = config.num_attention_heads + 2 * config.num_key_value_heads
+    widths = [heads * config.head_dim]
+    names = [prefix + name for name in ("q_proj", "k_proj", "v_proj")]
+    if kind.feeds_back:
+        widths += [config.feedback_key_dim] * 2
+        names.append(prefix + "proj_fb")
+    # One product for all that reads x, because few large nodes suit a GPU.
+    rows = g.joint_linear(weights, names, prefix + "in_proj", x)
+    if not kind.feeds_back:
+        return attention(g, config, weights, i, rows, shared)
+    rows, q, k = g.split(rows, widths, -1)
+    f = attention(g, config, weights, i, rows, shared)
+    return _feedback(g, config, weights, i, x, (f, q, k), shared)
 
 
 def _mlp(g: Builder, config: SessaConfig, weights: Weights, prefix: str, x: str) -> str:
@@ -117,11 +127,16 @@ def _mlp(g: Builder, config: SessaConfig, weights: Weights, prefix: str, x: str)
 
 
 def _feedback(
-    g: Builder, config: SessaConfig, weights: Weights, i: int, x: str, f: str, shared: Shared
+    g: Builder,
+    config: SessaConfig,
+    weights: Weights,
+    i: int,
+    x: str,
+    operands: tuple[str, str, str],
+    shared: Shared,
 ) -> str:
-    """Feedback solve: x, f (B, T, D) -> s (B, T, D)."""
-    prefix = f"model.layers.{i}.mixer."
-    q, k_new = g.split(g.linear(weights, prefix + "proj_fb", x), 2, -1)
+    """Feedback solve: x (B, T, D) and f, q and k of the new rows -> s (B, T, D)."""
+    prefix, (f, q, k_new) = f"model.layers.{i}.mixer.", operands
     gain = g.add("Squeeze", g.linear(weights, prefix + "gamma_ctx", x), g.ints(2))
     gain = g.add("Add", gain, g.weight(prefix + "gamma_bias", weights[prefix + "gamma_bias"]))
     gamma = g.add("Mul", g.add("Tanh", gain), g.number(config.gamma_max))

@@ -116,18 +116,12 @@ def extend(g: Builder, j: int, part: str, new: str) -> str:
 
 
 def attention(
-    g: Builder, config: SessaConfig, weights: Weights, i: int, x: str, shared: Shared
+    g: Builder, config: SessaConfig, weights: Weights, i: int, rows: str, shared: Shared
 ) -> str:
-    """Forward attention: x (B, T, D) -> f (B, T, D)."""
-    H, G = config.num_attention_heads, config.num_key_value_heads
+    """Forward attention of `rows` (B, T, (H + 2 G) d), queries, keys and values: f (B, T, D)."""
+    H = config.num_attention_heads
     prefix, j = f"model.layers.{i}.mixer.", shared.pairs[i][0]
-    q = heads_of(g, g.linear(weights, prefix + "q_proj", x), H)
-    k = heads_of(g, g.linear(weights, prefix + "k_proj", x), G)
-    v = heads_of(g, g.linear(weights, prefix + "v_proj", x), G)
-    if config.qk_norm:
-        q = g.norm(weights, prefix + "q_norm", q, config.layer_norm_eps)
-        k = g.norm(weights, prefix + "k_norm", k, config.layer_norm_eps)
-    q, k = (_rotate(g, config, z, shared) for z in (q, k))
+    q, k, v = _positioned(g, config, weights, prefix, rows, shared)
     if shared.single:
         read = _buffered_read(g, config, j, q, k, v, shared)
     else:
@@ -138,6 +132,23 @@ def attention(
     # The release has no out_proj with one head.
     has_projection = f"{prefix}out_proj.weight" in weights
     return g.linear(weights, prefix + "out_proj", f) if has_projection else f
+
+
+def _positioned(
+    g: Builder, config: SessaConfig, weights: Weights, prefix: str, rows: str, shared: Shared
+) -> list[str]:
+    """Queries, keys and values (B, heads, T, d) of `rows`, with positions."""
+    H, G = config.num_attention_heads, config.num_key_value_heads
+    heads = heads_of(g, rows, H + 2 * G)
+    if config.qk_norm:
+        q, k, v = g.split(heads, (H, G, G), 1)
+        q = g.norm(weights, prefix + "q_norm", q, config.layer_norm_eps)
+        k = g.norm(weights, prefix + "k_norm", k, config.layer_norm_eps)
+        return [_rotate(g, config, q, shared), _rotate(g, config, k, shared), v]
+    if shared.rotation is None:
+        return g.split(heads, (H, G, G), 1)
+    together, v = g.split(heads, (H + G, G), 1)
+    return [*g.split(_rotate(g, config, together, shared), (H, G), 1), v]
 
 
 def _softmax_read(g: Builder, config: SessaConfig, q: str, k: str, v: str, shared: Shared) -> str:

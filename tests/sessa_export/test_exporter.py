@@ -170,9 +170,9 @@ def test_which_weights_are_stored_how(tmp_path: Path, checkpoint: Path, text) ->
         found[dtype] = (set(kinds), [node.op_type for node in model.graph.node])
     assert found["fp16"][0] == {TensorProto.FLOAT16}
     assert found["int8"][0] == found["int4"][0] == {TensorProto.FLOAT16, TensorProto.UINT8}
-    # Six products in each of two layers, and the head.
-    assert found["int8"][1].count("MatMulInteger") == 15
-    assert found["int4"][1].count("MatMulNBits") == 15
+    # Four products in each of two layers, and the head.
+    assert found["int8"][1].count("MatMulInteger") == 9
+    assert found["int4"][1].count("MatMulNBits") == 9
 
 
 def test_perplexity_is_that_of_the_given_text(tmp_path: Path, checkpoint: Path) -> None:
