@@ -278,14 +278,18 @@ def feedback_function(
     read = _READ
     if large_block:
         rows, read = large_blocks(large_block, rows), _SELECTED_READ
-    root = f"    root = Constant <value_float = {key_width**0.5!r}> ()" if key_width else _ROOT
-    text = _BODY.format(opset=opset, root=root, read=read, rows=rows)
+    text = _BODY.format(opset=opset, root=root_of(key_width), read=read, rows=rows)
     function = parser.parse_function(text)
     constants = {"level": _levels(block), "not_a_number": np.float32(np.nan)}
     for name, value in constants.items():
         tensor = numpy_helper.from_array(np.asarray(value), name)
         function.node.insert(0, helper.make_node("Constant", [], [name], value=tensor))
     return function
+
+
+def root_of(key_width: int | None) -> str:
+    """Text that gives `root` the square root of K; without a `key_width` it needs K, a shape."""
+    return f"    root = Constant <value_float = {key_width**0.5!r}> ()" if key_width else _ROOT
 
 
 def standard_opset(model: onnx.ModelProto) -> int:

@@ -13,7 +13,7 @@ from sessa_common.errors import SessaError
 CONFIG_KEY, DTYPE_KEY = "sessa_config", "sessa_dtype"
 # Rows that the body for a GPU solves at once. On an H200 blocks of 2048 rows took the same time and
 # more memory, blocks of 512 rows 1.4 times as long.
-LARGE_BLOCK = 1024
+LARGE_BLOCK = 2048
 CUDA = "CUDAExecutionProvider"
 INSTALL_CUDA = (
     "install `onnxruntime-gpu[cuda,cudnn]` in place of `onnxruntime`, for the CUDA version that "
@@ -51,7 +51,7 @@ def open_session(
 
         register(options, cuda=number is not None)
     elif number is not None:
-        model = _with_large_blocks(path)
+        model = model_for_gpu(path)
         options.add_session_config_entry(EXTERNAL_DATA_FOLDER, str(path.parent.absolute()))
     providers: list[Any] = ["CPUExecutionProvider"]
     if number is not None:
@@ -99,15 +99,16 @@ def _require_cuda(onnxruntime: Any) -> None:
     onnxruntime.preload_dlls()
 
 
-def _with_large_blocks(path: Path) -> bytes:
-    """The model with the operator's body for a GPU; a model without the operator as it is."""
+def model_for_gpu(path: Path) -> bytes:
+    """The model in its form for a GPU; a model without the operator as it is."""
     import onnx
 
-    from sessa_export.operator_body import OP_TYPE, add_function
+    from sessa_common.config import SessaConfig
+    from sessa_export.gpu_graph import for_gpu
 
     model = onnx.load(path, load_external_data=False)
-    if any(function.name == OP_TYPE for function in model.functions):
-        configs = [item.value for item in model.metadata_props if item.key == CONFIG_KEY]
-        width = json.loads(configs[0])["hidden_size"] if configs else None
-        add_function(model, large_block=LARGE_BLOCK, key_width=width)
+    configs = [item.value for item in model.metadata_props if item.key == CONFIG_KEY]
+    if configs:
+        config = SessaConfig.from_dict(json.loads(configs[0]), str(path))
+        for_gpu(model, LARGE_BLOCK, config.feedback_key_dim)
     return model.SerializeToString()

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import onnx
 import onnxruntime
 import pytest
@@ -56,26 +57,34 @@ def test_cuda_is_asked_for_with_the_body_for_a_gpu(cuda, folder, device, tf32, n
     (name, options), last = cuda.opened["providers"]
     assert (name, last) == (sessions.CUDA, "CPUExecutionProvider")
     assert options == {"device_id": number, "use_tf32": str(int(tf32))}
-    (body,) = onnx.load_from_string(cuda.opened["model"]).functions
-    (small,) = onnx.load(folder / MODEL_FILE).functions
-    assert len(body.SerializeToString()) > len(small.SerializeToString())
+    nodes = onnx.load_from_string(cuda.opened["model"]).graph.node
+    assert nodes[-1].op_type == "If", "the choice between the forms for a GPU"
 
 
-@pytest.mark.parametrize("external", [None, 0], ids=["inside", "beside"])
-def test_the_body_for_a_gpu_gives_the_same_logits(folder, external, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    "variant, external",
+    [("heads", 0), ("hybrid", None), ("attention", None), ("options", None), ("untied", None)],
+)
+def test_the_form_for_a_gpu_gives_the_same_logits(tmp_path, variant, external, monkeypatch) -> None:
     """The bytes that a CUDA session is opened with, run on the CPU."""
-    config = small_config()
-    _, weights = write_checkpoint(folder / "again", config)
+    config = small_config(variant)
+    _, weights = write_checkpoint(tmp_path / "checkpoint", config)
     options = Options(external_data_bytes=external)
-    write_model(folder / MODEL_FILE, config, weights, options)
-    want = load_decoder(folder).logits([[7] * 200])
+    write_model(tmp_path / MODEL_FILE, config, weights, options)
+    plain = load_decoder(tmp_path)
     fake = FakeRuntime(monkeypatch, [sessions.CUDA])
-    sessions.open_session(folder / MODEL_FILE, device="cuda")
+    monkeypatch.setattr(sessions, "LARGE_BLOCK", 128)
+    sessions.open_session(tmp_path / MODEL_FILE, device="cuda")
     monkeypatch.undo()
     given = fake.opened
-    session = onnxruntime.InferenceSession(given["model"], given["options"])
-    got = Decoder(session, config).logits([[7] * 200])
-    assert abs(got - want).max() <= 1e-5 * abs(want).max()
+    decoder = Decoder(onnxruntime.InferenceSession(given["model"], given["options"]), config)
+    tokens = np.random.default_rng(0).integers(0, 257, (2, 400))
+    mask = np.ones((2, 100), np.int64)
+    mask[1, :30] = 0
+    # Up to a block, one token, a few tokens, more than a block.
+    for T, given_mask in ((100, mask), (1, None), (3, None), (200, None), (1, None)):
+        want, got = (d.logits(tokens[:, :T], given_mask) for d in (plain, decoder))
+        assert abs(got - want).max() <= 1e-5 * abs(want).max(), T
 
 
 def test_what_cannot_run_is_said(folder, monkeypatch, capsys) -> None:

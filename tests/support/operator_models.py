@@ -7,6 +7,7 @@ import onnxruntime
 from onnx import TensorProto, helper
 from support.operands import NAMES
 
+from sessa_export.gpu_graph import for_gpu
 from sessa_export.operator_body import add_function
 
 
@@ -16,7 +17,10 @@ def operator_model(
     real: int = TensorProto.FLOAT,
     large_block: int | None = None,
 ) -> onnx.ModelProto:
-    """A model of one FeedbackSolve node; inputs named "" are left out."""
+    """A model of one FeedbackSolve node; inputs named "" are left out.
+
+    `large_block` gives it the form for a GPU.
+    """
     shapes = {"f": "BTD", "q": "BTK", "k": "BSK", "gamma": "BT", "past_s": "BPD", "key_mask": "BS"}
     info = [
         helper.make_tensor_value_info(
@@ -30,7 +34,8 @@ def operator_model(
     imports = [helper.make_opsetid("", opset)]
     graph = helper.make_graph([node], "one", info, [out])
     model = helper.make_model(graph, opset_imports=imports, ir_version=10)
-    return add_function(model, large_block=large_block)
+    add_function(model)
+    return for_gpu(model, large_block, None, ("f", "key_mask")) if large_block else model
 
 
 def session_of(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
