@@ -34,9 +34,11 @@ from sessa_torch.checkpoint import build_model, choose_device, to_numpy, to_tens
 from sessa_torch.distributed.context import ContextParallel
 from sessa_torch.distributed.sharded_state import ShardedState, require_pytorch
 from sessa_torch.distributed.sharding import (
+    as_part_of,
     clip_gradients,
     is_sharded,
     own_part,
+    own_values,
     shard,
     whole_array,
 )
@@ -179,6 +181,10 @@ class TrainBackend:
         self.parameters = {name: parameter for name, parameter in every if name in trained}
         factors, low = rate_factors(config, settings), self.precision == "bfloat16"
         self.optimizer = make_optimizer(self.parameters, factors, settings, low=low)
+        # With shards the host is the slower one, so it does not wait before the update.
+        self.skip = torch.zeros((), device=self.device) if self.shards else None
+        if self.skip is not None:
+            self.optimizer.skip_steps_where(self.skip)
         self.compiled: CompiledStep | None = None
         if settings.compile and not self.shards:
             parameters = list(self.parameters.values())
@@ -211,12 +217,15 @@ class TrainBackend:
         self.processes.mean([mean_loss, *whole])
         clip = clip_gradients if self.shards else torch.nn.utils.clip_grad_norm_
         norm = clip(parameters, self.settings.max_grad_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate * group["rate_factor"]
+        # A gradient that is not finite would spoil the weights for good, so the step is skipped.
+        if self.skip is not None:
+            self.skip.copy_(~torch.isfinite(mean_loss + norm))
+            self.optimizer.step()
         # One transfer, so that the host waits for the device once in a step.
         loss, size = torch.stack([mean_loss, norm]).tolist()
-        # A gradient that is not finite would spoil the weights for good, so the step is skipped.
-        if math.isfinite(loss + size):
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate * group["rate_factor"]
+        if self.skip is None and math.isfinite(loss + size):
             self.optimizer.step()
         return loss, size
 
@@ -290,13 +299,14 @@ class TrainBackend:
             moments = self.optimizer.state[parameter]
             for kind, key in MOMENT_KEYS.items():
                 if f"{kind}.{name}" in self.state_names:
-                    yield f"{kind}.{name}", moments.get(key, torch.zeros_like(parameter)).detach()
+                    own = moments.get(key, torch.zeros_like(own_values(parameter)))
+                    yield f"{kind}.{name}", as_part_of(own, parameter)
 
     @torch.no_grad()
     def restore(self, state: Mapping[str, np.ndarray], steps: int) -> None:
         """Continue from a state that was taken after `steps` steps."""
         for name, parameter in self.parameters.items():
-            parameter.copy_(own_part(to_tensor(state[f"weights.{name}"]), parameter))
+            own_values(parameter).copy_(own_part(to_tensor(state[f"weights.{name}"]), parameter))
             given = {
                 key: own_part(to_tensor(state[f"{kind}.{name}"]), parameter)
                 for kind, key in MOMENT_KEYS.items()

@@ -7,6 +7,7 @@ parameters stay whole in every process, in float32, so that no rounding changes 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -16,12 +17,17 @@ from torch import Tensor, nn
 
 from sessa_torch.checkpoint import to_numpy
 
+# Layers with fewer parameters are gathered together, because the host needs longer to start a
+# gathering than the GPUs to send a small one.
+LEAST_PARAMETERS = 2**24
+
 
 def shard(root: nn.Module, layers: nn.ModuleList, processes: int, *, bfloat16: bool) -> None:
     """Shard the parameters of `root` over groups of `processes` neighbours, each group a copy.
 
-    Each of the `layers` is gathered alone; what else `root` holds, embedding and head, stays
-    float32 and is gathered for a whole pass. Parameters are replaced by DTensors.
+    The `layers` are gathered one by one, small ones several at a time; what else `root` holds,
+    embedding and head, stays float32 and is gathered for a whole pass. Parameters are replaced by
+    DTensors.
     """
     # Importing FSDP takes long, and training with one process does not need it.
     from torch.distributed.device_mesh import init_device_mesh
@@ -35,9 +41,23 @@ def shard(root: nn.Module, layers: nn.ModuleList, processes: int, *, bfloat16: b
         mesh = init_device_mesh(device, shape, mesh_dim_names=("copies", "shard"))
     whole = {parameter for parameter in root.parameters() if not _is_matrix(parameter)}
     low = torch.bfloat16 if bfloat16 else None
-    for module, stored in [*((layer, low) for layer in layers), (root, None)]:
+    for modules, stored in [*((group, low) for group in _groups(layers)), ([root], None)]:
         policy = MixedPrecisionPolicy(stored, torch.float32, cast_forward_inputs=False)
-        fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=whole)
+        fully_shard(modules, mesh=mesh, mp_policy=policy, ignored_params=whole)
+
+
+def _groups(layers: nn.ModuleList) -> Iterator[list[nn.Module]]:
+    """Yield neighbouring layers that together have at least LEAST_PARAMETERS, if there are any."""
+    group: list[nn.Module] = []
+    count = 0
+    for layer in layers:
+        group.append(layer)
+        count += sum(parameter.numel() for parameter in layer.parameters())
+        if count >= LEAST_PARAMETERS:
+            yield group
+            group, count = [], 0
+    if group:
+        yield group
 
 
 def _is_matrix(parameter: Tensor) -> bool:
@@ -56,6 +76,31 @@ def whole_array(tensor: Tensor) -> np.ndarray:
     return to_numpy(tensor).copy()
 
 
+def own_values(tensor: Any) -> Tensor:
+    """Return the part of a tensor that this process holds, in the same memory, without history."""
+    part: Tensor = tensor.detach().to_local() if is_sharded(tensor) else tensor.detach()
+    return part
+
+
+def as_part_of(values: Tensor, like: Any) -> Tensor:
+    """Return this process's part of a tensor as the DTensor that it is, sharded as `like`."""
+    if not is_sharded(like):
+        return values
+    from torch.distributed.tensor import DTensor
+
+    mesh, shape = like.device_mesh, {"shape": like.shape, "stride": like.stride()}
+    return DTensor.from_local(values, mesh, like.placements, **shape)
+
+
+def as_copy_of(value: Tensor, like: Any) -> Tensor:
+    """Return a value that all processes hold, for operations with `like`."""
+    if not is_sharded(like):
+        return value
+    from torch.distributed.tensor import DTensor, Replicate
+
+    return DTensor.from_local(value, like.device_mesh, [Replicate()] * like.device_mesh.ndim)
+
+
 def own_part(whole: Tensor, like: Any) -> Tensor:
     """Return the part of a tensor that this process holds of `like`, on its device."""
     whole = whole.to(like.device)
@@ -63,7 +108,8 @@ def own_part(whole: Tensor, like: Any) -> Tensor:
         from torch.distributed.tensor import distribute_tensor
 
         # Every process has the same values, so none has to be sent.
-        return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+        part = distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+        return own_values(part)
     return whole
 
 

@@ -29,7 +29,7 @@ TEXT = "A short text that is read again and again, by every process. " * 40
 FIELDS = {
     "data": "text.txt",
     "tokenizer": "bytes",
-    "num_hidden_layers": 1,
+    "num_hidden_layers": 3,
     "hidden_size": 16,
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
@@ -126,10 +126,12 @@ import json, os, signal
 from support.in_process import sessa
 from support.shared_rows import check_operators
 from sessa_common.errors import SessaError
-from sessa_torch.distributed import sharded_state
+from sessa_torch.distributed import sharded_state, sharding
 from sessa_torch.training import TrainBackend, train
 
 check_operators()
+# Two layers are gathered together, and the third one alone.
+sharding.LEAST_PARAMETERS = 3000
 runs, commands, last = json.load(open("commands.json"))
 for fields in runs:
     train(**fields)
