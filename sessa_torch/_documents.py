@@ -5,12 +5,20 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sessa_torch.cuda.device import OLDEST_CAPABILITY, capability
+
 # Query rows that a compiled graph masks at a time.
 MASKED_ROWS = 256
+# Rows and columns of the blocks of scores that flex attention computes or leaves out.
+BLOCK = 128
+# Widths of a head that the fused kernels take; those of flash attention are multiples of 8.
+LEAST_WIDTH, MOST_WIDTH = 16, 256
 
 
 def document_lengths(document_starts: Tensor) -> list[int]:
@@ -31,22 +39,93 @@ def document_attention(
 ) -> Tensor:
     """Causal attention within each document, scale d^-1/2; (B, H, T, d).
 
-    Each document is one call of the fused kernel. A compiled graph does not know the documents, so
-    there blocks of rows are masked.
+    On CUDA one call of flash attention takes all documents, elsewhere each is a call of its own. A
+    compiled graph does not know how many there are, so there blocks of scores that lie in no
+    document are left out on CUDA, and elsewhere all are masked.
     """
+    fused = _has_kernels(q)
     if torch.compiler.is_compiling():
-        return _masked(q, k, v, document_starts)
+        attend = block_sparse_attention if fused else _masked
+        return attend(q, k, v, document_starts)
     B, H, T, _ = q.shape
     lengths = document_lengths(document_starts)
-    # (n, heads, d) for each document. The gradient of a split is one concatenation.
-    parts = [x.transpose(1, 2).flatten(0, 1).split(lengths) for x in (q, k, v)]
+    joined = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]  # (B T, heads, d)
+    attend_rows = _flash if fused else _one_by_one
+    out = attend_rows(joined[0], joined[1], joined[2], lengths)
+    return out.view(B, T, H, -1).transpose(1, 2)
+
+
+def _has_kernels(q: Tensor) -> bool:
+    """True where flash attention and flex attention have kernels for queries like q."""
+    if not q.is_cuda or capability(q.device) < OLDEST_CAPABILITY:
+        return False
+    d = q.shape[-1]
+    return q.itemsize == 2 and LEAST_WIDTH <= d <= MOST_WIDTH and d % 8 == 0
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
+    """Causal attention of rows (n, heads, d) within documents of these lengths."""
+    offsets = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(q.device)
+    longest = max(lengths)
+    out: Tensor = torch.ops.aten._flash_attention_forward(
+        q, k, v, offsets, offsets, longest, longest, 0.0, True, False
+    )[0]
+    return out
+
+
+def _one_by_one(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
+    """`_flash` for every type and device."""
+    # The gradient of a split is one concatenation.
+    parts = [x.split(lengths) for x in (q, k, v)]
     out = [_attend(*(x.transpose(0, 1)[None] for x in part)) for part in zip(*parts, strict=True)]
-    return torch.cat([x[0].transpose(0, 1) for x in out]).view(B, T, H, -1).transpose(1, 2)
+    return torch.cat([x[0].transpose(0, 1) for x in out])
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     causal, grouped = q.shape[2] > 1, q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped)
+
+
+def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, document_starts: Tensor) -> Tensor:
+    """`document_attention` by flex attention, which a compiled graph turns into a kernel."""
+    # Importing it takes long, and only compiled graphs need it.
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+    def is_visible(b: Tensor, h: Tensor, row: Tensor, key: Tensor) -> Tensor:
+        return (key <= row) & (key >= document_starts[b, row])
+
+    T = q.shape[2]
+    mask = BlockMask.from_kv_blocks(
+        *visible_blocks(document_starts),
+        BLOCK_SIZE=BLOCK,
+        mask_mod=is_visible,
+        seq_lengths=(T, T),
+    )
+    out = flex_attention(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+    assert isinstance(out, Tensor)
+    return out
+
+
+def visible_blocks(document_starts: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Number (B, 1, n) and indices (B, 1, n, n) of the key blocks that n blocks of rows read.
+
+    First those that are read in part, then those that every row reads whole. Indices behind the
+    number mean nothing.
+    """
+    T = document_starts.shape[1]
+    own = torch.arange(-(-T // BLOCK), dtype=torch.int32, device=document_starts.device)
+    last_rows = (own * BLOCK + BLOCK - 1).clamp_max(T - 1)
+    # Starts rise along a row, so the first row of a block reads farthest back.
+    begin = document_starts[:, own * BLOCK] // BLOCK
+    whole = torch.minimum((document_starts[:, last_rows] + BLOCK - 1) // BLOCK, own)
+    # In part: those before the first whole one, and the row block's own.
+    before = (whole - begin)[..., None]
+    partly_read = torch.where(own < before, begin[..., None] + own, own[:, None])
+    wholly_read = (whole[..., None] + own).clamp_max(len(own) - 1)
+    partly, partial, wholly, full = (
+        x.int()[:, None] for x in (whole - begin + 1, partly_read, own - whole, wholly_read)
+    )
+    return partly, partial, wholly, full
 
 
 def _masked(q: Tensor, k: Tensor, v: Tensor, document_starts: Tensor) -> Tensor:

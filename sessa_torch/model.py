@@ -30,6 +30,8 @@ QUADRATIC = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._flash_attention_forward.default,
+    torch.ops.higher_order.flex_attention,
     torch.ops.sessa.feedback_solve.default,
 }
 

@@ -70,9 +70,16 @@ def mask_bytes(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else mask.contiguous().view(torch.uint8)
 
 
-def start_rows(document_starts: Tensor | None) -> Tensor | None:
-    """The first rows of documents as contiguous int32."""
-    return None if document_starts is None else document_starts.int().contiguous()
+def document_bounds(document_starts: Tensor | None) -> Tensor | None:
+    """For each row the first row of its document and the row behind its last, (2, B, T) int32."""
+    if document_starts is None:
+        return None
+    starts = document_starts.int().contiguous()
+    rows = torch.arange(starts.shape[1], dtype=torch.int32, device=starts.device)
+    rows = rows.expand_as(starts).contiguous()
+    # Starts are sorted, so the documents that begin at a row or before it end with its document.
+    ends = torch.searchsorted(starts, rows, right=True, out_int32=True)
+    return torch.stack([starts, ends])
 
 
 def power_of_two(count: int, least: int = 1) -> int:

@@ -24,10 +24,10 @@ from sessa_torch.cuda.launch import (
     aligned,
     aligned_empty,
     blocks,
+    document_bounds,
     mask_bytes,
     prepared,
     rows_contiguous,
-    start_rows,
 )
 from sessa_torch.cuda.tiles import accumulate_tile, load_block, log2_prob, score_tile, tile_offsets
 from sessa_torch.feedback.cuda_forward import run_solve
@@ -64,14 +64,14 @@ def solve_backward(
     columns = k.shape[1]
     ds = rows_contiguous(ds.to(dtype))
     qw, kw, states = (aligned(x.to(dtype)) for x in (q, k, s))
-    gain, mask, starts = gamma.contiguous(), mask_bytes(key_mask), start_rows(document_starts)
+    gain, mask, bounds = gamma.contiguous(), mask_bytes(key_mask), document_bounds(document_starts)
     if past_s is not None:
         states = aligned(torch.cat([past_s.to(dtype), states], 1))
     kw, states = (aligned(visible_rows(x, key_mask)) for x in (kw, states))
     u = aligned_empty(B, columns, D, dtype=dtype, device=s.device)
-    run_solve(ds, kw, qw, gain, mask, starts, lse, u, reverse=True)
+    run_solve(ds, kw, qw, gain, mask, bounds, lse, u, reverse=True)
     new, past = u[:, columns - T :], u[:, : columns - T]
-    dq, dk, dgamma = score_gradients(new, qw, kw, gain, states, lse, mask, starts)
+    dq, dk, dgamma = score_gradients(new, qw, kw, gain, states, lse, mask, bounds)
     # df and dpast_s must not share memory, which slices of one sequence would.
     dpast_s = None if past_s is None else past.to(past_s.dtype, copy=True).contiguous()
     df = from_row(u, columns - T, s.dtype)
@@ -86,15 +86,18 @@ def score_gradients(
     states: Tensor,
     lse: Tensor,
     mask: Tensor | None,
-    starts: Tensor | None,
+    bounds: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk and dgamma from u (B, T, D) and all states (B, P+T, D), by chunks of query rows."""
+    """dq, dk and dgamma from u (B, T, D) and all states (B, P+T, D), by chunks of query rows.
+
+    `bounds` are the `document_bounds`; tiles whose rows and columns share no document are left out.
+    """
     (B, T, D), (columns, K) = u.shape, k.shape[1:]
     t = gradient_tiles(q.dtype, q.device)
     probabilities, means, differences, products = gradient_kernels(
-        t, D, K, q.dtype, q.device, mask is not None, starts is not None
+        t, D, K, q.dtype, q.device, mask is not None, bounds is not None
     )
-    shown = next((x for x in (mask, starts) if x is not None), q)
+    shown = next((x for x in (mask, bounds) if x is not None), q)
     rows = min(max(CHUNK_ELEMENTS // (B * columns), -(-CHUNK_TILES // B) * t.rows), T)
     chunk = -(-rows // t.rows) * t.rows
     widest = max(t.rows, t.columns)
@@ -127,17 +130,17 @@ def score_gradients(
             (*by_score, *where, K, K**-0.5 * math.log2(math.e), shift),
         )
         means.launch(
-            (parts, tiles, B), (p, u, states, r), (u_rows, s_columns),
+            (parts, tiles, B), (p, u, states, shown, r), (u_rows, s_columns),
             (*by_state, *where, D, shift),
         )
         differences.launch(
-            grid, (p, u, states, gamma, r, dgamma, unit), (u_rows, s_columns),
+            grid, (p, u, states, gamma, shown, r, dgamma, unit), (u_rows, s_columns),
             (*by_state, *where, D, shift),
         )
         wide = -(-K // t.width)
         row_tasks = tiles * wide
         products.launch(
-            (row_tasks + -(-seen // t.rows) * wide, B), (p, q, k, dq, dk, dk_sum, unit),
+            (row_tasks + -(-seen // t.rows) * wide, B), (p, q, k, shown, dq, dk, dk_sum, unit),
             (p_blocks, q_values, k_values),
             (*by_score, *where, K**-0.5, row_tasks, int(first + chunk >= T)),
         )
@@ -151,10 +154,10 @@ def gradient_kernels(
 ) -> tuple[Prepared, ...]:
     """The kernels of `score_gradients`, in the order in which they run."""
     common: dict[str, Any] = {"BM": t.rows, "BK": t.inner, "PRECISION": product_precision(dtype)}
-    common["USE_TMA"] = has_tma(device)
+    common |= {"USE_TMA": has_tma(device), "DOCUMENTS": documents}
     common |= {"num_warps": t.warps, "num_stages": t.stages}
     return (
-        prepared(probabilities_kernel, BN=t.columns, MASKED=masked, DOCUMENTS=documents, **common),
+        prepared(probabilities_kernel, BN=t.columns, MASKED=masked, **common),
         prepared(means_kernel, BN=t.columns, **common),
         prepared(score_gradients_kernel, BN=t.columns, PARTS=shares(t, D), **common),
         prepared(products_kernel, K=K, BD=t.width, **common),
@@ -185,6 +188,15 @@ def load_unit(unit, p):
 
 
 @triton.jit
+def first_column(bounds, b, row, T, DOCUMENTS: tl.constexpr):
+    """The first column that a row tile reads, from its first row."""
+    begin = tl.full((), 0, tl.int32)
+    if DOCUMENTS:
+        begin = tl.load(bounds + b * T + row)
+    return begin
+
+
+@triton.jit
 def window_offsets(p, row, NP, window, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
     """Pointers (BM, BN) to a window of columns in the row tile that starts at this row of p."""
     return (
@@ -208,13 +220,14 @@ def probabilities_kernel(
 ):
     """2^shift alpha of one tile of rows and columns into the workspace p (B, chunk, NP).
 
-    Row tiles are stored in blocks, see cells. With DOCUMENTS mask holds the first rows (B, T) of
-    the documents, without a past.
+    Row tiles are stored in blocks, see cells. With DOCUMENTS mask holds the document_bounds, and
+    there is no past.
     """
     b = tl.program_id(2).to(tl.int64)
     first_row, first_col = first + tl.program_id(1) * BM, tl.program_id(0) * BN
     rows, cols = first_row + tl.arange(0, BM), first_col + tl.arange(0, BN)
-    if first_col < tl.cdiv(past + first_row + BM, BM) * BM:
+    begin = first_column(mask, b, first_row, T, DOCUMENTS)
+    if (first_col < tl.cdiv(past + first_row + BM, BM) * BM) & (first_col + BN > begin):
         rows_ok = rows < T
         cols_ok = cols < past + T
         s = score_tile(
@@ -237,10 +250,10 @@ def probabilities_kernel(
 
 @triton.jit(do_not_specialize=COUNTS)
 def means_kernel(
-    p, u, states, r, u_blocks, s_blocks, sub, sut, ssb, sst,
+    p, u, states, bounds, r, u_blocks, s_blocks, sub, sut, ssb, sst,
     first, chunk, T, past, NP, width, shift,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
+    DOCUMENTS: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """rowsum(alpha <u, s>) of one row tile over its share of the windows, into r (parts, B, T).
 
@@ -253,7 +266,8 @@ def means_kernel(
     rows = first_row + tl.arange(0, BM)
     stop = tl.minimum(past + first_row + BM, past + T)
     total = tl.zeros((BM,), tl.float32)
-    for first_col in range(tl.program_id(0) * BN, stop, tl.num_programs(0) * BN):
+    begin = first_column(bounds, b, first_row, T, DOCUMENTS) // BN + tl.program_id(0)
+    for first_col in range(begin * BN, stop, tl.num_programs(0) * BN):
         # Before the product, so that it is there when the product is.
         alpha = tl.load(window_offsets(p, b * chunk + tile * BM, NP, first_col // BN, BM, BN, BK))
         dP = score_tile(
@@ -267,16 +281,17 @@ def means_kernel(
 
 @triton.jit(do_not_specialize=COUNTS)
 def score_gradients_kernel(
-    p, u, states, gamma, r, dgamma, unit, u_blocks, s_blocks, sub, sut, ssb, sst,
+    p, u, states, gamma, bounds, r, dgamma, unit, u_blocks, s_blocks, sub, sut, ssb, sst,
     first, chunk, T, past, NP, width, shift,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
-    USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
+    DOCUMENTS: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """Replace 2^shift alpha in the workspace by unit gamma alpha (<u, s> - r); r is dgamma too."""
     b = tl.program_id(2).to(tl.int64)
     first_row, first_col = first + tl.program_id(1) * BM, tl.program_id(0) * BN
     rows = first_row + tl.arange(0, BM)
-    if first_col < tl.cdiv(past + first_row + BM, BM) * BM:
+    begin = first_column(bounds, b, first_row, T, DOCUMENTS)
+    if (first_col < tl.cdiv(past + first_row + BM, BM) * BM) & (first_col + BN > begin):
         rows_ok = rows < T
         dP = score_tile(
             (u, sub, sut, T, width, u_blocks), (states, ssb, sst, past + T, width, s_blocks),
@@ -285,7 +300,7 @@ def score_gradients_kernel(
         mean = tl.zeros((BM,), tl.float32)
         for part in tl.static_range(PARTS):
             mean += tl.load(r + (part * tl.num_programs(2) + b) * T + rows, mask=rows_ok, other=0.0)
-        if tl.program_id(0) == 0:
+        if first_col <= begin:
             tl.store(dgamma + b * T + rows, mean.to(dgamma.dtype.element_ty), mask=rows_ok)
         gain = tl.load(gamma + b * T + rows, mask=rows_ok, other=0.0)
         gain = gain.to(tl.float32) * load_unit(unit, p) * tl.exp2(-shift)
@@ -296,10 +311,10 @@ def score_gradients_kernel(
 
 @triton.jit(do_not_specialize=[*COUNTS, "row_tasks", "last"])
 def products_kernel(
-    p, q, k, dq, dk, dk_sum, unit, p_blocks, q_blocks, k_blocks, sqb, sqt, skb, skt,
+    p, q, k, bounds, dq, dk, dk_sum, unit, p_blocks, q_blocks, k_blocks, sqb, sqt, skb, skt,
     first, chunk, T, past, NP, scale, row_tasks, last,
     K: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr,
-    USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
+    DOCUMENTS: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """dq of the chunk's rows, and what the chunk adds to dk_sum; the last chunk writes dk.
 
@@ -316,9 +331,10 @@ def products_kernel(
         tile = (row_tasks - 1 - task) // PARTS
         rows = first + tile * BM + tl.arange(0, BM)
         stop = tl.minimum(past + first + (tile + 1) * BM, past + T)
+        begin = first_column(bounds, b, first + tile * BM, T, DOCUMENTS) // BK * BK
         acc = accumulate_tile(
             acc, (p, p_blocks), (k, skb, skt, past + T, K, k_blocks),
-            first_block(tl.program_id(1), tile, chunk, NP, BM, BK), tl.program_id(1), 0, stop,
+            first_block(tl.program_id(1), tile, chunk, NP, BM, BK), tl.program_id(1), begin, stop,
             task % PARTS * BD, NP, BM, BD, BK, False, USE_TMA, PRECISION,
         )
         dq_at = dq + (b * T + rows[:, None]) * K + d[None, :]
@@ -328,7 +344,12 @@ def products_kernel(
         cols = tile * BM + tl.arange(0, BM)
         a_at = tile * (BM * BM) + tile_offsets(tl.arange(0, BK), tl.arange(0, BM), BM, BK)
         begin = tl.maximum(tile * BM - past - first, 0) // BM * BM
-        for start in range(begin, tl.minimum(chunk, T - first), BK):
+        stop = tl.minimum(chunk, T - first)
+        if DOCUMENTS:
+            # The documents of these columns have ended then.
+            ends = bounds + (tl.num_programs(1) + b) * T
+            stop = tl.minimum(stop, tl.load(ends + tl.minimum((tile + 1) * BM, T) - 1) - first)
+        for start in range(begin, stop, BK):
             a = tl.load(p + (b * chunk + start // BM * BM) * NP + (start % BM * BK) + a_at)
             c = load_block(
                 (q, sqb, sqt, T, K, q_blocks), tl.program_id(1), first + start, task % PARTS * BD,

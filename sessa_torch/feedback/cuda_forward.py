@@ -39,10 +39,10 @@ from sessa_torch.cuda.launch import (
     aligned,
     aligned_empty,
     blocks,
+    document_bounds,
     mask_bytes,
     prepared,
     rows_contiguous,
-    start_rows,
 )
 from sessa_torch.cuda.tiles import accumulate_tile, signal, tile_column, tile_offsets, wait
 from sessa_torch.feedback.cuda_sizes import (
@@ -88,14 +88,14 @@ def solve_forward(
     lse = torch.empty(B, T, dtype=torch.float64, device=f.device)
     q, k = (aligned(x.to(scored)) for x in (q, k))
     gain, mask = gamma.contiguous(), mask_bytes(key_mask)
-    starts = start_rows(document_starts)
+    bounds = document_bounds(document_starts)
     wider = f.dtype.itemsize > mixed.itemsize
     right = rows_contiguous(f if wider else f.to(mixed))
     if wider or mask is not None:
         s = torch.empty(B, T, D, dtype=f.dtype, device=f.device)
-        run_solve(right, q, k, gain, mask, starts, lse, states, s, reverse=False)
+        run_solve(right, q, k, gain, mask, bounds, lse, states, s, reverse=False)
         return s, lse
-    run_solve(right, q, k, gain, mask, starts, lse, states, reverse=False)
+    run_solve(right, q, k, gain, mask, bounds, lse, states, reverse=False)
     return from_row(states, P, f.dtype), lse
 
 
@@ -105,7 +105,7 @@ def run_solve(
     k: Tensor,
     gamma: Tensor,
     mask: Tensor | None,
-    starts: Tensor | None,
+    bounds: Tensor | None,
     lse: Tensor,
     out: Tensor,
     s: Tensor | None = None,
@@ -117,14 +117,14 @@ def run_solve(
     Forward in time the first P rows of out hold the past states. With s (B, T, D), which a mask
     needs, s takes the solution of the new rows and out the operands of later ones. In reverse the
     kernel solves for the gradient u: f is the gradient of s, q are the keys and k the queries.
-    There is a mask, or document starts, or neither.
+    There is a mask, or the `document_bounds`, or neither.
     """
     (B, T, D), K, rows = f.shape, q.shape[2], out.shape[1]
     plan = solve_plan(
         B, T, rows, D, K, q.dtype, out.dtype, q.device, reverse, mask is not None,
-        starts is not None, s is not None,
+        bounds is not None, s is not None,
     )
-    shown = next((x for x in (mask, starts) if x is not None), q)
+    shown = next((x for x in (mask, bounds) if x is not None), q)
     t, values = plan.tiles, out
     if reverse:
         values = aligned_empty(B, plan.columns, D, dtype=out.dtype, device=q.device)
@@ -242,25 +242,29 @@ def select_visible(z, mask, rows, end, MASKED: tl.constexpr):
 @triton.jit
 def mix_task(
     f, v, out, s, mask, p, p_blocks, v_blocks, at, gain, inverse_done, solved, sft, sv, b, row,
-    part, T, P, NP,
+    part, T, P, NP, begin,
     D: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr,
-    REVERSE: tl.constexpr, MASKED: tl.constexpr, APART: tl.constexpr, USE_TMA: tl.constexpr,
-    PRECISION: tl.constexpr, FENCE: tl.constexpr,
+    REVERSE: tl.constexpr, MASKED: tl.constexpr, DOCUMENTS: tl.constexpr, APART: tl.constexpr,
+    USE_TMA: tl.constexpr, PRECISION: tl.constexpr, FENCE: tl.constexpr,
 ):
-    """Solve one row tile for BD columns of the states; solved counts the tiles done, in order."""
+    """Solve one row tile for BD columns of the states; solved counts the tiles done, in order.
+
+    No row reads a column before `begin`.
+    """
     local = tl.arange(0, BM)
     rows = row * BM + (BM - 1 - local if REVERSE else local)
     d = part * BD + tl.arange(0, BD)
     d_ok = (d < D)[None, :]
     known = 0 if REVERSE else P // BM
     tiles = tl.minimum(row, NP // BM)
-    before = tl.maximum(tl.minimum(row - LINKS, NP // BM), 0)
+    nearest = begin // BM
+    before = tl.maximum(tl.minimum(row - LINKS, NP // BM), nearest)
     f_rows = T - 1 - rows if REVERSE else rows - P
     out_rows = P + T - 1 - rows if REVERSE else rows
     inverted = wait(inverse_done, 1)
     acc = tl.zeros((BM, BD), tl.float32)
     acc = read_solved(
-        acc, p_blocks, v_blocks, at, b, solved, known, 0, before, part * BD, NP,
+        acc, p_blocks, v_blocks, at, b, solved, known, nearest, before, part * BD, NP,
         BM, BD, BK, REVERSE, USE_TMA, PRECISION, FENCE,
     )
     # Only now: it would take registers from the loop.
@@ -294,6 +298,9 @@ def mix_task(
         w = tl.where((rows < T)[:, None], z * tl.load(gain + BM + local)[:, None], 0.0)
         w_at = v + ((NP - 1 - rows).to(tl.int64) * sv)[:, None] + d[None, :]
         tl.store(w_at, w.to(v.dtype.element_ty), mask=(rows < NP)[:, None] & d_ok)
+    if DOCUMENTS:
+        # Rows that read no tile before them are solved early, but counted in order.
+        wait(solved, row - known)
     signal(solved)
     if APART:
         # After the signal: later rows do not wait for what they do not read.
@@ -338,14 +345,14 @@ def solve_kernel(
     """Draw a ticket: step by step the chunks of scores, an inverse and the mixes, of each sequence.
 
     gamma, lse (B, T) and mask (B, P+T) are contiguous, out (B, P+T, D) and v too but for the stride
-    sv of their rows. With DOCUMENTS there is no past, and mask holds the first rows (B, T) of the
-    documents. Forward v is out, whose first P rows are given, and with APART the contiguous
-    s (B, T, D) takes the solution, and v what later rows multiply; backward in time v (B, NP, D)
-    takes w, the last rows of which are the last ones in time. A slot of the ring is BM x NP in p,
-    in blocks, see cells, and the statistics and factors in work. The lags are the steps by which
-    the tickets of a row tile's inverse and mixes follow those of its first scores. USE_TMA says
-    that the descriptors are used, see load_block, and FENCE that their reads must be ordered
-    behind stores.
+    sv of their rows. With DOCUMENTS there is no past, and mask holds the document_bounds; a row
+    tile then has no scores before the document of its first row. Forward v is out, whose first P
+    rows are given, and with APART the contiguous s (B, T, D) takes the solution, and v what later
+    rows multiply; backward in time v (B, NP, D) takes w, the last rows of which are the last ones
+    in time. A slot of the ring is BM x NP in p, in blocks, see cells, and the statistics and
+    factors in work. The lags are the steps by which the tickets of a row tile's inverse and mixes
+    follow those of its first scores. USE_TMA says that the descriptors are used, see load_block,
+    and FENCE that their reads must be ordered behind stores.
     """
     PARTS: tl.constexpr = (D + BD - 1) // BD
     columns = T if REVERSE else P + T
@@ -374,6 +381,13 @@ def solve_kernel(
     lag = tl.where(task < chunks + inverses, inverse_lag, mix_lag)
     row = first_tile + step - tl.where(task < chunks, 0, lag)
     wide = b.to(tl.int64)
+    # The first column that a row of the tile reads, in the order of the tiles.
+    begin = tl.full((), 0, tl.int32)
+    if DOCUMENTS:
+        if REVERSE:
+            begin = T - tl.load(mask + (wide + B) * T + T - 1 - row * BM)
+        else:
+            begin = tl.load(mask + wide * T + row * BM)
     slot = b * ring + row % ring
     ring_blocks = (p, p_blocks)
     p += slot.to(tl.int64) * (BM * NP)
@@ -394,13 +408,13 @@ def solve_kernel(
             (q, sqb, sqt, P + T if REVERSE else T, width, q_blocks),
             (k, skb, skt, columns, width, k_blocks),
             lse, mask + wide * (P + T), p, work, ref_ring, ref_done, scores_done,
-            b, row, task, T, P, NP, NW, width, BM, BN, BK, CHUNK, USE_TMA,
+            b, row, task, T, P, NP, NW, width, begin, BM, BN, BK, CHUNK, USE_TMA,
             SCALE, HEADROOM, SHIFT, REVERSE, MASKED, DOCUMENTS, PRECISION,
         )
     elif task < chunks + inverses:
         inverse_task(
             p, work, lse, gamma + wide * T, gain, scores_done, inverse_done, row, T, P, NP, NW,
-            BM, BN, BK, CHUNK, DOUBLINGS, SHIFT, REVERSE, EXACT, PRECISION,
+            begin, BM, BN, BK, CHUNK, DOUBLINGS, SHIFT, REVERSE, EXACT, PRECISION,
         )
     else:
         part = task - chunks - inverses
@@ -411,6 +425,6 @@ def solve_kernel(
             f + wide * sfb, v + wide * each, out + wide * (P + T) * sv, s + wide * T * D,
             mask + wide * (P + T), p,
             ring_blocks, (v, each, sv, v_rows, D, v_blocks), slot * (NP // BK * BM), gain,
-            inverse_done, solved + part, sft, sv, b, row, part, T, P, NP,
-            D, BM, BD, BK, REVERSE, MASKED, APART, USE_TMA, PRECISION, FENCE,
+            inverse_done, solved + part, sft, sv, b, row, part, T, P, NP, begin,
+            D, BM, BD, BK, REVERSE, MASKED, DOCUMENTS, APART, USE_TMA, PRECISION, FENCE,
         )

@@ -24,7 +24,7 @@ LINKS = tl.constexpr(2)
 @triton.jit
 def scores_task(
     q, k, lse, mask, p, stats, ref_ring, ref_done, scores_done, b, row, chunk, T, P, NP, NW, width,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, CHUNK: tl.constexpr,
+    begin, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, CHUNK: tl.constexpr,
     USE_TMA: tl.constexpr,
     SCALE: tl.constexpr, HEADROOM: tl.constexpr, SHIFT: tl.constexpr,
     REVERSE: tl.constexpr, MASKED: tl.constexpr, DOCUMENTS: tl.constexpr,
@@ -35,7 +35,7 @@ def scores_task(
     A window is stored relative to the row's maximum in window 1, which all rows see, or relative to
     its own maximum where that is more than HEADROOM higher. So few rows need rescaling and none
     overflows. Window 1 comes first; the other chunks compute their first product before they wait
-    for its maximum.
+    for its maximum. Windows that end before column `begin`, which no row sees, are left out.
     """
     local, inner = tl.arange(0, BM), tl.arange(0, BN)
     cells_at = tile_offsets(local, inner, BM, BK)
@@ -44,7 +44,7 @@ def scores_task(
     # Rows outside the sequence are masked or unused.
     first_row = P + T - (row + 1) * BM if REVERSE else row * BM - P
     end = tl.minimum((row + 1) * BM, NP)
-    windows = tl.cdiv(end, BN)
+    windows = tl.cdiv(end - begin, BN)
     ref = tl.full((BM,), NOTHING, tl.float32)
     if REVERSE:
         rows_ok = rows < P + T
@@ -73,10 +73,10 @@ def scores_task(
             # A row and a column in memory's order; backward in time the rows are the keys.
             row_starts = tl.load(mask + (near_cols if REVERSE else tl.minimum(rows, T - 1)))
             if REVERSE:
-                seen = row_starts[None, :] <= (T - 1 - rows)[:, None]
+                same = row_starts[None, :] <= (T - 1 - rows)[:, None]
             else:
-                seen = row_starts[:, None] <= near_cols[None, :]
-            s = tl.where(seen, s, float("-inf"))
+                same = row_starts[:, None] <= near_cols[None, :]
+            s = tl.where(same, s, float("-inf"))
         if (first < 0) | (first + BN > tl.minimum(row * BM, columns)):
             seen = (cols >= 0) & (cols < columns)
             s = tl.where((cols[None, :] < rows[:, None]) & seen[None, :], s, float("-inf"))
@@ -102,7 +102,8 @@ def scores_task(
             if turn == 0:
                 tl.store(ref_ring + local, ref)
                 signal(ref_done)
-    signal(scores_done)
+    if chunk * CHUNK < windows:
+        signal(scores_done)
 
 
 @triton.jit
@@ -196,20 +197,21 @@ def invert_tile(
 
 @triton.jit
 def inverse_task(
-    p, stats, lse, gamma, gain, scores_done, inverse_done, row, T, P, NP, NW,
+    p, stats, lse, gamma, gain, scores_done, inverse_done, row, T, P, NP, NW, begin,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, CHUNK: tl.constexpr,
     DOUBLINGS: tl.constexpr, SHIFT: tl.constexpr, REVERSE: tl.constexpr, EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Gain of a row tile, and lse when forward; X - I takes the place of N_ii, Y of N_{i,i-1}.
 
-    inverse_done is 1 once the gain and all other columns can be read, 2 at the end.
+    No row reads a column before `begin`. inverse_done is 1 once the gain and all other columns can
+    be read, 2 at the end.
     """
     SIZE: tl.constexpr = BM // 2
     local = tl.arange(0, BM)
     rows = row * BM + (BM - 1 - local if REVERSE else local)
     end = tl.minimum((row + 1) * BM, NP)
-    windows = tl.cdiv(end, BN)
+    windows = tl.cdiv(end - begin, BN)
     colgain = gain + BM
     wait(scores_done, tl.cdiv(windows, CHUNK))
     if REVERSE:
@@ -237,7 +239,8 @@ def inverse_task(
     beside = (beside * (gains2 if REVERSE else gains1)).to(p.dtype.element_ty)
     X1 = (X1 * gains1).to(p.dtype.element_ty)
     X2 = (X2 * gains2).to(p.dtype.element_ty)
-    for tile in tl.range(tl.maximum(row - LINKS, 0), tl.minimum(row, NP // BM), num_stages=1):
+    links = tl.maximum(row - LINKS, begin // BM)
+    for tile in tl.range(links, tl.minimum(row, NP // BM), num_stages=1):
         at1 = p + tile_column(tile, NP, BM, REVERSE) * BM + tile_offsets(i, local, BM, BK)
         at2 = at1 + SIZE * BK
         N1, N2 = tl.load(at1), tl.load(at2)

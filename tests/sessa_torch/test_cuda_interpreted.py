@@ -47,7 +47,7 @@ CASES = {
     "two 16-bit types": {"T": 40, "P": 5, "D": 24, "types": ("float16", "bfloat16")},
     "rounded to bfloat16": {"T": 40, "P": 33, "K": 13, "D": 7, "precision": "bfloat16"},
     "widened to float32": {"T": 40, "P": 33, "half": True, "precision": "float32"},
-    "documents": {"T": 100, "documents": 12},
+    "documents": {"T": 290, "K": 16, "D": 16, "documents": 25},
     "long documents in several chunks": {"T": 130, "K": 16, "documents": 70, "chunk_tiles": 1},
     "documents without descriptors": {"T": 70, "K": 13, "documents": 5, "has_tma": False},
     "documents in float16": {"T": 100, "documents": 20, "half": True},

@@ -19,7 +19,13 @@ from sessa_common.config import SessaConfig
 from sessa_common.layer_kinds import KINDS
 from sessa_common.reference import model as reference
 from sessa_common.reference.ops import feedback_solve, feedback_solve_backward
-from sessa_torch._documents import document_lengths
+from sessa_torch._documents import (
+    BLOCK,
+    block_sparse_attention,
+    document_lengths,
+    visible_blocks,
+)
+from sessa_torch.attention import causal_attention
 
 NAMES = ("f", "q", "k", "gamma")
 frameworks = pytest.mark.parametrize("framework", FRAMEWORKS, ids=lambda x: x.name)
@@ -158,17 +164,49 @@ def test_a_layer_of_the_reference_equals_separate_documents(kind):
         assert relative_error(y[b : b + 1, i:j], alone) < 1e-12
 
 
-def test_a_compiled_graph_masks_what_eager_mode_splits():
-    from sessa_torch.attention import causal_attention
-
+@pytest.mark.parametrize("name", ["causal_attention", "block_sparse_attention"])
+def test_a_compiled_graph_masks_or_leaves_out_what_eager_mode_splits(name):
     torch.manual_seed(0)
     q, k, v = torch.randn(2, 4, 300, 8), torch.randn(2, 2, 300, 8), torch.randn(2, 2, 300, 8)
     starts = torch.tensor(draw_starts(4, 2, 300, 50))
     eager = causal_attention(q, k, v, document_starts=starts)
     # Without a compiler behind it, the graph is traced and run as it is.
-    compiled = torch.compile(causal_attention, backend="eager", fullgraph=True)
+    attend = {f.__name__: f for f in (causal_attention, block_sparse_attention)}[name]
+    compiled = torch.compile(attend, backend="eager", fullgraph=True)
     assert torch.allclose(compiled(q, k, v, document_starts=starts), eager, atol=2e-6)
     assert sum(document_lengths(starts)) == 600
+
+
+@pytest.mark.parametrize(("T", "length"), [(1, 1), (128, 30), (700, 60), (1000, 400)])
+def test_blocks_are_left_out_only_where_no_row_reads_a_key(T, length):
+    starts = draw_starts(T, 2, T, length)
+    row, key = np.arange(T)[:, None], np.arange(T)
+    visible = (key <= row) & (key >= starts[..., None])
+    padding = -T % BLOCK
+    visible = np.pad(visible, ((0, 0), (0, padding), (0, padding)))
+    shown = visible.reshape(2, -(-T // BLOCK), BLOCK, -1, BLOCK).swapaxes(2, 3)
+    partly, partial, wholly, full = (x[:, 0] for x in visible_blocks(torch.tensor(starts)))
+    for b, i in np.ndindex(*partly.shape):
+        some, whole = partial[b, i, : partly[b, i]].tolist(), full[b, i, : wholly[b, i]].tolist()
+        assert sorted(some + whole) == np.flatnonzero(shown[b, i].any((1, 2))).tolist()
+        assert shown[b, i, whole, : T - i * BLOCK].all()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch finds no CUDA device here")
+@pytest.mark.parametrize("compiled", [False, True], ids=["flash", "flex"])
+def test_the_fused_kernels_read_single_documents(compiled):
+    shapes = (2, 4, 700, 32), (2, 2, 700, 32), (2, 2, 700, 32)
+    leaves = [torch.randn(shape, device="cuda").bfloat16().requires_grad_() for shape in shapes]
+    starts = torch.tensor(draw_starts(4, 2, 700, 90), device="cuda")
+
+    def results(attend, inputs):
+        y = attend(*inputs, document_starts=starts)
+        return [y, *torch.autograd.grad(y, inputs, y.detach())]
+
+    wanted = results(causal_attention, [x.detach().float().requires_grad_() for x in leaves])
+    fused = torch.compile(causal_attention, fullgraph=True) if compiled else causal_attention
+    for got, want in zip(results(fused, leaves), wanted, strict=True):
+        assert float((got - want).norm() / want.norm()) < 1e-2
 
 
 @frameworks
