@@ -24,7 +24,6 @@ from sessa_torch.distributed.sweep import (
     sweep_forward,
     work_type,
 )
-from sessa_torch.feedback.blocked import unit_lower_inverse
 from sessa_torch.mixer import SessaMixer
 from sessa_torch.model import SessaForCausalLM
 
@@ -174,14 +173,12 @@ class _Solve(torch.autograd.Function):
                 delta[:, rows] = gain[:, rows] * r[:, rows]
 
             sweep_backward(ctx.exchange, gradients, prepare)
-        dq, dk = gradients.dq[:, 0].to(q.dtype), gradients.dk.to(k.dtype)
+        dq, dk = gradients.dq[:, 0], gradients.dk.to(k.dtype)
         return u.to(s.dtype), dq, dk, r[..., 0].to(gamma.dtype), None
 
 
 def _solve_block(N: Tensor, rhs: Tensor, *, transposed: bool = False) -> Tensor:
     """(I - N)^-1 rhs, or (I - N)^-T rhs, for strictly lower triangular N (B, m, m)."""
-    if rhs.device.type == "cpu":
-        A = -N.mT if transposed else -N
-        return torch.linalg.solve_triangular(A, rhs, upper=transposed, unitriangular=True)
-    X = unit_lower_inverse(N)
-    return (X.mT if transposed else X) @ rhs
+    # One call; products of inverses would be eighty, and the other processes wait for this block.
+    A = -N.mT if transposed else -N
+    return torch.linalg.solve_triangular(A, rhs, upper=transposed, unitriangular=True)

@@ -238,12 +238,9 @@ class Gradients:
     ) -> None:
         self.q, self.k, self.v, self.dout = q, k, v, dout
         self.top, self.total, self.delta, self.strict = top, total, delta, strict
-        work = work_type(q)
-        self.dq, self.dk, self.dv = (
-            q.new_zeros(q.shape, dtype=work),
-            k.new_zeros(k.shape, dtype=work),
-            dv,
-        )
+        # A block of dq is rounded when it is whole.
+        self.dq, self.dv = torch.zeros_like(q), dv
+        self.dk = k.new_zeros(k.shape, dtype=work_type(k))
 
     def block(self, rows: slice) -> tuple[Tensor, ...]:
         """Return queries, output gradients, tops, totals and deltas of some own rows."""
@@ -323,7 +320,7 @@ def sweep_backward(exchange: Exchange, gradients: Gradients, prepare: Prepare) -
     collecting: tuple[int, Any] | None = None
     for i in reversed(range(deal.count)):
         message = waiting()
-        dq = torch.zeros_like(message[0], dtype=gradients.dq.dtype)
+        dq = torch.zeros_like(message[0], dtype=work_type(message[0]))
         if i:
             if deal.owns(i - 1):
                 gradients.add(message, deal.rows(i - 1), dq)
