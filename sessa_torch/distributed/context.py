@@ -18,10 +18,10 @@ from sessa_torch.distributed.sweep import (
     Exchange,
     Gradients,
     RunningSums,
-    later,
     product,
     sweep_backward,
     sweep_forward,
+    unread,
     work_type,
 )
 from sessa_torch.mixer import SessaMixer
@@ -133,7 +133,7 @@ class _Solve(torch.autograd.Function):
 
             def prepare(i: int) -> None:
                 rows = exchange.deal.rows(i)
-                hidden = later(exchange.deal.height(i), f.device, strict=True)
+                hidden = unread(exchange.deal.height(i), f.device)
                 weights = sums.weigh(rows, k[:, rows], hidden)[:, 0]
                 # The first row of all reads nothing.
                 total = sums.total[:, 0, rows]
@@ -158,13 +158,11 @@ class _Solve(torch.autograd.Function):
             u, gain = ds.to(work, copy=True), gamma.to(work)[..., None]
             dout, r = torch.empty_like(s), torch.empty_like(gain)
             delta = torch.empty_like(r)
-            gradients = Gradients(
-                q[:, None], k, s, dout[:, None], top, total, delta[:, None], u, strict=True
-            )
+            gradients = Gradients(q[:, None], k, s, dout[:, None], top, total, delta[:, None], u)
 
             def prepare(i: int) -> None:
                 rows = deal.rows(i)
-                hidden = later(deal.height(i), s.device, strict=True)
+                hidden = unread(deal.height(i), s.device)
                 weights = gradients.weights(q[:, None, rows], rows, top[:, :, rows], hidden)
                 weights = weights[:, 0] / total[:, 0, rows]
                 u[:, rows] = _solve_block(weights * gain[:, rows], u[:, rows], transposed=True)

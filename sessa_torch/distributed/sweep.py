@@ -1,10 +1,9 @@
 """Sums over earlier rows, and their gradients, where the rows are dealt to several processes.
 
-Attention and the feedback solve share one pattern. Forward, block by block: the owner of a block
-sends its keys and values, and every process adds them to the sums of its own later rows. For the
-solve a value is a state, which the owner computes first. Backward, from the last block on: the
-owner sends queries and output gradients, every process adds to the gradients of its own earlier
-keys and values, and the gradients of the queries are summed at the owner. For the solve the
+Forward, block by block: the owner of a block computes its values, the states of the solve, and
+sends them with its keys; every process adds them to the sums of its own later rows. Backward, from
+the last block on: the owner sends queries and output gradients, every process adds to the gradients
+of its own earlier keys and values, and the gradients of the queries are summed at the owner. The
 gradient of a value is the right-hand side of the transposed system. The next block is prepared
 before the present one is added to all rows, so that sending and adding overlap.
 
@@ -63,12 +62,9 @@ def masked_scores(q: Tensor, k: Tensor, hidden: Tensor | None) -> Tensor:
     return scores if hidden is None else scores.masked_fill_(hidden, -torch.inf)
 
 
-def later(m: int, device: torch.device, *, strict: bool) -> Tensor:
-    """Return True (m, m) at the keys that a row of the same block must not read.
-
-    `strict` hides a row's own key as well.
-    """
-    return torch.ones(m, m, dtype=torch.bool, device=device).triu(0 if strict else 1)
+def unread(m: int, device: torch.device) -> Tensor:
+    """Return True (m, m) at the keys of a block that its rows do not read: own and later ones."""
+    return torch.ones(m, m, dtype=torch.bool, device=device).triu()
 
 
 class RunningSums:
@@ -85,14 +81,13 @@ class RunningSums:
         self.total = torch.zeros_like(self.top)
         self.sum = torch.zeros(*shape, D, dtype=work, device=q.device)
 
-    def add(self, rows: slice, k: Tensor, v: Tensor, hidden: Tensor | None = None) -> None:
+    def add(self, rows: slice, k: Tensor, v: Tensor) -> None:
         """Add keys (N, m, K) and values (N, m, D) to the sums of `rows`."""
         for part in chunks(rows, self.q.shape[0] * self.q.shape[1] * k.shape[1]):
-            if hidden is None and has_kernels(self.q):
+            if has_kernels(self.q):
                 weights = self._weigh_by_kernel(part, k)
             else:
-                seen = hidden if hidden is None else hidden[_inside(part, rows)]
-                weights = self.weigh(part, k, seen)
+                weights = self.weigh(part, k, None)
             self._add(part, weights, v)
 
     def _add(self, rows: slice, weights: Tensor, v: Tensor) -> None:
@@ -127,10 +122,6 @@ def chunks(rows: slice, width: int) -> Iterator[slice]:
     count = max(1, MOST_SCORES // width)
     for start in range(rows.start, rows.stop, count):
         yield slice(start, min(start + count, rows.stop))
-
-
-def _inside(part: slice, rows: slice) -> slice:
-    return slice(part.start - rows.start, part.stop - rows.start)
 
 
 class Exchange:
@@ -219,8 +210,7 @@ class Gradients:
     """Gradients of q, k and v, while the blocks of queries arrive from the last one on.
 
     `top`, `total` are those of `RunningSums`; `dout` (N, g, T, D) is the gradient of the weighted
-    means and `delta` (N, g, T, 1) its product with them. With `strict` a row does not read its own
-    key.
+    means and `delta` (N, g, T, 1) its product with them. A row does not read its own key.
     """
 
     def __init__(
@@ -233,11 +223,9 @@ class Gradients:
         total: Tensor,
         delta: Tensor,
         dv: Tensor,
-        *,
-        strict: bool,
     ) -> None:
         self.q, self.k, self.v, self.dout = q, k, v, dout
-        self.top, self.total, self.delta, self.strict = top, total, delta, strict
+        self.top, self.total, self.delta = top, total, delta
         # A block of dq is rounded when it is whole.
         self.dq, self.dv = torch.zeros_like(q), dv
         self.dk = k.new_zeros(k.shape, dtype=work_type(k))
@@ -256,15 +244,9 @@ class Gradients:
             self._add_scores(dscores, q, part, dq)
 
     def add_own(self, message: list[Tensor], rows: slice, dq: Tensor) -> None:
-        """Add what an own block contributes to its own keys and values.
-
-        The solve has already added to dv what the block's own states get.
-        """
+        """Add what an own block contributes to its own keys; its values have their gradients."""
         q, *_ = message
-        hidden = later(q.shape[2], q.device, strict=self.strict)
-        weights, dscores = self._scores(message, rows, hidden)
-        if not self.strict:
-            self.dv[:, rows] += product(weights.mT, message[1].flatten(1, 2))
+        _, dscores = self._scores(message, rows, unread(q.shape[2], q.device))
         self._add_scores(dscores, q, rows, dq)
 
     def weights(self, q: Tensor, part: slice, top: Tensor, hidden: Tensor | None) -> Tensor:
