@@ -1,17 +1,19 @@
 """Time Sessa in MLX against mlx-lm's own Llama of as many parameters, on a GPU.
 
-python benchmarks/mlx_models.py decode prefill train command --out FOLDER
+python benchmarks/mlx_models.py train documents train-llama command decode prefill --out FOLDER
 (needs mlx with a GPU, and mlx-lm)
 
-`decode` gives milliseconds a token after 512 and 8,192 tokens, in bfloat16 and 4 bits, and the
-pool; a step is first compared with the call of the model. Its caches are filled with random
-numbers, so that no prompt is read. `prefill` reads prompts of these lengths. `train` gives tokens a
-second of the product's own training step, and `command` of `sessa train` itself. `check` compares
+`train` gives tokens a second of the product's own training step with one document in a row,
+`documents` with several, `train-llama` those of the Llama, and `command` those of `sessa train`
+itself. `decode` gives milliseconds a token after 512 and 8,192 tokens, in bfloat16 and 4 bits, and
+the pool; a step is first compared with the call of the model. Its caches are filled with random
+numbers, so that no prompt is read. `prefill` reads prompts of these lengths. `check` compares
 decoding with the full pass. Both models have a vocabulary of 32,768; Sessa has 24 layers, the Llama
-18.
+18. `--layers`, `--lengths`, `--depths` and `--bits` choose less.
 
-Every row is printed and stored at once. MLX compiles its fused kernels with NVRTC when they are
-first used, for some seconds each; it keeps them in FOLDER/ptx, for another run on such a device.
+Every row is printed and stored at once. MLX compiles each fused kernel with NVRTC when it is first
+used, for some seconds; it keeps them in FOLDER/ptx, and a later run with that folder takes them
+from there. While they are compiled, a line tells how many there are.
 """
 
 from __future__ import annotations
@@ -19,107 +21,43 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
-import importlib.util
 import json
 import os
-import subprocess
-import sys
-import tempfile
 import time
-import types
 from collections.abc import Callable, Iterator
-from contextlib import closing
-from functools import partial
+from contextlib import closing, contextmanager
 from pathlib import Path
 from statistics import median
-from typing import Any
+from threading import Event, Thread
 
 import mlx.core as mx
 import numpy as np
-from mlx import nn, optimizers
-from mlx.utils import tree_flatten
+from mlx import nn
+from mlx_subjects import (
+    GIB,
+    Choice,
+    Row,
+    count,
+    llama,
+    llama_modules,
+    quantize,
+    sessa,
+    sessa_config,
+)
+from mlx_training import command, documents, say, train, train_llama
 
 from sessa_common.checkpoint.initialization import initial_weights
-from sessa_common.config import SessaConfig
-from sessa_common.data.batches import next_token_batch
 from sessa_common.inference.generation import prefill
 from sessa_common.inference.sampling import SamplingConfig
-from sessa_common.presets import PRESETS
-from sessa_common.train_config import TrainConfig
-from sessa_common.training.metrics import read_metrics, tokens_per_second
 from sessa_mlx import _step_layers
 from sessa_mlx._step import held_arrays
 from sessa_mlx.cache import SessaCache
 from sessa_mlx.checkpoint import build_model
 from sessa_mlx.decoding import Decoder
-from sessa_mlx.training import TrainBackend
 
-GIB = 2**30
 LLAMA_PIECE = 2048  # tokens of a prompt, mlx-lm's own number
-DEPTHS = (512, 8192)  # tokens in the cache
 WARM_UP, TIMED = 20, 80  # tokens
-SHAPES = ((8, 2048), (2, 8192))  # rows and tokens of a training step
 GREEDY = SamplingConfig(temperature=0)
-Row = dict[str, Any]
-
-
-def sessa_config(small: bool) -> SessaConfig:
-    """sessa-131m with the vocabulary and the context of the comparison."""
-    if small:
-        return SessaConfig(vocab_size=300, hidden_size=64, max_position_embeddings=10_000)
-    return dataclasses.replace(
-        PRESETS["sessa-131m"], vocab_size=32_768, max_position_embeddings=10_000
-    )
-
-
-def llama_modules() -> tuple[Any, Any]:
-    """mlx_lm.models.llama and mlx_lm.models.cache, without what mlx_lm imports at its top."""
-    if "mlx_lm" not in sys.modules:
-        spec = importlib.util.find_spec("mlx_lm")
-        if spec is None:
-            raise SystemExit("this needs mlx-lm")
-        package = types.ModuleType("mlx_lm")
-        package.__path__ = list(spec.submodule_search_locations or ())
-        sys.modules["mlx_lm"] = package
-    return tuple(importlib.import_module(f"mlx_lm.models.{name}") for name in ("llama", "cache"))
-
-
-def llama(small: bool) -> nn.Module:
-    """A Llama in bfloat16 with as many parameters as Sessa."""
-    config, module = sessa_config(small), next(iter(llama_modules()))
-    arguments = module.ModelArgs(
-        model_type="llama",
-        hidden_size=config.hidden_size,
-        num_hidden_layers=3 if small else 18,
-        intermediate_size=-(-8 * config.hidden_size // 3 // 64) * 64,
-        num_attention_heads=config.num_attention_heads,
-        rms_norm_eps=1e-5,
-        vocab_size=config.vocab_size,
-    )
-    model = module.Model(arguments)
-    model.set_dtype(mx.bfloat16)
-    mx.eval(model.parameters())
-    return model
-
-
-def sessa(small: bool, dtype: str = "bfloat16") -> nn.Module:
-    config = sessa_config(small)
-    return build_model(config, initial_weights(config, 0), dtype=dtype)
-
-
-def quantize(model: nn.Module) -> None:
-    """Pack what `sessa convert --quantize 4` packs."""
-    nn.quantize(
-        model,
-        64,
-        4,
-        class_predicate=lambda path, m: hasattr(m, "to_quantized") and "gamma_ctx" not in path,
-    )
-    mx.eval(model.parameters())
-
-
-def count(model: nn.Module) -> int:
-    return sum(array.size for _, array in tree_flatten(model.parameters()))
 
 
 class SessaTokens:
@@ -270,28 +208,28 @@ def _never(states: mx.array) -> bool:
     return False
 
 
-def decode(small: bool) -> Iterator[Row]:
-    ours, other = SessaTokens(sessa(small)), LlamaTokens(llama(small))
+def decode(choice: Choice) -> Iterator[Row]:
+    ours, other = SessaTokens(sessa(choice)), LlamaTokens(llama(choice))
     runners: dict[str, Runner] = {"Sessa": ours, "Llama": other}
     yield {"Sessa": count(ours.decoder.model), "Llama": count(other.model)}
-    for bits in (16, 4):
+    for bits in choice.bits:
         if bits == 4:
             for model in (ours.decoder.model, other.model):
                 quantize(model)
-        for depth in DEPTHS:
+        for depth in choice.depths:
             if bits == 16:
                 yield checked(ours, depth)
             for name, runner in runners.items():
                 yield decode_row(f"{name}, {bits} bits", runner, depth)
 
 
-def prefill_times(small: bool) -> Iterator[Row]:
+def prefill_times(choice: Choice) -> Iterator[Row]:
     """Tokens a second of prompts, the first and the second time."""
-    depths = (64, 256) if small else DEPTHS
+    depths = (64, 256) if choice.small else choice.depths
     ids = np.random.default_rng(0).integers(0, 300, (1, max(depths)))
     runners: dict[str, Callable[[], Runner]] = {
-        "Sessa": lambda: SessaTokens(sessa(small)),
-        "Llama": lambda: LlamaTokens(llama(small)),
+        "Sessa": lambda: SessaTokens(sessa(choice)),
+        "Llama": lambda: LlamaTokens(llama(choice)),
     }
     for name, make in runners.items():
         runner = make()
@@ -315,11 +253,11 @@ def prefill_times(small: bool) -> Iterator[Row]:
         gc.collect()
 
 
-def check(small: bool) -> Iterator[Row]:
+def check(choice: Choice) -> Iterator[Row]:
     """Cached decoding against the full pass, in float32 and on the present device."""
     for kind in ("sessa", "transformer"):
         config = dataclasses.replace(
-            sessa_config(True), layer_kinds=kind, num_hidden_layers=2, vocab_size=300
+            sessa_config(Choice(small=True)), layer_kinds=kind, num_hidden_layers=2, vocab_size=300
         )
         model = build_model(config, initial_weights(config, 3), dtype="float32")
         ids = np.random.default_rng(1).integers(0, 300, (2, 300))
@@ -330,12 +268,12 @@ def check(small: bool) -> Iterator[Row]:
         yield {"check": f"{kind}, decoding against the full pass", "error": float(error)}
         if not error < 1e-4:
             raise SystemExit(f"decoding differs from the full pass by {error:.1e}")
-    yield from check_copies(small)
+    yield from check_copies(choice)
 
 
-def check_copies(small: bool) -> Iterator[Row]:
+def check_copies(choice: Choice) -> Iterator[Row]:
     """Memory that a step needs beside what it holds, against the smallest cache buffer."""
-    runner = SessaTokens(sessa(small))
+    runner = SessaTokens(sessa(choice))
     runner.prefill(np.random.default_rng(0).integers(0, 300, (1, 3000)))
     held = held_arrays(runner.decoder.cache)
     smallest = min(array.nbytes for array in held if array.ndim > 2 and array.nbytes > 2**16)
@@ -352,97 +290,13 @@ def check_copies(small: bool) -> Iterator[Row]:
     yield {"check": "a step copies no buffer", "extra bytes": extra, "buffer bytes": smallest}
 
 
-def sessa_step(small: bool) -> Callable[[np.ndarray], float]:
-    config = sessa_config(small)
-    settings = TrainConfig(precision="bfloat16")
-    backend = TrainBackend(config, settings, initial_weights(config, 0), None)
-    return lambda ids: backend.step([next_token_batch(ids)], 1e-4)[0]
-
-
-def llama_step(small: bool) -> Callable[[np.ndarray], float]:
-    """One compiled step in bfloat16 with mlx's AdamW."""
-    model, optimizer = llama(small), optimizers.AdamW(1e-4)
-    optimizer.init(model.trainable_parameters())
-    state = [model.state, optimizer.state]
-
-    def loss(model: nn.Module, ids: mx.array) -> mx.array:
-        logits = model(ids[:, :-1]).astype(mx.float32)
-        return nn.losses.cross_entropy(logits, ids[:, 1:], reduction="mean")
-
-    @partial(mx.compile, inputs=state, outputs=state)
-    def step(ids: mx.array) -> mx.array:
-        value, grads = nn.value_and_grad(model, loss)(model, ids)
-        optimizer.update(model, grads)
-        return value
-
-    def run(ids: np.ndarray) -> float:
-        value = step(mx.array(ids))
-        mx.eval(value, state)
-        return value.item()
-
-    return run
-
-
-def train(small: bool) -> Iterator[Row]:
-    for name, make in (("Sessa", sessa_step), ("Llama", llama_step)):
-        step = make(small)
-        for B, T in ((2, 32), (1, 64)) if small else SHAPES:
-            mx.clear_cache()
-            mx.reset_peak_memory()
-            ids = np.random.default_rng(0).integers(0, 300, (B, T + 1))
-            start = time.perf_counter()
-            losses = [step(ids)]
-            first, times = time.perf_counter() - start, []
-            while len(times) < 3 or (sum(times) < 3 and len(times) < 6):
-                start = time.perf_counter()
-                losses.append(step(ids))
-                times.append(time.perf_counter() - start)
-            yield {
-                "training": name,
-                "rows": B,
-                "T": T,
-                "tokens/s": round(B * T / median(times[1:])),
-                "first step s": round(first, 1),
-                "peak GiB": round(mx.get_peak_memory() / GIB, 2),
-                "pool GiB": round(mx.get_cache_memory() / GIB, 2),
-                "losses": [round(losses[0], 3), round(losses[-1], 3)],
-            }
-        del step
-        gc.collect()
-
-
-def command(small: bool) -> Iterator[Row]:
-    """`sessa train --backend mlx` of the preset on the texts that every Python brings."""
-    with tempfile.TemporaryDirectory() as folder:
-        sizes = ("demo", 64, 2, 4) if small else ("sessa-131m", 2048, 8, 12)
-        preset, length, rows, steps = map(str, sizes)
-        given = ["--backend", "mlx", "--preset", preset, "--tokenizer", "bytes", "--data", "pydoc"]
-        given += ["--max-position-embeddings", length, "--batch-size", rows, "--steps", steps]
-        given += ["--evaluate-every", "0", "--checkpoint-every", "0", "--max-documents", "200"]
-        out = Path(folder) / "run"
-        start = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, "-m", "sessa_cli.main", "train", "--out", str(out), *given],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            yield {"command": "failed", "output": (done.stdout + done.stderr)[-1500:]}
-            return
-        yield {
-            "command": "sessa train",
-            "seconds": round(time.perf_counter() - start, 1),
-            "tokens/s": tokens_per_second(read_metrics(out)),
-            "dtype": json.loads((out / "config.json").read_text())["dtype"],
-        }
-
-
 PARTS = {
+    "train": train,
+    "documents": documents,
+    "train-llama": train_llama,
+    "command": command,
     "decode": decode,
     "prefill": prefill_times,
-    "train": train,
-    "command": command,
     "check": check,
 }
 
@@ -451,18 +305,51 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="+", choices=PARTS)
     parser.add_argument("--small", action="store_true", help="a small model, to try the script")
+    parser.add_argument("--layers", type=int, default=0, help="of Sessa; the Llama has 3/4")
+    for name in ("lengths", "depths", "bits"):
+        parser.add_argument(f"--{name}", type=int, nargs="+", default=getattr(Choice, name))
     parser.add_argument("--out", type=Path, required=True, help="folder of rows.jsonl and ptx")
     options = parser.parse_args()
-    (options.out / "ptx").mkdir(parents=True, exist_ok=True)
+    chosen = {f.name: getattr(options, f.name) for f in dataclasses.fields(Choice)}
+    kernels = options.out / "ptx"
+    kernels.mkdir(parents=True, exist_ok=True)
     # MLX reads the variable with the first kernel that it compiles.
-    os.environ.setdefault("MLX_PTX_CACHE_DIR", str(options.out / "ptx"))
+    os.environ.setdefault("MLX_PTX_CACHE_DIR", str(kernels))
     about = {"mlx": mx.__version__, **mx.device_info(), "time": time.strftime("%Y-%m-%d %H:%M")}
-    for part in options.parts:
-        start = time.perf_counter()
-        for row in PARTS[part](options.small):
-            write({**row, "at s": round(time.perf_counter() - start, 1)}, options.out)
-        seconds = round(time.perf_counter() - start, 1)
-        write({"part": part, "seconds": seconds, **about}, options.out)
+    with kernels_told(Path(os.environ["MLX_PTX_CACHE_DIR"])):
+        for part in options.parts:
+            start = time.perf_counter()
+            for row in PARTS[part](Choice(**chosen)):
+                write({**row, "at s": round(time.perf_counter() - start, 1)}, options.out)
+            seconds = round(time.perf_counter() - start, 1)
+            write({"part": part, "seconds": seconds, **about}, options.out)
+
+
+@contextmanager
+def kernels_told(folder: Path) -> Iterator[None]:
+    """Say every few seconds how many kernels MLX has compiled, if there are more than before."""
+    ended, start = Event(), time.perf_counter()
+
+    def watch() -> None:
+        told = found = _kernels(folder)
+        say(f"{told} kernels are kept in {folder}")
+        while not ended.wait(5):
+            if (found := _kernels(folder)) > told:
+                say(f"{found} kernels, {found - told} of them new")
+                told = found
+
+    thread = Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        say(f"{_kernels(folder)} kernels after {time.perf_counter() - start:.0f} s")
+
+
+def _kernels(folder: Path) -> int:
+    return sum(1 for _ in folder.rglob("*.ptx"))
 
 
 def write(row: Row, out: Path) -> None:

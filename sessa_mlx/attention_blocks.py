@@ -3,7 +3,8 @@
 MLX computes the gradient of its fused attention with matrices of T x T scores on Metal and on the
 CPU. Here the forward pass is the fused kernel where there is one, and the backward pass computes
 the scores again, one block of rows at a time, for the keys that these rows see. On CUDA, where MLX
-has a fused backward kernel (cuDNN), that one is used.
+has a fused backward kernel (cuDNN), that one is used. For documents it takes a mask of T x T
+numbers in 16 bits, which all layers share, up to MOST_MASK numbers.
 
 Letters: B batch, T time, P past, S = P + T, H heads, G key/value heads, K width of queries and
 keys, d width of values.
@@ -31,6 +32,8 @@ MOST_SCORES = 2**24
 # The keys of a block end where its segment of the rows ends. Few segments keep the sizes of the
 # buffers few, so that MLX can reuse them, and waste an eighth of the products.
 SEGMENTS = 4
+# Numbers of a mask for cuDNN: half a gibibyte.
+MOST_MASK = 2**28
 
 
 def attend(
@@ -49,6 +52,8 @@ def attend(
     T, S = q.shape[2], k.shape[2]
     optional = {"key_mask": key_mask, "document_starts": document_starts}
     given = {name: array for name, array in optional.items() if array is not None}
+    if document_starts is not None and key_mask is None and _takes_mask(q, v):
+        return _under_mask(q, k, v, document_starts)
     if T > FEW_ROWS and (given or not _has_fused_gradient(q, v)):
         return _operator(tuple(given))(q, k, v, *given.values())
     mask: mx.array | str | None = "causal" if T > 1 else None
@@ -60,6 +65,41 @@ def attend(
 def _has_fused_gradient(q: mx.array, v: mx.array) -> bool:
     """Return True where MLX's own attention has a fused backward kernel."""
     return _cudnn_takes(q, v) and q.shape[2] % 128 == 0
+
+
+def _takes_mask(q: mx.array, v: mx.array) -> bool:
+    """Return True where MLX's own attention has a fused backward kernel for a mask of documents."""
+    fits = q.shape[0] * q.shape[2] ** 2 <= MOST_MASK
+    return fits and _has_fused_gradient(q, v) and _masks_work(q.dtype)
+
+
+@cache
+def _masks_work(dtype: mx.Dtype) -> bool:
+    """Try cuDNN with a mask that heads share: it says only when called whether it takes one."""
+    shape, starts = (2, 2, 128, 64), mx.array([[0] * 128, [0] * 50 + [50] * 78])
+    q, k, v, down = (mx.random.normal(shape, key=mx.random.key(i)).astype(dtype) for i in range(4))
+    try:
+        outputs, found = mx.vjp(lambda *x: _under_mask(x[0], x[1], x[2], starts), [q, k, v], [down])
+        wanted = attention_backward(down, q, k, v, outputs[0], document_starts=starts)
+        errors = [mx.abs(a - b).max() / mx.abs(b).max() for a, b in zip(found, wanted, strict=True)]
+        return all(bool(error < 0.05) for error in errors)
+    except RuntimeError:
+        return False
+
+
+def _under_mask(
+    q: mx.array,  # (B, H, T, K)
+    k: mx.array,  # (B, G, T, K)
+    v: mx.array,  # (B, G, T, d)
+    document_starts: mx.array,  # (B, T)
+) -> mx.array:
+    """Return the attention (B, H, T, d) by the fused kernel, with a mask added to the scores."""
+    # All of it depends on document_starts, so that mx.compile keeps one mask for all layers.
+    rows = mx.cumsum(mx.ones_like(document_starts), 1) - 1
+    columns = rows[:, None]
+    visible = (columns <= rows[..., None]) & (columns >= document_starts[..., None])
+    mask = mx.where(visible[:, None], 0, -mx.inf).astype(q.dtype)
+    return mx.fast.scaled_dot_product_attention(q, k, v, scale=_scale(q), mask=mask)
 
 
 def _has_fused_forward(q: mx.array, v: mx.array) -> bool:

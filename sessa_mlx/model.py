@@ -10,6 +10,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from sessa_common.config import SessaConfig
 from sessa_common.layer_kinds import KINDS, LayerKind
+from sessa_mlx._gelu import gelu
 from sessa_mlx._linear import Linear
 from sessa_mlx.attention import AttentionMixer, Rope, rope_of
 from sessa_mlx.cache import Mamba2LayerCache, SessaCache, SessaLayerCache
@@ -47,13 +48,13 @@ class SessaLayer(nn.Module):
         """Apply the block to x (B, T, D); the other arguments as in `AttentionMixer`."""
         a, g = mx.split(self.W_in(self.ln(x)), 2, -1)
         s = self.mixer(
-            nn.gelu(a), rope=rope, cache=cache, key_mask=key_mask, document_starts=document_starts
+            gelu(a), rope=rope, cache=cache, key_mask=key_mask, document_starts=document_starts
         )
         return x + self.W_out(s * g)
 
     def mixer_input(self, x: mx.array) -> mx.array:
         """The input a (B, T, D) of the mixer for x (B, T, D)."""
-        return nn.gelu(mx.split(self.W_in(self.ln(x)), 2, -1)[0])
+        return gelu(mx.split(self.W_in(self.ln(x)), 2, -1)[0])
 
 
 class MLP(nn.Module):
@@ -75,7 +76,7 @@ class MLP(nn.Module):
         """Apply to x (B, T, D)."""
         if self.gated:
             return self.down_proj(nn.silu(self.gate_proj(x)) * self.up_proj(x))
-        return self.down_proj(nn.gelu(self.up_proj(x)))
+        return self.down_proj(gelu(self.up_proj(x)))
 
 
 class TransformerLayer(nn.Module):

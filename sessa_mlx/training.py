@@ -13,7 +13,6 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx import optimizers
 from mlx.utils import tree_flatten, tree_unflatten
 
 from sessa_common.config import SessaConfig, parameter_shapes
@@ -264,7 +263,7 @@ class TrainBackend:
         self.steps = steps
 
     def _rates(self, learning_rate: float) -> list[list[mx.array]]:
-        """Learning rate, factor of a decaying weight, Adam's step and scale of its second moment.
+        """Learning rate, factors of weights that decay or not, Adam's step and its second scale.
 
         One list for each factor of the learning rate.
         """
@@ -272,7 +271,7 @@ class TrainBackend:
         found = []
         for rate in (learning_rate * factor for factor in self._factors):
             keep, size = 1 - rate * settings.weight_decay, rate / (1 - settings.beta1**step)
-            found.append([rate, keep, size, (1 - settings.beta2**step) ** -0.5])
+            found.append([rate, keep, 1.0, size, (1 - settings.beta2**step) ** -0.5])
         return [[mx.array(x) for x in each] for each in found]
 
     def _sums(
@@ -319,7 +318,7 @@ class TrainBackend:
         loss, grads = sums
         loss, *means = self.processes.mean([loss, *grads.values()])
         grads = dict(zip(grads, means, strict=True))
-        grads, norm = optimizers.clip_grad_norm(grads, self.settings.max_grad_norm)
+        grads, norm = _clipped(grads, self.settings.max_grad_norm)
         finite = mx.isfinite(loss + norm)
         weights, (m, v) = dict[str, mx.array](), (dict[str, mx.array](), dict[str, mx.array]())
         for name, g in grads.items():
@@ -344,13 +343,15 @@ class TrainBackend:
 
         The rule is that of torch.optim.AdamW; mlx.optimizers.AdamW decays every parameter and
         rounds its bias corrections to float32. MLX makes one kernel of it, because the new
-        parameter is computed from the moments that are returned.
+        parameter is computed from the moments that are returned. All parameters have the same
+        kernel, because one that does not decay is multiplied too.
         """
-        settings, (_, keep, size, scale) = self.settings, rates
+        settings, (_, *factors, size, scale) = self.settings, rates
+        keep = factors[0 if decays(p.shape) else 1]
         m = mx.where(finite, settings.beta1 * m + (1 - settings.beta1) * g, m)
         v = mx.where(finite, settings.beta2 * v + (1 - settings.beta2) * (g * g), v)
         step = size * m / (mx.sqrt(v) * scale + settings.adam_eps)
-        return mx.where(finite, (p * keep if decays(p.shape) else p) - step, p), m, v
+        return mx.where(finite, p * keep - step, p), m, v
 
     def _muon(
         self, p: mx.array, m: mx.array, g: mx.array, finite: mx.array, rates: list[mx.array]
@@ -409,6 +410,18 @@ class TrainBackend:
         """Take the trained weights out of the model, which would keep the old ones after a step."""
         nothing = mx.zeros(())
         self.model.update(tree_unflatten([(name, nothing) for name in self.parameters]))
+
+
+def _clipped(grads: Arrays, max_norm: float) -> tuple[Arrays, mx.array]:
+    """Return the gradients, scaled to the norm `max_norm` if theirs is larger, and their norm.
+
+    Like mlx.optimizers.clip_grad_norm, but every square has a sum, also a single number's: the sums
+    are then added by two or three kernels instead of one for each place of the numbers.
+    """
+    squares = [(g if g.ndim else g[None]).square().sum() for g in grads.values()]
+    norm = mx.sqrt(functools.reduce(mx.add, squares))
+    factor = mx.minimum(max_norm / (norm + 1e-6), 1.0)
+    return {name: g * factor for name, g in grads.items()}, norm
 
 
 def _added(one: Sums, other: Sums) -> Sums:

@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from sessa_mlx._exp import exp
 from sessa_mlx.feedback.masking import visible_rows
-from sessa_mlx.feedback.products import diagonal_blocks, lower_halves
+from sessa_mlx.feedback.products import diagonal_blocks, identity, lower_halves
 
 BLOCK = 256
 LEAF = 8
@@ -180,7 +180,7 @@ def _solve_causally(
 def _solve_block(N: mx.array, rhs: mx.array, *, transposed: bool = False) -> mx.array:
     """(I - N)^-1 rhs, or (I - N)^-T rhs, for strictly lower triangular N (B, n, n)."""
     # Without the diagonal of ones, and not by addmm: small terms are summed before rhs is added.
-    X = unit_lower_inverse(N) - mx.eye(N.shape[-1], dtype=N.dtype)
+    X = unit_lower_inverse(N) - identity(N.shape[-1], N.dtype)
     return rhs + (X.swapaxes(1, 2) if transposed else X) @ rhs
 
 
@@ -197,7 +197,7 @@ def unit_lower_inverse(N: mx.array) -> mx.array:
     leaf = min(size, LEAF)
     padded = mx.pad(N, [(0, 0), (0, size - n), (0, size - n)]) if size > n else N
     blocks = diagonal_blocks(padded, leaf)  # (B, size / leaf, leaf, leaf)
-    X = mx.broadcast_to(mx.eye(leaf, dtype=N.dtype), blocks.shape)
+    X = mx.broadcast_to(identity(leaf, N.dtype), blocks.shape)
     half = 1
     while half < leaf:
         # Within a leaf all pairs merge by one product of whole matrices.

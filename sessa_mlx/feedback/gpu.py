@@ -18,6 +18,7 @@ from sessa_mlx.feedback.products import (
     add_product,
     diagonal_blocks,
     fused,
+    identity,
     lower_halves,
     product,
     storage_type,
@@ -277,7 +278,7 @@ def _inverse(N: mx.array, storage: mx.Dtype) -> mx.array:
     leaf = min(size, LEAF)
     padded = mx.pad(N, [(0, 0), (0, size - n), (0, size - n)]) if size > n else N
     blocks = diagonal_blocks(padded, leaf)
-    X = mx.broadcast_to(mx.eye(leaf), blocks.shape)
+    X = mx.broadcast_to(identity(leaf), blocks.shape)
     half = 1
     while half < leaf:
         low = mx.where(lower_halves(leaf, half), blocks, 0)
@@ -290,7 +291,7 @@ def _inverse(N: mx.array, storage: mx.Dtype) -> mx.array:
         corner = product(product(second, low, storage), first, storage)
         top = mx.concatenate([first, mx.zeros_like(first)], -1)
         X = mx.concatenate([top, mx.concatenate([corner, second], -1)], -2)
-    return X[:, 0, :n, :n] - mx.eye(n)
+    return X[:, 0, :n, :n] - identity(n)
 
 
 def _visible(columns: mx.array, limit: mx.array, *shown: mx.array) -> mx.array:

@@ -81,7 +81,16 @@ def lower_halves(n: int, half: int) -> mx.array:
 
 
 def diagonal_blocks(N: mx.array, size: int) -> mx.array:
-    """The (B, count, size, size) blocks on the diagonal of N (B, count * size, count * size)."""
+    """The (B, count, size, size) blocks on the diagonal of N (B, count * size, count * size).
+
+    mx.diagonal would compute indices and gather by them.
+    """
     B, n, _ = N.shape
-    blocks = N.reshape(B, n // size, size, n // size, size)
-    return mx.moveaxis(mx.diagonal(blocks, axis1=1, axis2=3), -1, 1)
+    strides = n * n, size * (n + 1), n, 1
+    return mx.as_strided(N, (B, n // size, size, size), strides)
+
+
+@cache
+def identity(n: int, dtype: mx.Dtype = mx.float32) -> mx.array:
+    """The unit matrix (n, n), a constant: mx.eye scatters ones in every step."""
+    return mx.array(np.eye(n), dtype)

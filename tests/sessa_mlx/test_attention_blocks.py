@@ -121,3 +121,13 @@ def test_metal_launches_and_sizes() -> None:
     # Views, shapes and types aside, before mx.compile merges neighbours.
     free = {"AsType", "Slice", "Transpose", "Reshape", "ExpandDims", "Squeeze", "Unflatten"}
     assert sum(names[name] for name in names.keys() - free) <= 22 * T // 256
+
+
+def test_a_mask_of_documents_is_tried_before_it_is_used() -> None:
+    """Fused attention is used under a mask where it has the gradients of the blocks."""
+    works = attention_blocks._masks_work.__wrapped__
+    assert works(mx.float32)
+    with mock.patch.object(attention_blocks, "_under_mask", lambda q, *rest: q):
+        assert not works(mx.float32)
+    with mock.patch.object(attention_blocks, "_under_mask", side_effect=RuntimeError):
+        assert not works(mx.float32)

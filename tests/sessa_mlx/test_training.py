@@ -9,10 +9,12 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx import nn, optimizers
 from mlx.utils import tree_flatten
 
 from sessa_common.checkpoint.initialization import initial_weights
@@ -20,6 +22,8 @@ from sessa_common.config import SessaConfig
 from sessa_common.data.batches import Batch, next_token_batch
 from sessa_common.presets import PRESETS
 from sessa_common.train_config import TrainConfig
+from sessa_mlx import training
+from sessa_mlx._gelu import gelu
 from sessa_mlx.training import TrainBackend
 
 SMALL = SessaConfig(
@@ -134,3 +138,39 @@ def test_launches_of_the_optimizer(tmp_path: Path) -> None:
     paths = tmp_path / "gradients.dot", tmp_path / "step.dot"
     without, whole = launches(gradients, paths[0]), launches(step, paths[1])
     assert 0 < whole - without <= (2395 + 820) // 4
+
+
+def kernels(layers: int, path: Path) -> set[str]:
+    """Names of the fused kernels of a compiled step, by their operations."""
+    trained = backend(dataclasses.replace(SMALL, num_hidden_layers=layers), compile=True)
+    data = trained._arrays(batch(SMALL, 1, 8))
+    rest = None, data, mx.array(8.0), trained._rates(1e-3)
+    with mock.patch("sessa_mlx._gelu.on_gpu", lambda: True):
+        step = trained._finish(trained.parameters, trained.moments, *rest)
+    mx.export_to_dot(str(path), *(array for _, array in tree_flatten(step)))
+    return set(re.findall(r'label ="(Compiled[^"]*)"', path.read_text()))
+
+
+def test_all_layers_have_the_same_kernels(tmp_path: Path) -> None:
+    """A kernel takes seconds to compile on CUDA; only the last of a long sum may differ."""
+    few, many = (kernels(layers, tmp_path / "step.dot") for layers in (3, 5))
+    assert len(few) > 10 and len(few ^ many) <= 2
+
+
+def test_clipping_is_that_of_mlx() -> None:
+    grads = {"a": mx.random.normal((3, 4)), "b": mx.array(2.0), "c": mx.random.normal((5,))}
+    for most in (0.5, 100.0):
+        found, norm = training._clipped(grads, most)
+        wanted, wanted_norm = optimizers.clip_grad_norm(grads, most)
+        assert norm.item() == pytest.approx(wanted_norm.item(), rel=1e-6)
+        for name, g in found.items():
+            np.testing.assert_allclose(g, wanted[name], rtol=1e-6)
+
+
+def test_gelu_on_a_gpu_has_the_same_gradient() -> None:
+    x, dy = mx.linspace(-6, 6, 101), mx.linspace(1, 2, 101)
+    wanted = mx.vjp(nn.gelu, [x], [dy])
+    with mock.patch("sessa_mlx._gelu.on_gpu", lambda: True):
+        found = mx.vjp(gelu, [x], [dy])
+    for got, want in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(got[0], want[0], rtol=1e-5, atol=1e-6)

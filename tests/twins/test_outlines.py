@@ -23,6 +23,7 @@ ONE_SIDED = {
     "_device.py",
     "_documents.py",
     "_exp.py",
+    "_gelu.py",
     "_linear.py",
     "_profile.py",
     "_optimizer.py",
