@@ -187,8 +187,8 @@ def check_ways(folder: Path, count: int, ways: dict[str, dict[str, Any]]) -> Non
     (folder / "commands.py").write_text(COMMANDS)
     code, out, err = launch(folder, count, "commands.py")
     assert code == 1, out + err
-    # With NCCL the other process waits for the lost one until torchrun ends it.
-    assert DEVICE == "cuda" or "another process of this run has ended" in err, out + err
+    # Either the other process sees it first, or torchrun ends that one: always so with NCCL.
+    assert "another process of this run has ended" in err or "closing signal" in err, out + err
     assert out.count("codes [0, 2]") == count, out + err
     assert out.count(f"by {count} processes") == out.count("wrote begun-again ") == 1
     assert f"--batch-size is {count + 1}, which {count} processes cannot share evenly" in err
