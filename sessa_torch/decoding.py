@@ -24,6 +24,7 @@ from sessa_common.inference.model_tokenizer import ModelTokenizer
 from sessa_common.inference.sampling import GumbelNoise, SamplingConfig
 from sessa_common.inference.shortcuts import ModelHome, Shortcuts, start
 from sessa_common.inference.texts import BATCH_SIZE, generate_texts
+from sessa_torch._step import append_token, is_supported
 from sessa_torch.cache import SessaCache
 from sessa_torch.checkpoint import load_model, to_numpy, to_tensor
 from sessa_torch.cuda.device import missing_triton
@@ -55,6 +56,7 @@ class Decoder:
         self.cache = SessaCache(model.config)
         self.last: Tensor | None = None  # (B, V), logits of the last token
         self._runner = _step_runner(model)
+        self._steps = is_supported(model)
 
     @property
     def length(self) -> int:
@@ -178,6 +180,8 @@ class Decoder:
                 runner.graphs = runner.graphs and self.graphs
                 return runner.run(self.cache, ids, keep)
             runner.length = None
+        if self._steps and ids.shape[1] == 1 and self.length:
+            return append_token(self.model, self.cache, ids, seen).float()
         logits = self.model(ids, cache=self.cache, attention_mask=seen, logits_to_keep=keep)
         return logits.float()
 

@@ -1,0 +1,63 @@
+"""A token behind a cache on a CPU equals the call of the model, for every kind of layer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.export_models import lively_weights, small_config
+
+from sessa_torch.cache import SessaCache
+from sessa_torch.checkpoint import build_model
+from sessa_torch.decoding import Decoder
+from sessa_torch.lora import LoraLinear
+
+KINDS = ("sessa", "transformer", "sessa_transformer", "gated_attention", "mamba2")
+SMALL = {"num_hidden_layers": 5, "layer_kinds": KINDS, "mamba_d_head": 16}
+CONFIGS = {
+    "default": {},
+    "llama": {
+        "num_key_value_heads": 2,
+        "qk_norm": True,
+        "norm_type": "rms",
+        "mlp_type": "swiglu",
+        "layer_kinds": ("sessa_transformer", "transformer"),
+        "num_hidden_layers": 2,
+    },
+    "no positions, untied": {"use_forward_rope": False, "tie_word_embeddings": False},
+}
+
+
+@pytest.fixture(params=CONFIGS)
+def model(request):
+    config = small_config(**{**SMALL, **CONFIGS[request.param]})
+    return build_model(config, lively_weights(config), dtype="float64")
+
+
+@torch.inference_mode()
+def check(model) -> None:
+    """Compare a step with the call of the model, without and with padding."""
+    ids = torch.arange(2 * 7).view(2, 7) % model.config.vocab_size
+    for mask in (None, torch.arange(7).expand(2, 7) >= torch.tensor([[0], [3]])):
+        decoder, cache = Decoder(model), SessaCache(model.config)
+        decoder.feed(ids[:, :5].numpy(), None if mask is None else mask[:, :5].numpy())
+        model(ids[:, :5], cache=cache, attention_mask=None if mask is None else mask[:, :5])
+        for t in (5, 6):
+            want = model(ids[:, t : t + 1], cache=cache)
+            got = decoder.step(ids[:, t : t + 1].numpy())
+            torch.testing.assert_close(torch.from_numpy(got), want[:, 0].float())
+        for name, held in cache.tensors().items():
+            torch.testing.assert_close(decoder.cache.tensors()[name], held)
+
+
+def test_a_step_equals_the_call_of_the_model(model) -> None:
+    check(model)
+
+
+def test_adapters_apply_in_a_step(model) -> None:
+    for layer in model.model.layers:
+        for name in ("q_proj", "proj_fb"):
+            if hasattr(layer.mixer, name):
+                lora = LoraLinear(getattr(layer.mixer, name), 2, 3.0).double()
+                torch.nn.init.normal_(lora.lora_B.weight)
+                setattr(layer.mixer, name, lora)
+    check(model)
