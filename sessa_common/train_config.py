@@ -13,7 +13,7 @@ from sessa_common.fields import read_fields
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 CHECKPOINTS = ("none", "selective", "layers")
-DOCUMENTS = (None, "separate", "joined")
+DOCUMENTS = ("separate", "joined")
 TRAINED = ("all", "lora", "feedback", "feedback+lora")
 LOSS_ON = ("answers", "all")
 OPTIMIZERS = ("adamw", "muon")
@@ -44,8 +44,7 @@ class TrainConfig:
     cannot train. `tokenizer` is None (a byte-level BPE of the model's vocab_size), a size, "bytes"
     or a path; `sequence_length` is the number of tokens in a training row, 0 for the model's
     max_position_embeddings; the `documents` of a row are "separate" (none reads another,
-    positions begin anew, and the first token of a document is no target) or "joined"; None is
-    "separate", but "joined" with `context_parallel`, which cannot separate them; a step uses
+    positions begin anew, and the first token of a document is no target) or "joined"; a step uses
     batch_size * gradient_accumulation_steps rows; the optimizer is "adamw", or "muon" for the
     layers' matrices beside AdamW for the rest; the learning rate rises linearly over warmup_steps
     and falls along a cosine to min_lr_ratio of itself; each layer learns with layer_rate_decay
@@ -86,7 +85,7 @@ class TrainConfig:
     tokenizer: str | None = None
     parse_special_tokens: bool = False
     sequence_length: int = 0
-    documents: str | None = None
+    documents: str = "separate"
     steps: int = 800
     batch_size: int = 4
     gradient_accumulation_steps: int = 1

@@ -330,16 +330,14 @@ class TrainBackend:
         return loss
 
     def _on_device(self, batch: Batch) -> list[Tensor]:
-        # The sums of shared rows do not know where documents begin.
-        apart = self.context is not None and batch.document_starts is not None
-        require(not apart, "`context_parallel` is above 1, but documents are kept apart; give 1")
         # A compiled layer or graph gets the starts of documents always, others where they matter.
         tensors = batch_tensors(batch, always=bool(self.settings.compile))
-        return [self._own(tensor).to(self.device) for tensor in tensors]
+        starts = tensors[3] if tensors[3:] else None
+        return [self._own(tensor, starts).to(self.device) for tensor in tensors]
 
-    def _own(self, tokens: Tensor) -> Tensor:
-        """Return the tokens (B, T) that this process has in the model."""
-        return tokens if self.context is None else self.context.own(tokens)
+    def _own(self, tokens: Tensor, document_starts: Tensor | None = None) -> Tensor:
+        """Return the tokens (B, T) that this process has in the model, of rows with documents."""
+        return tokens if self.context is None else self.context.own(tokens, document_starts)
 
 
 class _Objective(nn.Module):

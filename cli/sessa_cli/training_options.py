@@ -87,8 +87,7 @@ Documents = Annotated[
     str | None,
     of_learning(
         "--documents",
-        "separate: the documents of a row do not read each other; or joined. Default: separate, "
-        "but joined with --context-parallel.",
+        "separate: the documents of a row do not read each other; or joined. Default: separate.",
     ),
 ]
 Optimizer = Annotated[

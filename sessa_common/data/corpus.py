@@ -17,7 +17,7 @@ from sessa_common.data.row_order import MixtureOrder, RowOrder
 from sessa_common.data.sources import ReadCounts, TextSource, read_documents, split_weights
 from sessa_common.data.token_shards import TokenShards, is_token_folder
 from sessa_common.data.tokenizer import read_tokenizer
-from sessa_common.errors import SessaError, require
+from sessa_common.errors import SessaError
 from sessa_common.memory import require_memory
 from sessa_common.train_config import TrainConfig
 
@@ -167,7 +167,7 @@ class TextBatches:
         corpus = tokens if isinstance(tokens, Corpus) else Corpus([tokens], [1.0])
         self.sequence_length = training_sequence_length(config, settings)
         self.batch_size = settings.batch_size
-        self.end_id = end_id if are_documents_separate(settings) else None
+        self.end_id = end_id if settings.documents == "separate" else None
         self.notes = [note for part in (validation, corpus) if part for note in part.notes]
         row = self.sequence_length + 1
         # Inputs, targets and their weights take 4 bytes a token each.
@@ -237,20 +237,6 @@ class TextBatches:
             range(0, len(span) - length, length)[: math.ceil(rows * weight / sum(weights))]
             for span, weight in zip(self.held_out, weights, strict=True)
         ]
-
-
-def are_documents_separate(settings: TrainConfig) -> bool:
-    """Return True when the documents of a row are separate, as `TrainConfig` says.
-
-    Raises SessaError where they are asked for and `context_parallel` cannot separate them.
-    """
-    alone = settings.context_parallel == 1
-    require(
-        alone or settings.documents != "separate",
-        "`documents` cannot be separate with `context_parallel` above 1; leave it out, or give "
-        "joined",
-    )
-    return settings.documents == "separate" or (settings.documents is None and alone)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,6 @@ from sessa_common.data.batches import ALL_ROWS, Batch, next_token_batch
 from sessa_common.data.corpus import (
     Tell,
     TextBatches,
-    are_documents_separate,
     read_corpus,
     read_text_batches,
     say_nothing,
@@ -100,7 +99,7 @@ class StreamBatches:
         self.source, self.tokenizer = TextSource.of(settings), tokenizer
         self.begin, self.end = np.array(begin, np.int32), np.array([end_id], np.int32)
         self.length, self.size = training_sequence_length(config, settings), settings.batch_size
-        self.end_id = end_id if are_documents_separate(settings) else None
+        self.end_id = end_id if settings.documents == "separate" else None
         self.held_out = validation
         self.notes = [] if validation is None else validation.notes
         self._lock, self._next = threading.Lock(), 0

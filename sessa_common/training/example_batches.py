@@ -11,7 +11,6 @@ import numpy as np
 from sessa_common.config import SessaConfig
 from sessa_common.data.batches import ALL_ROWS, Batch, EpochOrder
 from sessa_common.data.corpus import (
-    are_documents_separate,
     check_ids,
     training_sequence_length,
 )
@@ -56,7 +55,7 @@ class ExampleBatches:
             validation = self._cut(held_out, config, "the validation data")
         self.examples, self.tokens = len(rows), sum(len(each.tokens) for each in rows)
         self.packed = settings.packing
-        self.separate = settings.packing and are_documents_separate(settings)
+        self.separate = settings.packing and settings.documents == "separate"
         self.rows = pack_examples(rows, row) if settings.packing else rows
         self.held_out = validation[: settings.evaluate_batches * self.batch_size]
         self.order = EpochOrder(len(self.rows), settings.seed)

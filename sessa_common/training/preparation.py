@@ -294,8 +294,11 @@ def _resumed_run(
     """The run in a folder, to go on with; SessaError when a field would make it another run."""
     if not folder.is_dir():
         raise SessaError(f"{folder}: no such checkpoint folder")
-    # Runs that are older than this setting had joined documents.
-    stored = {"documents": "joined", **read_json(folder / TRAINING)}
+    stored = read_json(folder / TRAINING)
+    if stored.get("documents") is None:
+        # Older runs had joined documents at first, and later where processes shared their tokens.
+        joined = "documents" not in stored or stored.get("context_parallel", 1) > 1
+        stored["documents"] = "joined" if joined else "separate"
     settings = TrainConfig.from_dict(stored, str(folder / TRAINING))
     for name, value in given.items():
         if name not in FREE_ON_RESUME and getattr(settings, name) != value:

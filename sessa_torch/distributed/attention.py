@@ -12,8 +12,9 @@ processes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -24,6 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sessa_torch.distributed.deal import Deal
+from sessa_torch.distributed.documents import Documents
 from sessa_torch.distributed.fused_attention import attention_backward, attention_forward
 from sessa_torch.distributed.sweep import Exchange, work_type
 from sessa_torch.model import QUADRATIC
@@ -79,20 +81,41 @@ class Chunk:
         start = self.first // self.deal.size * self.deal.block
         return slice(start, self.deal.rows_through(self.first + self.blocks * self.deal.size - 1))
 
-    def products(self) -> Iterator[tuple[slice, slice, bool]]:
+    def products(self, starts: Tensor) -> Iterator[tuple[slice, slice, bool]]:
         """Yield own rows, keys of the chunk that they read, and True for a causal square.
 
-        Rows of a square read the keys up to their own one, and other rows read all these keys.
+        Rows of a square read the keys up to their own one, and other rows read all these keys. They
+        are rows of one document each, which begins at `starts` (length,).
         """
-        deal = self.deal
+        deal, begin = self.deal, self.first * self.deal.block
         last = min(self.first + self.blocks * deal.size, deal.count)
         for i in range(self.first + deal.rank, last, deal.size):
-            start = (i - self.first) * deal.block
-            if start:
-                yield deal.rows(i), slice(0, start), False
-            yield deal.rows(i), slice(start, start + deal.height(i)), True
-        if self.own.stop < len(deal.places):
-            yield slice(self.own.stop, len(deal.places)), slice(0, self.keys), False
+            first, rows = i * deal.block, deal.rows(i)
+            of_block = starts[first : first + deal.height(i)]
+            if begin < first and of_block[0] < first:
+                stop = rows.start + int((of_block == of_block[0]).sum())
+                yield slice(rows.start, stop), self._keys(of_block[0], first), False
+            for start, stop in pairwise(_bounds(of_block)):
+                place = slice(first - begin + start, first - begin + stop)
+                yield slice(rows.start + start, rows.start + stop), place, True
+        end = begin + self.keys
+        if end < deal.length and starts[end] < end:
+            # Rows behind the chunk, of the document that reaches over its end.
+            behind = end + int((starts[end:] == starts[end]).sum())
+            rows = slice(self.own.stop, deal.rows_before(behind))
+            if rows.start < rows.stop:
+                yield rows, self._keys(starts[end], end), False
+
+    def _keys(self, start: Tensor, stop: int) -> slice:
+        """The keys of the chunk at the places from start to stop."""
+        begin = self.first * self.deal.block
+        return slice(max(int(start) - begin, 0), stop - begin)
+
+
+def _bounds(starts: Tensor) -> list[int]:
+    """The places where the documents of some rows begin, from 0 on, and the number of rows."""
+    changes = torch.nonzero(starts.diff()).flatten() + 1
+    return [0, *changes.tolist(), len(starts)]
 
 
 def chunks_of(deal: Deal) -> list[Chunk]:
@@ -146,6 +169,13 @@ def _heads(kv: Tensor, H: int) -> tuple[Tensor, Tensor]:
     return k, v
 
 
+def _products(chunk: Chunk, documents: Documents) -> Iterator[tuple[slice, slice, slice, bool]]:
+    """Yield sequences of the batch and `Chunk.products` of them."""
+    for b, starts in documents.by_sequence():
+        for product in chunk.products(starts):
+            yield b, *product
+
+
 def _merge(out: Tensor, log_total: Tensor, part: Tensor, log_part: Tensor) -> None:
     """Add the means over further keys, (B, H, rows, d), to those over earlier ones, in place."""
     share = torch.sigmoid(log_part - log_total)[..., None]
@@ -166,13 +196,14 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float, exchange: int) -> tu
     # A finite number, because the difference of two infinite ones is not defined.
     log_total = q.new_full(q.shape[:3], torch.finfo(work).min, dtype=work)
     with torch.autocast(q.device.type, enabled=False):
+        documents = _exchanges[exchange].documents
         for chunk, kv in _arriving(_exchanges[exchange], k, v):
             keys, values = _heads(kv, q.shape[1])
-            for rows, seen, causal in chunk.products():
+            for b, rows, seen, causal in _products(chunk, documents):
                 part, log_part = attention_forward(
-                    q[:, :, rows], keys[:, :, seen], values[:, :, seen], causal, scale
+                    q[b, :, rows], keys[b, :, seen], values[b, :, seen], causal, scale
                 )
-                _merge(means[:, :, rows], log_total[:, :, rows], part, log_part)
+                _merge(means[b, :, rows], log_total[b, :, rows], part, log_part)
     return _rows_first(means.to(v.dtype)), log_total
 
 
@@ -203,7 +234,8 @@ class _SharedAttention(torch.autograd.Function):
 
         with torch.autocast(q.device.type, enabled=False):
             for chunk, kv in _arriving(ctx.exchange, k, v):
-                dkv = _chunk_backward(chunk, kv, dout, q, out, log_total, dq, ctx.scale)
+                products = _products(chunk, ctx.exchange.documents)
+                dkv = _chunk_backward(chunk, products, kv, dout, q, out, log_total, dq, ctx.scale)
                 if collecting is not None:
                     finish(*collecting)
                 collecting = chunk, _collect(chunk, dkv, ctx.exchange.group)
@@ -214,6 +246,7 @@ class _SharedAttention(torch.autograd.Function):
 
 def _chunk_backward(
     chunk: Chunk,
+    products: Iterable[tuple[slice, slice, slice, bool]],
     kv: Tensor,
     dout: Tensor,
     q: Tensor,
@@ -230,20 +263,20 @@ def _chunk_backward(
     keys, values = _heads(kv, H)
     dkv = dq.new_zeros(2, B, chunk.padded, H, d)
     dkeys, dvalues = dkv.transpose(2, 3)
-    for rows, seen, causal in chunk.products():
+    for b, rows, seen, causal in products:
         parts = attention_backward(
-            dout[:, :, rows],
-            q[:, :, rows],
-            out[:, :, rows],
-            log_total[:, :, rows],
-            keys[:, :, seen],
-            values[:, :, seen],
+            dout[b, :, rows],
+            q[b, :, rows],
+            out[b, :, rows],
+            log_total[b, :, rows],
+            keys[b, :, seen],
+            values[b, :, seen],
             causal,
             scale,
         )
-        dq[:, :, rows] += parts[0]
-        dkeys[:, :, seen] += parts[1]
-        dvalues[:, :, seen] += parts[2]
+        dq[b, :, rows] += parts[0]
+        dkeys[b, :, seen] += parts[1]
+        dvalues[b, :, seen] += parts[2]
     return dkv.unflatten(3, (G, -1)).sum(4)
 
 

@@ -14,6 +14,7 @@ from sessa_common.errors import SessaError
 from sessa_torch.attention import AttentionMixer, Rope, rope_tables
 from sessa_torch.distributed.attention import shared_attention
 from sessa_torch.distributed.deal import Deal
+from sessa_torch.distributed.documents import Documents
 from sessa_torch.distributed.sweep import (
     Exchange,
     Gradients,
@@ -21,7 +22,6 @@ from sessa_torch.distributed.sweep import (
     product,
     sweep_backward,
     sweep_forward,
-    unread,
     work_type,
 )
 from sessa_torch.mixer import SessaMixer
@@ -54,10 +54,11 @@ class ContextParallel:
             if isinstance(module, SessaMixer):
                 module.solve = self.feedback_solve
 
-    def own(self, tokens: Tensor) -> Tensor:
+    def own(self, tokens: Tensor, document_starts: Tensor | None = None) -> Tensor:
         """Return the own tokens (B, T) of whole rows, which the model is to mix next.
 
-        Raises SessaError for rows with fewer tokens than processes.
+        Documents that begin at `document_starts`, of whole rows too, do not read each other. Raises
+        SessaError for rows with fewer tokens than processes.
         """
         length = tokens.shape[1]
         if length < self.size:
@@ -66,7 +67,7 @@ class ContextParallel:
                 f"give {length} at most"
             )
         deal = Deal.of(length, dist.get_rank(self.group), self.size)
-        self.exchange = Exchange(deal, self.group)
+        self.exchange = Exchange(deal, self.group, Documents(deal, document_starts))
         return tokens[:, deal.places]
 
     def whole(self, tokens: Tensor) -> Tensor:
@@ -82,12 +83,19 @@ class ContextParallel:
         return values
 
     def rope_of(
-        self, config: SessaConfig, x: Tensor, past: int, key_mask: Tensor | None = None
+        self,
+        config: SessaConfig,
+        x: Tensor,
+        past: int,
+        key_mask: Tensor | None = None,
+        document_starts: Tensor | None = None,  # (B, T)
     ) -> Rope | None:
         """Return `sessa_torch.attention.rope_of` of the own tokens."""
         if not config.use_forward_rope:
             return None
         places = self.exchange.deal.places.to(x.device)[None]
+        if document_starts is not None:
+            places = places - document_starts
         d, theta = config.head_dim, config.rope_theta
         return rope_tables(places, d, theta, x.dtype, config.rope_scaling)
 
@@ -97,8 +105,12 @@ class ContextParallel:
         k: Tensor,  # (B, G, T, d)
         v: Tensor,  # (B, G, T, d)
         key_mask: Tensor | None = None,
+        document_starts: Tensor | None = None,  # (B, T)
     ) -> Tensor:
-        """Return `causal_attention` of the own T rows over the rows of all, (B, H, T, d)."""
+        """Return `causal_attention` of the own T rows over the rows of all, (B, H, T, d).
+
+        The documents are those that `own` was told.
+        """
         return shared_attention(q, k, v, self.exchange)
 
     def feedback_solve(
@@ -109,8 +121,12 @@ class ContextParallel:
         gamma: Tensor,  # (B, T)
         *,
         key_mask: Tensor | None = None,
+        document_starts: Tensor | None = None,  # (B, T)
     ) -> Tensor:
-        """Return the states s (B, T, D) of the own T rows of `feedback_solve` over all rows."""
+        """Return the states s (B, T, D) of the own T rows of `feedback_solve` over all rows.
+
+        The documents are those that `own` was told.
+        """
         return _Solve.apply(f, q, k, gamma, self.exchange)
 
 
@@ -133,9 +149,9 @@ class _Solve(torch.autograd.Function):
 
             def prepare(i: int) -> None:
                 rows = exchange.deal.rows(i)
-                hidden = unread(exchange.deal.height(i), f.device)
+                hidden = exchange.hidden_inside(i, f.device)
                 weights = sums.weigh(rows, k[:, rows], hidden)[:, 0]
-                # The first row of all reads nothing.
+                # The first row of a document reads nothing.
                 total = sums.total[:, 0, rows]
                 total.masked_fill_(total == 0, 1)
                 rhs = f[:, rows].to(work) + gain[:, rows] * (sums.sum[:, 0, rows] / total)
@@ -162,7 +178,7 @@ class _Solve(torch.autograd.Function):
 
             def prepare(i: int) -> None:
                 rows = deal.rows(i)
-                hidden = unread(deal.height(i), s.device)
+                hidden = ctx.exchange.hidden_inside(i, s.device)
                 weights = gradients.weights(q[:, None, rows], rows, top[:, :, rows], hidden)
                 weights = weights[:, 0] / total[:, 0, rows]
                 u[:, rows] = _solve_block(weights * gain[:, rows], u[:, rows], transposed=True)

@@ -63,5 +63,9 @@ class Deal:
 
     def rows_through(self, i: int) -> int:
         """Return the number of own rows in blocks 0 to i."""
-        blocks = max(0, (i - self.rank) // self.size + 1)
-        return min(blocks * self.block, len(self.places))
+        return self.rows_before((i + 1) * self.block)
+
+    def rows_before(self, place: int) -> int:
+        """Return the number of own rows before a place of the sequence."""
+        turns, rest = divmod(min(place, self.length), self.size * self.block)
+        return turns * self.block + min(max(rest - self.rank * self.block, 0), self.block)

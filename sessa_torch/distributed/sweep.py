@@ -22,6 +22,7 @@ from torch import Tensor
 
 from sessa_torch.cuda.device import unavailable_reason
 from sessa_torch.distributed.deal import Deal
+from sessa_torch.distributed.documents import Documents, Hide
 
 # Scores that exist at a time: 64 MiB in float32, much of which stays in a cache.
 MOST_SCORES = 2**24
@@ -56,7 +57,10 @@ def has_kernels(x: Tensor) -> bool:
 
 
 def masked_scores(q: Tensor, k: Tensor, hidden: Tensor | None) -> Tensor:
-    """Return scores (N, g, r, m) of q (N, g, r, K) and k (N, m, K), -inf where `hidden` (r, m)."""
+    """Return scores (N, g, r, m) of q (N, g, r, K) and k (N, m, K), -inf where `hidden` is True.
+
+    `hidden` is (r, m) or (N, 1, r, m).
+    """
     g, r = q.shape[1:3]
     scores = product(q.flatten(1, 2), k.mT).mul_(q.shape[3] ** -0.5).unflatten(1, (g, r))
     return scores if hidden is None else scores.masked_fill_(hidden, -torch.inf)
@@ -81,13 +85,13 @@ class RunningSums:
         self.total = torch.zeros_like(self.top)
         self.sum = torch.zeros(*shape, D, dtype=work, device=q.device)
 
-    def add(self, rows: slice, k: Tensor, v: Tensor) -> None:
+    def add(self, rows: slice, k: Tensor, v: Tensor, hide: Hide | None) -> None:
         """Add keys (N, m, K) and values (N, m, D) to the sums of `rows`."""
         for part in chunks(rows, self.q.shape[0] * self.q.shape[1] * k.shape[1]):
-            if has_kernels(self.q):
+            if hide is None and has_kernels(self.q):
                 weights = self._weigh_by_kernel(part, k)
             else:
-                weights = self.weigh(part, k, None)
+                weights = self.weigh(part, k, hide and hide(part, k.device))
             self._add(part, weights, v)
 
     def _add(self, rows: slice, weights: Tensor, v: Tensor) -> None:
@@ -125,10 +129,23 @@ def chunks(rows: slice, width: int) -> Iterator[slice]:
 
 
 class Exchange:
-    """Messages between the processes of a `group` that share the rows of a `deal`."""
+    """Messages between the processes of a `group` that share the rows of a `deal`.
 
-    def __init__(self, deal: Deal, group: dist.ProcessGroup) -> None:
+    The rows have `documents` that do not read each other.
+    """
+
+    def __init__(
+        self, deal: Deal, group: dist.ProcessGroup, documents: Documents | None = None
+    ) -> None:
         self.deal, self.group = deal, group
+        self.documents = Documents(deal) if documents is None else documents
+
+    def hidden_inside(self, i: int, device: torch.device) -> Tensor:
+        """Return True (m, m) or (N, 1, m, m) at keys of block i that a row of it does not read."""
+        hidden = unread(self.deal.height(i), device)
+        if self.documents.are_several:
+            hidden = hidden | self.documents.hidden_inside(i, device)
+        return hidden
 
     def send(
         self, i: int, parts: Callable[[slice], Sequence[Tensor]]
@@ -188,22 +205,28 @@ def sweep_forward(
     prepare(i) completes an own block when all earlier ones are in its sums: its values and the sums
     over its own keys.
     """
-    deal, T = exchange.deal, k.shape[1]
+    deal, documents, T = exchange.deal, exchange.documents, k.shape[1]
 
     def send(i: int) -> Callable[[], list[Tensor]]:
         if deal.owns(i):
             prepare(i)
+        if not documents.is_read(i):
+            return list
         return exchange.send(i, lambda rows: (k[:, rows], v[:, rows]))
+
+    def add(i: int, rows: slice, message: list[Tensor]) -> None:
+        for part, hide in documents.readers(i, rows):
+            sums.add(part, message[0], message[1], hide)
 
     waiting = send(0)
     for i in range(deal.count):
-        keys, values = waiting()
+        message = waiting()
         following = i + 1 < deal.count
         if following:
             if deal.owns(i + 1):
-                sums.add(deal.rows(i + 1), keys, values)
+                add(i, deal.rows(i + 1), message)
             waiting = send(i + 1)
-        sums.add(slice(deal.rows_through(i + 1 if following else i), T), keys, values)
+        add(i, slice(deal.rows_through(i + 1 if following else i), T), message)
 
 
 class Gradients:
@@ -235,19 +258,18 @@ class Gradients:
         everything = (self.q, self.dout, self.top, self.total, self.delta)
         return tuple(x[:, :, rows] for x in everything)
 
-    def add(self, message: list[Tensor], columns: slice, dq: Tensor) -> None:
+    def add(self, message: list[Tensor], columns: slice, dq: Tensor, hide: Hide | None) -> None:
         """Add what the block of a message contributes to own keys and values, and to its dq."""
         q, *_ = message
         for part in chunks(columns, q.shape[0] * q.shape[1] * q.shape[2]):
-            weights, dscores = self._scores(message, part, None)
+            weights, dscores = self._scores(message, part, hide and hide(part, q.device))
             add_product(self.dv[:, part], weights.mT, message[1].flatten(1, 2))
             self._add_scores(dscores, q, part, dq)
 
-    def add_own(self, message: list[Tensor], rows: slice, dq: Tensor) -> None:
+    def add_own(self, message: list[Tensor], rows: slice, dq: Tensor, hidden: Tensor) -> None:
         """Add what an own block contributes to its own keys; its values have their gradients."""
-        q, *_ = message
-        _, dscores = self._scores(message, rows, unread(q.shape[2], q.device))
-        self._add_scores(dscores, q, rows, dq)
+        _, dscores = self._scores(message, rows, hidden)
+        self._add_scores(dscores, message[0], rows, dq)
 
     def weights(self, q: Tensor, part: slice, top: Tensor, hidden: Tensor | None) -> Tensor:
         """Return exp(score - top) (N, g, m, columns) of some own keys."""
@@ -287,12 +309,23 @@ def sweep_backward(exchange: Exchange, gradients: Gradients, prepare: Prepare) -
 
     prepare(i) completes `dout` and `delta` of an own block when all later ones are in its dv.
     """
-    deal = exchange.deal
+    deal, documents = exchange.deal, exchange.documents
 
     def send(i: int) -> Callable[[], list[Tensor]]:
         if deal.owns(i):
             prepare(i)
-        return exchange.send(i, gradients.block)
+        if documents.reads(i):
+            return exchange.send(i, gradients.block)
+        return lambda: list(gradients.block(deal.rows(i))) if deal.owns(i) else []
+
+    def add(i: int, keys: slice, message: list[Tensor], dq: Tensor) -> None:
+        for part, hide in documents.keys_read(i, keys):
+            gradients.add(message, part, dq, hide)
+
+    def collect(i: int, dq: Tensor) -> Callable[[], Tensor | None]:
+        if documents.reads(i):
+            return exchange.collect(i, dq)
+        return lambda: dq if deal.owns(i) else None
 
     def finish(i: int, receive: Callable[[], Tensor | None]) -> None:
         if (dq := receive()) is not None:
@@ -302,16 +335,19 @@ def sweep_backward(exchange: Exchange, gradients: Gradients, prepare: Prepare) -
     collecting: tuple[int, Any] | None = None
     for i in reversed(range(deal.count)):
         message = waiting()
-        dq = torch.zeros_like(message[0], dtype=work_type(message[0]))
+        # A block that reads nothing before it is known to its owner alone.
+        q = message[0] if message else gradients.q[:, :, :0]
+        dq = torch.zeros_like(q, dtype=work_type(q))
         if i:
             if deal.owns(i - 1):
-                gradients.add(message, deal.rows(i - 1), dq)
+                add(i, deal.rows(i - 1), message, dq)
             waiting = send(i - 1)
         if deal.owns(i):
-            gradients.add_own(message, deal.rows(i), dq)
-        gradients.add(message, slice(0, deal.rows_through(i - 2)), dq)
+            hidden = exchange.hidden_inside(i, q.device)
+            gradients.add_own(message, deal.rows(i), dq, hidden)
+        add(i, slice(0, deal.rows_through(i - 2)), message, dq)
         if collecting is not None:
             finish(*collecting)
-        collecting = i, exchange.collect(i, dq)
+        collecting = i, collect(i, dq)
     assert collecting is not None
     finish(*collecting)

@@ -26,8 +26,10 @@ ROOT = Path(__file__).parents[2]
 # "cuda" where two GPUs are, to send by NCCL.
 DEVICE = os.environ.get("DEVICE", "cpu")
 TEXT = "A short text that is read again and again, by every process. " * 40
+# A row has several of them, which do not read each other.
+DOCUMENTS = [TEXT[i : i + 4 + i % 19] for i in range(0, 600, 3)]
 FIELDS = {
-    "data": "text.txt",
+    "data": "documents.jsonl",
     "tokenizer": "bytes",
     "num_hidden_layers": 3,
     "hidden_size": 16,
@@ -103,6 +105,8 @@ def launch(folder: Path, count: int, *command: str) -> tuple[int, str, str]:
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text(TEXT)
+    documents = "\n".join(json.dumps({"text": text}) for text in DOCUMENTS)
+    (tmp_path / "documents.jsonl").write_text(documents)
     return tmp_path
 
 

@@ -8,6 +8,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from support.operands import draw_starts
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
@@ -21,18 +22,21 @@ from sessa_torch.model import _kept
 @pytest.mark.parametrize("length", [3, 5, 16, 37, 100])
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
 @pytest.mark.parametrize("most", [1, 20, 1000])
-def test_products_cover_every_earlier_key_once(length, size, most, monkeypatch):
+@pytest.mark.parametrize("document", [1000, 9, 2])
+def test_products_cover_every_earlier_key_once(length, size, most, document, monkeypatch):
     monkeypatch.setattr(attention, "MOST_KEYS", most)
     read = torch.zeros(length, length, dtype=torch.int64)
+    starts = torch.tensor(draw_starts(length, 1, length, document)[0] * (document < 1000))
     for rank in range(min(size, length)):
         deal = Deal.of(length, rank, min(size, length))
         for chunk in attention.chunks_of(deal):
             keys = torch.arange(chunk.first * deal.block, length)[: chunk.keys]
-            for rows, seen, causal in chunk.products():
+            for rows, seen, causal in chunk.products(starts):
                 pairs = torch.ones(len(deal.places[rows]), len(keys[seen]), dtype=torch.int64)
                 places = deal.places[rows][:, None], keys[seen][None]
                 read[places] += pairs.tril() if causal else pairs
-    assert torch.equal(read, torch.ones_like(read).tril())
+    visible = torch.arange(length) >= starts[:, None]
+    assert torch.equal(read, visible.long().tril())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
