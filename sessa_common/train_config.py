@@ -56,8 +56,8 @@ class TrainConfig:
     train on instead of text; `task_options` are "name=value" texts for its fields. `compile` lets
     the framework compile the training step, with the same numbers but for rounding; None compiles
     with MLX on a GPU and nowhere else. `checkpoint_activations` is "none",
-    "layers" (the backward pass computes each layer again, which takes time and saves memory) or,
-    in PyTorch, "selective" (the same, but the results of attention and feedback are kept).
+    "layers" (the backward pass computes each layer again, which takes time and saves memory) or
+    "selective" (the same, but the results of attention and feedback are kept).
     Of several processes, each group of `context_parallel` shares the tokens of the same rows, and
     each group of `shard_processes` shares one copy of weights, gradients and optimizer moments: 1
     for a copy in every process, 0 for one copy in all. With `sharded_checkpoints` each process

@@ -19,6 +19,7 @@ from typing import Any
 import mlx.core as mx
 
 from sessa_mlx._exp import softmax
+from sessa_mlx._operator import Operator
 
 # Up to so many rows MLX takes its kernels for decoding, and T x T is small.
 FEW_ROWS = 8
@@ -55,7 +56,7 @@ def attend(
     if document_starts is not None and key_mask is None and _takes_mask(q, v):
         return _under_mask(q, k, v, document_starts)
     if T > FEW_ROWS and (given or not _has_fused_gradient(q, v)):
-        return _operator(tuple(given))(q, k, v, *given.values())
+        return _operator(tuple(given))(q, k, v, *given.values())[0]
     mask: mx.array | str | None = "causal" if T > 1 else None
     if given:
         mask = _visible(S - T, slice(0, T), slice(0, S), **optional)
@@ -124,21 +125,19 @@ def _scale(q: mx.array) -> float:
 
 
 @cache
-def _operator(given: tuple[str, ...]) -> Any:
+def _operator(given: tuple[str, ...]) -> Operator:
     """The differentiable operator over q, k, v and the optional arrays of these names."""
 
-    @mx.custom_function
-    def forward(*arrays: mx.array) -> mx.array:
-        return attention_forward(*arrays[:3], **dict(zip(given, arrays[3:], strict=True)))
+    def forward(*arrays: mx.array) -> tuple[mx.array]:
+        return (attention_forward(*arrays[:3], **dict(zip(given, arrays[3:], strict=True))),)
 
-    @forward.vjp
-    def backward(primals: Any, cotangent: mx.array, output: mx.array) -> tuple[mx.array, ...]:
+    def backward(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, ...]:
         q, k, v, *rest = primals
         optional = dict(zip(given, rest, strict=True))
-        gradients = attention_backward(cotangent, q, k, v, output, **optional)
+        gradients = attention_backward(cotangents[0], q, k, v, outputs[0], **optional)
         return (*gradients, *map(mx.zeros_like, rest))
 
-    return forward
+    return Operator(forward, backward)
 
 
 def attention_forward(

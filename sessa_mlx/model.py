@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from itertools import chain, islice
 from typing import Any
 
 import mlx.core as mx
@@ -12,6 +15,7 @@ from sessa_common.config import SessaConfig
 from sessa_common.layer_kinds import KINDS, LayerKind
 from sessa_mlx._gelu import gelu
 from sessa_mlx._linear import Linear
+from sessa_mlx._operator import recorded, replayed
 from sessa_mlx.attention import AttentionMixer, Rope, rope_of
 from sessa_mlx.cache import Mamba2LayerCache, SessaCache, SessaLayerCache
 from sessa_mlx.mamba2 import Mamba2Mixer
@@ -147,9 +151,10 @@ def _run(layer: nn.Module, x: mx.array, **rest: Any) -> mx.array:
     return layer(x, **rest)
 
 
-def _checkpointed(layer: nn.Module, x: mx.array, **rest: Any) -> mx.array:
+def _checkpointed(layer: nn.Module, x: mx.array, keeps: bool, **rest: Any) -> mx.array:
     """`_run`, which the backward pass repeats instead of keeping what the layer computes.
 
+    With `keeps` the results of operators, attention and the feedback solve, are kept.
     mx.checkpoint saves little here: MLX may repeat all layers before it needs the first of them,
     and computes the gradients of weights last.
     """
@@ -163,13 +168,27 @@ def _checkpointed(layer: nn.Module, x: mx.array, **rest: Any) -> mx.array:
         layer.update(own)
         return y
 
-    def backward(primals: Any, cotangent: mx.array, output: mx.array) -> tuple[mx.array, ...]:
-        _, gradients = mx.vjp(run, mx.depends(list(primals), [cotangent]), [cotangent])
+    counts: list[int] = []
+
+    def forward(*primals: mx.array) -> tuple[mx.array, ...]:
+        with recorded() as results:
+            y = run(*primals)
+        kept = results if keeps else []
+        counts.extend(map(len, kept))
+        return (y, *chain(*kept))
+
+    def backward(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, ...]:
+        kept = iter(outputs[1:])
+        results = [tuple(islice(kept, count)) for count in counts]
+        again: AbstractContextManager[None] = replayed(results) if keeps else nullcontext()
+        with again:
+            given = mx.depends(list(primals), [cotangents[0]])
+            _, gradients = mx.vjp(run, given, [cotangents[0]])
         return tuple(mx.depends(gradients, gradients))
 
-    checkpointed: Any = mx.custom_function(run)
+    checkpointed: Any = mx.custom_function(forward)
     checkpointed.vjp(backward)
-    y: mx.array = checkpointed(x, *arrays)
+    y: mx.array = checkpointed(x, *arrays)[0]
     return y
 
 
@@ -177,7 +196,8 @@ class SessaModel(nn.Module):
     """Token embedding, the blocks and the final norm.
 
     With `checkpoint_layers` the backward pass computes each layer again from its input, and the
-    forward pass keeps nothing else of it.
+    forward pass keeps nothing else of it but, with `_keeps_attention`, the results of attention and
+    of the feedback solve.
     """
 
     def __init__(self, config: SessaConfig) -> None:
@@ -186,7 +206,7 @@ class SessaModel(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = [new_layer(config, kind) for kind in config.kinds]
         self.norm = NORMS[config.final_norm](config.hidden_size, eps=config.layer_norm_eps)
-        self.checkpoint_layers = False
+        self.checkpoint_layers = self._keeps_attention = False
 
     def __call__(
         self,
@@ -212,7 +232,9 @@ class SessaModel(nn.Module):
         rotates = self.config.rotates
         rope = rope_of(self.config, x, past, mask, document_starts) if rotates else None
         masks = {"key_mask": mask, "document_starts": document_starts}
-        run = _checkpointed if self.checkpoint_layers and cache is None else _run
+        run = _run
+        if self.checkpoint_layers and cache is None:
+            run = partial(_checkpointed, keeps=self._keeps_attention)
         for i, layer in enumerate(self.layers):
             layer_cache = cache.layers[i] if cache is not None else None
             x = run(layer, x, rope=rope, cache=layer_cache, **masks)

@@ -149,19 +149,14 @@ class TrainBackend:
         for name in ("context_parallel", "shard_processes"):
             value = getattr(settings, name)
             expect(value == 1, f"`{name}`", value, "1 with MLX; PyTorch has more")
-        expect(
-            settings.checkpoint_activations != "selective",
-            "`checkpoint_activations`",
-            settings.checkpoint_activations,
-            "none or layers with MLX, which keeps no results of a function that it repeats",
-        )
         self.processes = open_processes()
         self.device = choose_device(device)
         self.precision = choose_precision(settings.precision, self.device)
         own = {name: weights[name] for name in parameter_shapes(config)}
         self.model = build_model(config, own, dtype="float32", device=self.device)
         add_lora(self.model, weights, lora_scale(settings))
-        self.model.model.checkpoint_layers = settings.checkpoint_activations == "layers"
+        self.model.model.checkpoint_layers = settings.checkpoint_activations != "none"
+        self.model.model._keeps_attention = settings.checkpoint_activations == "selective"
         every: Arrays = dict(tree_flatten(self.model.parameters()))
         trained = trained_shapes(config, settings)
         self.parameters: Arrays = {name: p for name, p in every.items() if name in trained}

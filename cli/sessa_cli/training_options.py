@@ -148,7 +148,7 @@ CheckpointActivations = Annotated[
     of_learning(
         "--checkpoint-activations",
         "none; layers: the backward pass computes each layer again, to save memory; selective: "
-        "all of it but attention and feedback (PyTorch).",
+        "all of it but attention and feedback.",
     ),
 ]
 Seed = Annotated[int | None, of_learning("--seed", "Seed of weights and data order.")]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -15,6 +14,7 @@ from sessa_common.operator import (
     check_shapes,
     choose_backend,
 )
+from sessa_mlx._operator import Operator
 from sessa_mlx.feedback import blocked, gpu, metal
 from sessa_mlx.feedback.naive import feedback_solve_naive
 
@@ -93,20 +93,16 @@ def _implementation(backend: str, f: mx.array, q: mx.array) -> Any:
 
 
 @cache
-def _operator(
-    solve: Any, options: tuple[tuple[str, str], ...], given: tuple[str, ...]
-) -> Callable[..., Any]:
+def _operator(solve: Any, options: tuple[tuple[str, str], ...], given: tuple[str, ...]) -> Operator:
     """The differentiable operator over f, q, k, gamma and the optional arrays of these names.
 
     `options` are keyword arguments of both passes of the module `solve`.
     """
 
-    @mx.custom_function
     def forward(*arrays: mx.array) -> tuple[mx.array, mx.array]:
         optional = dict(zip(given, arrays[4:], strict=True))
         return solve.solve_forward(*arrays[:4], **optional, **dict(options))
 
-    @forward.vjp
     def backward(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, ...]:
         optional = dict(zip(given, primals[4:], strict=True))
         *grads, dpast_s = solve.solve_backward(
@@ -115,4 +111,4 @@ def _operator(
         others = {name: mx.zeros_like(array) for name, array in optional.items()}
         return (*grads, *(others | ({"past_s": dpast_s} if "past_s" in others else {})).values())
 
-    return forward
+    return Operator(forward, backward)

@@ -7,6 +7,7 @@ import gc
 import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,8 +23,9 @@ from sessa_common.config import SessaConfig
 from sessa_common.data.batches import Batch, next_token_batch
 from sessa_common.presets import PRESETS
 from sessa_common.train_config import TrainConfig
-from sessa_mlx import training
+from sessa_mlx import attention_blocks, training
 from sessa_mlx._gelu import gelu
+from sessa_mlx.feedback import blocked
 from sessa_mlx.training import TrainBackend
 
 SMALL = SessaConfig(
@@ -67,13 +69,36 @@ def test_memory_of_a_step_doubles_with_the_length() -> None:
     assert peaks[-1] < BYTES_A_TOKEN * lengths[-1]
 
 
-def test_checkpoints_of_layers_save_memory() -> None:
+def test_checkpoints_save_memory() -> None:
     deep = dataclasses.replace(SMALL, num_hidden_layers=12)
-    kept, again = (
-        peak_of_a_step(backend(deep, checkpoint_activations=layers), 512)
-        for layers in ("none", "layers")
+    none, selective, layers = (
+        peak_of_a_step(backend(deep, checkpoint_activations=way), 512)
+        for way in ("none", "selective", "layers")
     )
-    assert again < 0.5 * kept
+    assert layers < 0.5 * none and layers < selective < 0.65 * none
+
+
+def test_selective_checkpoints_repeat_no_attention_and_no_solve() -> None:
+    config, found = dataclasses.replace(SMALL, layer_kinds=("sessa", "sessa_transformer")), {}
+    ids = np.random.default_rng(0).integers(0, config.vocab_size, (2, 41))
+    data = [next_token_batch(ids, end_id=int(ids[0, 9]))]
+    operators = ((blocked, "solve_forward"), (attention_blocks, "attention_forward"))
+    for way in ("none", "selective", "layers"):
+        trained = backend(config, checkpoint_activations=way)
+        trained._count = 1
+        with ExitStack() as stack:
+            calls = [
+                stack.enter_context(
+                    mock.patch.object(module, name, side_effect=getattr(module, name))
+                )
+                for module, name in operators
+            ]
+            losses = steps(trained, data)
+        found[way] = losses, [call.call_count for call in calls]
+    layers = 3 * config.num_hidden_layers
+    np.testing.assert_allclose(found["selective"][0], found["none"][0], rtol=1e-5)
+    assert found["none"][1] == found["selective"][1] == [layers, layers]
+    assert found["layers"][1] == [2 * layers, 2 * layers]
 
 
 def test_weights_are_held_once() -> None:

@@ -17,7 +17,8 @@ ROOT = Path(__file__).parents[2]
 # _step; PyTorch captures a graph of its own layers. PyTorch's own attention has a gradient in O(T)
 # memory, MLX's has not, and only MLX's exp is slow on a CPU and its one-row products with a bias on
 # CUDA. transformers has models in PyTorch, mlx-lm in MLX. Only PyTorch shards weights, solves
-# documents one by one, where MLX masks them, and has optimizers that hold the moments.
+# documents one by one, where MLX masks them, and has optimizers that hold the moments. Only
+# PyTorch's own checkpoints can keep the results of operators.
 ONE_SIDED = {
     "_compiled_step.py",
     "_device.py",
@@ -25,6 +26,7 @@ ONE_SIDED = {
     "_exp.py",
     "_gelu.py",
     "_linear.py",
+    "_operator.py",
     "_profile.py",
     "_optimizer.py",
     "_step",
