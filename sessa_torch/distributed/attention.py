@@ -32,7 +32,7 @@ from sessa_torch.model import QUADRATIC
 
 # Keys that a process holds at a time: more make fewer passes over the sums of all rows.
 MOST_KEYS = 16_384
-# Fused kernels of 16 bits take head widths that are multiples of this.
+# Fused kernels on CUDA or of 16 bits take head widths that are multiples of this.
 WIDTH_MULTIPLE = 8
 # PyTorch 2.13 has renamed them.
 _gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -50,7 +50,7 @@ def shared_attention(
     _exchanges[id(exchange)] = exchange
     # Under autocast the norms of queries and keys may give another type than the projection of v.
     q, k = q.to(v.dtype), k.to(v.dtype)
-    if v.itemsize == 2 and (missing := -d % WIDTH_MULTIPLE):
+    if (v.is_cuda or v.itemsize == 2) and (missing := -d % WIDTH_MULTIPLE):
         q, k, v = (F.pad(x, (0, missing)) for x in (q, k, v))
     out: Tensor = _SharedAttention.apply(q, k, v, d**-0.5, exchange)
     return out[..., :d]
