@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sessa_common.checkpoint.lazy_tensors import rows_of
 from sessa_common.config import SessaConfig, parameter_shapes
 from sessa_common.data.batches import Batch
 from sessa_common.errors import SessaError, require
@@ -36,8 +37,8 @@ from sessa_torch.distributed.sharded_state import ShardedState, require_pytorch
 from sessa_torch.distributed.sharding import (
     as_part_of,
     clip_gradients,
+    held_rows,
     is_sharded,
-    own_part,
     own_values,
     shard,
     whole_array,
@@ -306,9 +307,10 @@ class TrainBackend:
     def restore(self, state: Mapping[str, np.ndarray], steps: int) -> None:
         """Continue from a state that was taken after `steps` steps."""
         for name, parameter in self.parameters.items():
-            own_values(parameter).copy_(own_part(to_tensor(state[f"weights.{name}"]), parameter))
+            rows = held_rows(parameter)
+            own_values(parameter).copy_(_read(state, f"weights.{name}", rows))
             given = {
-                key: own_part(to_tensor(state[f"{kind}.{name}"]), parameter)
+                key: _read(state, f"{kind}.{name}", rows)
                 for kind, key in MOMENT_KEYS.items()
                 if f"{kind}.{name}" in self.state_names
             }
@@ -338,6 +340,11 @@ class TrainBackend:
     def _own(self, tokens: Tensor, document_starts: Tensor | None = None) -> Tensor:
         """Return the tokens (B, T) that this process has in the model, of rows with documents."""
         return tokens if self.context is None else self.context.own(tokens, document_starts)
+
+
+def _read(state: Mapping[str, np.ndarray], name: str, rows: slice | None) -> Tensor:
+    """Return some rows of a saved tensor, or all."""
+    return to_tensor(state[name] if rows is None else rows_of(state, name, rows))
 
 
 class _Objective(nn.Module):

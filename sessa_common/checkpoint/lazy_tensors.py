@@ -31,12 +31,27 @@ class LazyTensors(MutableMapping[str, np.ndarray]):
     def __init__(self, arrays: Mapping[str, np.ndarray] | None = None) -> None:
         self._specs: dict[str, Spec] = {}
         self._makers: dict[str, Callable[[], np.ndarray]] = {}
+        self._readers: dict[str, Callable[[slice], np.ndarray]] = {}
         for name in arrays or {}:
             self.link(name, arrays or {}, name)
 
-    def defer(self, name: str, spec: Spec, make: Callable[[], np.ndarray]) -> None:
-        """Add a tensor of this shape and dtype that `make` returns."""
+    def defer(
+        self,
+        name: str,
+        spec: Spec,
+        make: Callable[[], np.ndarray],
+        read_rows: Callable[[slice], np.ndarray] | None = None,
+    ) -> None:
+        """Add a tensor of this shape and dtype that `make` returns, and `read_rows` in part."""
         self._specs[name], self._makers[name] = spec, make
+        self._readers.pop(name, None)
+        if read_rows is not None:
+            self._readers[name] = read_rows
+
+    def rows(self, name: str, rows: slice) -> np.ndarray:
+        """Some rows of a tensor, without reading the others where that is possible."""
+        read_rows = self._readers.get(name)
+        return self[name][rows] if read_rows is None else read_rows(rows)
 
     def link(self, name: str, other: Mapping[str, np.ndarray], there: str) -> None:
         """Add the tensor that has the name `there` in another mapping."""
@@ -54,6 +69,7 @@ class LazyTensors(MutableMapping[str, np.ndarray]):
 
     def __delitem__(self, name: str) -> None:
         del self._specs[name], self._makers[name]
+        self._readers.pop(name, None)
 
     def __contains__(self, name: object) -> bool:
         # Inherited, it would compute the tensor.
@@ -64,6 +80,11 @@ class LazyTensors(MutableMapping[str, np.ndarray]):
 
     def __len__(self) -> int:
         return len(self._specs)
+
+
+def rows_of(tensors: Mapping[str, np.ndarray], name: str, rows: slice) -> np.ndarray:
+    """Some rows of a tensor, as `LazyTensors.rows` reads them."""
+    return tensors.rows(name, rows) if isinstance(tensors, LazyTensors) else tensors[name][rows]
 
 
 def spec_of(tensors: Mapping[str, np.ndarray], name: str) -> Spec:

@@ -36,7 +36,7 @@ def is_shard(name: str) -> bool:
 
 
 def read_sharded_state(folder: Path) -> LazyTensors:
-    """Return the tensors of a state in shards, each joined from its parts when it is read.
+    """Return the tensors of a state in shards, or rows of them, joined from parts when read.
 
     Raises SessaError that names a shard that is missing or damaged, or a tensor without all parts.
     """
@@ -51,7 +51,8 @@ def read_sharded_state(folder: Path) -> LazyTensors:
     tensors = LazyTensors()
     for name, found in parts.items():
         found.sort(key=lambda item: item[0])
-        tensors.defer(name, _whole_spec(found, f"{folder}: {name}"), partial(_join, found))
+        whole = _whole_spec(found, f"{folder}: {name}")
+        tensors.defer(name, whole, partial(_join, found), partial(_join_rows, found))
     return tensors
 
 
@@ -91,3 +92,13 @@ def _whole_spec(parts: list[tuple[int, np.ndarray]], where: str) -> Spec:
 def _join(parts: list[tuple[int, np.ndarray]]) -> np.ndarray:
     arrays = [part for _, part in parts]
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+
+def _join_rows(parts: list[tuple[int, np.ndarray]], rows: slice) -> np.ndarray:
+    """Rows of a tensor, from the parts that hold some of them."""
+    own = [
+        (start, part[max(rows.start - start, 0) : rows.stop - start])
+        for start, part in parts
+        if start < rows.stop and rows.start < start + len(part)
+    ]
+    return _join(own) if own else parts[0][1][:0]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from tokenizers import Tokenizer
 
 from sessa_common.checkpoint.folder import load_config
 from sessa_common.checkpoint.initialization import initial_weights
+from sessa_common.checkpoint.lazy_tensors import LazyTensors, Spec
 from sessa_common.checkpoint.run_files import STATE, TRAINING
-from sessa_common.config import SessaConfig
+from sessa_common.checkpoint.sharded_state import is_sharded
+from sessa_common.config import SessaConfig, parameter_shapes
 from sessa_common.data.batches import BatchSource
 from sessa_common.data.corpus import (
     Tell,
@@ -324,11 +327,19 @@ def _resumed_run(
         config=config,
         settings=settings,
         source=_read_source(folder, tokenizer, end, config, settings, tell),
-        weights=float32_weights(folder),
+        # Of weights in shards the backend reads those that its process holds.
+        weights=_zeros(config) if is_sharded(folder) else float32_weights(folder),
         tokenizer=tokenizer,
         end_id=end,
         resumed=True,
     )
+
+
+def _zeros(config: SessaConfig) -> LazyTensors:
+    weights = LazyTensors()
+    for name, shape in parameter_shapes(config).items():
+        weights.defer(name, Spec(shape, np.dtype(np.float32)), partial(np.zeros, shape, np.float32))
+    return weights
 
 
 def _read_source(

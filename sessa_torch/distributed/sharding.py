@@ -101,16 +101,13 @@ def as_copy_of(value: Tensor, like: Any) -> Tensor:
     return DTensor.from_local(value, like.device_mesh, [Replicate()] * like.device_mesh.ndim)
 
 
-def own_part(whole: Tensor, like: Any) -> Tensor:
-    """Return the part of a tensor that this process holds of `like`, on its device."""
-    whole = whole.to(like.device)
-    if is_sharded(like):
-        from torch.distributed.tensor import distribute_tensor
-
-        # Every process has the same values, so none has to be sent.
-        part = distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
-        return own_values(part)
-    return whole
+def held_rows(like: Any) -> slice | None:
+    """Return the rows of a parameter that this process holds, None where it holds all."""
+    if not is_sharded(like):
+        return None
+    mesh = like.device_mesh["shard"]
+    first = mesh.get_local_rank() * -(-len(like) // mesh.size())
+    return slice(min(first, len(like)), min(first, len(like)) + len(own_values(like)))
 
 
 @torch.no_grad()
