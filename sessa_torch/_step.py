@@ -1,19 +1,22 @@
 """One token behind a cache on a CPU, in few operations: the step that decoding repeats.
 
 For a single row most operations take longer to start than to compute. The step therefore works on
-rows (B, D) instead of (B, 1, D), rotates queries and keys together, and computes of the feedback
-only what the next state needs. It calls the model's own linear layers, so adapters apply.
+rows (B, D) instead of (B, 1, D), multiplies what a mixer reads by one matrix, rotates queries and
+keys together, and computes of the feedback only what the next state needs.
 
 Letters as in `attention` and `mixer`; P is the number of cached positions, B the number of rows.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from sessa_torch.attention import Rope, rope_of
 from sessa_torch.cache import Mamba2LayerCache, SessaCache, SessaLayerCache
@@ -24,6 +27,8 @@ from sessa_torch.model import SessaForCausalLM, SessaLayer
 # that are zero, not NaN.
 HIDDEN = -1e30
 
+Project = Callable[[Tensor], Tensor]
+
 
 def is_supported(model: SessaForCausalLM) -> bool:
     """True for a model on a CPU whose weights have the type in which states are computed."""
@@ -31,32 +36,91 @@ def is_supported(model: SessaForCausalLM) -> bool:
     return kinds in ({("cpu", torch.float32)}, {("cpu", torch.float64)})
 
 
-def append_token(
-    model: SessaForCausalLM,
-    cache: SessaCache,
-    ids: Tensor,  # (B, 1)
-    seen: Tensor | None = None,  # (B, 1) or (B, P+1)
-) -> Tensor:
-    """Append a token to a cache that is not empty and return logits (B, 1, V), as the model does.
+class TokenStep:
+    """Appends one token to the cache of a model, like a call of the model.
 
-    seen is the attention mask of the model's call.
+    The weights of a mixer's projections become parts of one matrix, so that nothing is held twice.
+    Changes of weights in place are seen; when a weight is replaced, a step must be made anew.
     """
-    body, config, past = model.model, model.config, cache.length
-    mask = cache.extend(1, seen)
-    x = body.embed_tokens(ids[:, 0])
-    turn = _turn(rope_of(config, x[:, None], past, mask)) if config.rotates else None
-    layer: Any
-    for layer, rows in zip(body.layers, cache.layers, strict=True):
-        if isinstance(rows, Mamba2LayerCache):
-            x = layer(x[:, None], cache=rows, key_mask=mask)[:, 0]
-        elif isinstance(layer, SessaLayer):
-            a, g = layer.W_in(layer.ln(x)).chunk(2, -1)
-            x = x + layer.W_out(_mix(layer.mixer, _gelu(a), rows, turn, mask) * g)
-        else:
-            x = x + _mix(layer.mixer, layer.ln(x), rows, turn, mask)
-            x = x + layer.mlp(layer.ln_mlp(x))
-    x = body.norm(x)[:, None]
-    return F.linear(x, body.embed_tokens.weight) if config.tie_word_embeddings else model.lm_head(x)
+
+    def __init__(self, model: SessaForCausalLM) -> None:
+        self.model = model
+        with torch.inference_mode(False), torch.no_grad():
+            self.layers: list[tuple[Any, Any]] = [
+                (layer, _joined_projections(layer.mixer) if kind.attends else None)
+                for layer, kind in zip(model.model.layers, model.config.kinds, strict=True)
+            ]
+
+    def __call__(
+        self,
+        cache: SessaCache,
+        ids: Tensor,  # (B, 1)
+        seen: Tensor | None = None,  # (B, 1) or (B, P+1)
+    ) -> Tensor:
+        """Append ids to a cache that is not empty and return logits (B, 1, V).
+
+        seen is the attention mask of the model's call.
+        """
+        body, config, past = self.model.model, self.model.config, cache.length
+        mask = cache.extend(1, seen)
+        x = body.embed_tokens(ids[:, 0])
+        turn = _turn(rope_of(config, x[:, None], past, mask)) if config.rotates else None
+        for (layer, project), rows in zip(self.layers, cache.layers, strict=True):
+            if isinstance(rows, Mamba2LayerCache):
+                x = layer(x[:, None], cache=rows, key_mask=mask)[:, 0]
+                continue
+            mix = partial(_mix, layer.mixer, project, rows=rows, turn=turn, mask=mask)
+            if isinstance(layer, SessaLayer):
+                a, g = layer.W_in(layer.ln(x)).chunk(2, -1)
+                x = x + layer.W_out(mix(_gelu(a)) * g)
+            else:
+                x = x + mix(layer.ln(x))
+                x = x + layer.mlp(layer.ln_mlp(x))
+        x = body.norm(x)[:, None]
+        tied = config.tie_word_embeddings
+        return F.linear(x, body.embed_tokens.weight) if tied else self.model.lm_head(x)
+
+
+def _joined_projections(mixer: Any) -> Project:
+    """A function of a (B, D) that returns all projections of the mixer side by side.
+
+    These are queries, keys and values, and with feedback its queries and keys and the logit of the
+    gain. Layers of another kind than `nn.Linear`, such as adapters, are called one by one, and so
+    are those of which only some have a bias.
+    """
+    layers = [mixer.q_proj, mixer.k_proj, mixer.v_proj]
+    plain, gain = True, []
+    if hasattr(mixer, "proj_fb"):
+        layers.append(mixer.proj_fb)
+        plain, gain = isinstance(mixer.gamma_ctx, nn.Linear), [mixer.gamma_ctx]
+    plain &= all(type(layer) is nn.Linear for layer in layers)
+    biases = [layer.bias for layer in layers] + [mixer.gamma_bias for _ in gain]
+    if not plain or 0 < sum(bias is None for bias in biases) < len(biases):
+        return partial(_project_apart, mixer, layers)
+    weight = _join([layer.weight for layer in layers + gain]).view(-1, mixer.q_proj.in_features)
+    bias = None if biases[0] is None else _join(biases)
+    return lambda a: F.linear(a, weight, bias)
+
+
+def _project_apart(mixer: Any, layers: list[nn.Module], a: Tensor) -> Tensor:
+    found = [layer(a) for layer in layers]
+    if hasattr(mixer, "proj_fb"):
+        found.append(mixer.gamma_ctx(a) + mixer.gamma_bias)
+    return torch.cat(found, -1)
+
+
+def _join(parts: list[nn.Parameter]) -> Tensor:
+    """All numbers of the parameters in one tensor, of which the parameters become parts."""
+    counts = [part.numel() for part in parts]
+    first, size = parts[0].data_ptr(), parts[0].itemsize
+    places = [first + size * before for before in itertools.accumulate([0, *counts[:-1]])]
+    storages = {part.untyped_storage().data_ptr() for part in parts}
+    if len(storages) == 1 and [part.data_ptr() for part in parts] == places:
+        return parts[0].data.as_strided((sum(counts),), (1,))
+    joined = torch.cat([part.data.reshape(-1) for part in parts])
+    for part, piece in zip(parts, joined.split(counts), strict=True):
+        part.data = piece.view(part.shape)
+    return joined
 
 
 def _turn(rope: Rope | None) -> Tensor | None:
@@ -66,43 +130,62 @@ def _turn(rope: Rope | None) -> Tensor | None:
 
 def _mix(
     mixer: Any,
+    project: Project,
     a: Tensor,  # (B, D)
+    *,
     rows: SessaLayerCache,
     turn: Tensor | None,  # (B, 1, d/2), or (1, 1, d/2) without padding
     mask: Tensor | None,  # (B, P+1)
 ) -> Tensor:
     """The mixer of a (B, D)."""
-    B, d = len(a), mixer.config.head_dim
-    q, k, v = (project(a).view(B, -1, d) for project in (mixer.q_proj, mixer.k_proj, mixer.v_proj))
-    if mixer.config.qk_norm:
-        q, k = mixer.q_norm(q), mixer.k_norm(k)
-    heads = torch.cat([q, k], 1)
+    config, B = mixer.config, len(a)
+    H, G, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    sizes = [(H + G) * d, G * d]
+    if hasattr(mixer, "proj_fb"):
+        sizes += [2 * config.feedback_key_dim, 1]
+    rotated, v, *feedback = project(a).split(sizes, -1)
+    if config.qk_norm:
+        q, k = rotated.view(B, -1, d).split([H, G], 1)
+        rotated = torch.cat([mixer.q_norm(q), mixer.k_norm(k)], 1)
     if turn is not None:
-        pairs = torch.view_as_complex(heads.view(B, -1, d // 2, 2))
-        heads = torch.view_as_real(pairs * turn).view(B, -1, d)
-    q, k = heads[:, :, None].split([q.shape[1], k.shape[1]], 1)
-    f = mixer.attend(q, rows.k.append(k), rows.v.append(v[:, :, None]), mask).reshape(B, -1)
+        pairs = torch.view_as_complex(rotated.reshape(-1, d // 2, 2)).view(B, -1, d // 2)
+        rotated = torch.view_as_real(pairs * turn)
+    q, k = rotated.view(B, -1, 1, d).split([H, G], 1)
+    k, v = rows.k.append(k), rows.v.append(v.view(B, -1, 1, d))
+    f = (_attend(q, k, v) if mask is None else mixer.attend(q, k, v, mask)).reshape(B, -1)
     if mixer.projects:
         f = mixer.out_proj(f)
-    return _feed_back(mixer, a, f, rows, mask) if hasattr(mixer, "proj_fb") else f
+    return _feed_back(mixer, f, feedback, rows, mask) if feedback else f
+
+
+def _attend(
+    q: Tensor,  # (B, H, 1, d)
+    k: Tensor,  # (B, G, P+1, d)
+    v: Tensor,  # (B, G, P+1, d)
+) -> Tensor:
+    """Attention without a mask by two products, whose work is shared better than whole heads."""
+    (B, H, _, d), G = q.shape, k.shape[1]
+    scores = torch.bmm(q.reshape(B * G, H // G, d), k.flatten(0, 1).mT).mul_(d**-0.5)
+    return torch.bmm(scores.softmax(-1), v.flatten(0, 1))
 
 
 def _feed_back(
     mixer: Any,
-    a: Tensor,  # (B, D)
     f: Tensor,  # (B, D)
+    projected: list[Tensor],  # query and key (B, 2K), and the logit of the gain (B, 1)
     rows: SessaLayerCache,
     mask: Tensor | None,  # (B, P+1)
 ) -> Tensor:
-    """The next state s (B, D) = f + gamma times the mean of the past states."""
-    q, k = mixer.proj_fb(a)[:, None].chunk(2, -1)
+    """The next state s (B, D) = f + gain * the mean of the past states."""
+    both, logit = projected
+    q, k = both[:, None].chunk(2, -1)
     keys, states = rows.k_fb.append(k)[:, :-1], rows.s.rows
     assert states is not None
     scores = torch.bmm(q, keys.mT).mul_(q.shape[2] ** -0.5)  # (B, 1, P)
     if mask is not None:
         scores.masked_fill_(~mask[:, None, :-1], HIDDEN)
     mean = torch.bmm(scores.softmax(-1), visible_rows(states, mask))[:, 0]
-    s = torch.addcmul(f, mean, mixer.gain(a)[:, None])
+    s = torch.addcmul(f, mean, torch.tanh(logit), value=mixer.config.gamma_max)
     rows.s.append(s[:, None])
     return s
 

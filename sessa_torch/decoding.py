@@ -24,7 +24,7 @@ from sessa_common.inference.model_tokenizer import ModelTokenizer
 from sessa_common.inference.sampling import GumbelNoise, SamplingConfig
 from sessa_common.inference.shortcuts import ModelHome, Shortcuts, start
 from sessa_common.inference.texts import BATCH_SIZE, generate_texts
-from sessa_torch._step import append_token, is_supported
+from sessa_torch._step import TokenStep, is_supported
 from sessa_torch.cache import SessaCache
 from sessa_torch.checkpoint import load_model, to_numpy, to_tensor
 from sessa_torch.cuda.device import missing_triton
@@ -56,7 +56,8 @@ class Decoder:
         self.cache = SessaCache(model.config)
         self.last: Tensor | None = None  # (B, V), logits of the last token
         self._runner = _step_runner(model)
-        self._steps = is_supported(model)
+        self._takes_steps = is_supported(model)
+        self._step: TokenStep | None = None
 
     @property
     def length(self) -> int:
@@ -70,11 +71,15 @@ class Decoder:
 
     @torch.inference_mode()
     def reset(self) -> None:
-        """Empty the cache; on CUDA its memory is kept, since the graphs hold its addresses."""
+        """Empty the cache, and take the weights anew if some were replaced.
+
+        On CUDA the memory of the cache is kept, since the graphs hold its addresses.
+        """
         if self._runner is None:
             self.cache = SessaCache(self.config)
         else:
             self.cache.trim(self.length)
+        self._step = None
         self._changed()
 
     def _changed(self) -> None:
@@ -180,8 +185,9 @@ class Decoder:
                 runner.graphs = runner.graphs and self.graphs
                 return runner.run(self.cache, ids, keep)
             runner.length = None
-        if self._steps and ids.shape[1] == 1 and self.length:
-            return append_token(self.model, self.cache, ids, seen).float()
+        if self._takes_steps and ids.shape[1] == 1 and self.length:
+            self._step = self._step or TokenStep(self.model)
+            return self._step(self.cache, ids, seen).float()
         logits = self.model(ids, cache=self.cache, attention_mask=seen, logits_to_keep=keep)
         return logits.float()
 

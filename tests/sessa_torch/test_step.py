@@ -20,6 +20,7 @@ CONFIGS = {
         "qk_norm": True,
         "norm_type": "rms",
         "mlp_type": "swiglu",
+        "qkv_bias": False,
         "layer_kinds": ("sessa_transformer", "transformer"),
         "num_hidden_layers": 2,
     },
@@ -50,6 +51,20 @@ def check(model) -> None:
 
 
 def test_a_step_equals_the_call_of_the_model(model) -> None:
+    check(model)
+
+
+def test_weights_are_held_once_and_may_change(model) -> None:
+    check(model)
+    mixer = model.model.layers[0].mixer
+    if model.config.qkv_bias:
+        assert mixer.q_proj.weight.untyped_storage().data_ptr() == (
+            mixer.k_proj.weight.untyped_storage().data_ptr()
+        )
+    model(torch.tensor([[1, 2, 3]])).square().mean().backward()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight -= 0.1 * weight.grad
     check(model)
 
 
