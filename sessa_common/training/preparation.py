@@ -291,18 +291,23 @@ def _refuse_text_settings(settings: TrainConfig) -> None:
             raise SessaError(f"`{name}` is about text; it does not go with `task` {settings.task}")
 
 
+def read_settings(folder: Path) -> TrainConfig:
+    """The settings of the run in a folder, whatever version has written them."""
+    stored = read_json(folder / TRAINING)
+    if stored.get("documents") is None:
+        # Older runs had joined documents at first, and later where processes shared their tokens.
+        joined = "documents" not in stored or stored.get("context_parallel", 1) > 1
+        stored["documents"] = "joined" if joined else "separate"
+    return TrainConfig.from_dict(stored, str(folder / TRAINING))
+
+
 def _resumed_run(
     folder: Path, model_fields: Mapping[str, Any], given: Mapping[str, Any], tell: Tell
 ) -> Run:
     """The run in a folder, to go on with; SessaError when a field would make it another run."""
     if not folder.is_dir():
         raise SessaError(f"{folder}: no such checkpoint folder")
-    stored = read_json(folder / TRAINING)
-    if stored.get("documents") is None:
-        # Older runs had joined documents at first, and later where processes shared their tokens.
-        joined = "documents" not in stored or stored.get("context_parallel", 1) > 1
-        stored["documents"] = "joined" if joined else "separate"
-    settings = TrainConfig.from_dict(stored, str(folder / TRAINING))
+    settings = read_settings(folder)
     for name, value in given.items():
         if name not in FREE_ON_RESUME and getattr(settings, name) != value:
             raise SessaError(

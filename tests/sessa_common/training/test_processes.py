@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from sessa_common.checkpoint.run_files import TRAINING
 from sessa_common.data.batches import Batch
 from sessa_common.errors import SessaError
 from sessa_common.train_config import TrainConfig
+from sessa_common.training.preparation import read_settings
 from sessa_common.training.processes import (
     OneProcess,
     any_process,
@@ -70,6 +73,20 @@ def test_muon_needs_whole_matrices() -> None:
         with pytest.raises(SessaError, match=message):
             TrainConfig(optimizer="muon", shard_processes=shared)
     TrainConfig(optimizer="muon", context_parallel=2)
+
+
+@pytest.mark.parametrize(
+    ("stored", "documents"),
+    [
+        ({}, "joined"),
+        ({"documents": None}, "separate"),
+        ({"documents": None, "context_parallel": 2}, "joined"),
+        ({"documents": "separate", "context_parallel": 2}, "separate"),
+    ],
+)
+def test_older_runs_go_on_with_their_documents(stored, documents, tmp_path) -> None:
+    (tmp_path / TRAINING).write_text(json.dumps(stored))
+    assert read_settings(tmp_path).documents == documents
 
 
 def test_different_data_are_noticed() -> None:
