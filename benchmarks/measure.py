@@ -37,7 +37,9 @@ def _cpu_name() -> str:
         Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc/cpuinfo") else []
     )
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
+    # `taskset` and containers may leave a process fewer cores than the machine has.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{names[0] if names else platform.processor()}, {cores} cores"
 
 
 def median_ms(run: Callable[[], Any], repeats: int = 5, warm: int = 2, calls: int = 1) -> float:

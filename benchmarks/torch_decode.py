@@ -37,9 +37,10 @@ class Version:
         self.name = name
         self.prompts: list[float] = []
         self.steps: list[float] = []
+        path = [str(folder.resolve()), os.environ.get("PYTHONPATH", "")]
         self.process = subprocess.Popen(
             [sys.executable, str(WORKER), preset, str(length)],
-            env={**os.environ, "PYTHONPATH": str(folder.resolve())},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
