@@ -54,6 +54,10 @@ class GrowingBuffer:
         assert self.buffer is not None
         self.buffer.narrow(self.axis, 0, self.length).copy_(old.narrow(self.axis, 0, self.length))
 
+    def _has_room(self, count: int) -> bool:
+        """True if `count` more rows fit into the buffer."""
+        return self.buffer is not None and self.buffer.shape[self.axis] >= self.length + count
+
     def load(self, rows: Tensor) -> None:
         """Replace all rows."""
         self.buffer, self.length = rows, rows.shape[self.axis]

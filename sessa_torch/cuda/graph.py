@@ -19,8 +19,10 @@ from sessa_torch.feedback.cuda_sizes import DECODE_ROWS
 from sessa_torch.model import SessaForCausalLM
 
 LOG = logging.getLogger("sessa")
-# Most new tokens of a sequence, and most lengths of a step whose graphs are kept.
-MOST_TOKENS, MOST_GRAPHS = DECODE_ROWS, 4
+# Most new tokens of a sequence. Speculation uses several numbers in turn, so all graphs are kept.
+MOST_TOKENS = DECODE_ROWS
+# Rows of all sequences for which a buffer that is full gets room: a larger buffer needs new graphs.
+SPARE_ROWS = 1024
 WIDEST_HEAD = 256
 # Most rows of a prompt for which the host takes longer to start the modules' kernels than the
 # kernels here take for larger products, in a model of this width; the products of a row grow with
@@ -115,7 +117,8 @@ class StepRunner:
         """Make room for T tokens of B sequences, and tell the device where they go."""
         if cache.length == 0:
             self._make_buffers(cache, B)
-        cache._reserve(T)
+        if not all(buffer._has_room(T) for buffer in cache._buffers()):
+            cache._reserve(max(T, SPARE_ROWS // B))
         held = [buffer.buffer for buffer in cache._buffers()] + _states(cache)
         if self.place is None or len(self.place.hidden) != B or not _same(held, self.buffers):
             self.forget()
@@ -166,8 +169,6 @@ class StepRunner:
         T = ids.shape[1]
         if not self.graphs or T not in self.tried:
             return False
-        if len(self.captured) == MOST_GRAPHS:
-            self.captured.pop(next(iter(self.captured)))
         graph, fixed = torch.cuda.CUDAGraph(), ids.clone()
         pool = next((step.graph.pool() for step in self.captured.values()), None)
         try:
