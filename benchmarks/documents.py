@@ -1,6 +1,6 @@
 """Time training steps on rows whose documents are separate, over those on joined documents.
 
-    OMP_NUM_THREADS=1 python benchmarks/documents.py [--rounds 3] [--length 384] [--mean 100]
+    OMP_NUM_THREADS=1 python benchmarks/documents.py [--rounds 3] [--length 320] [--mean 80]
         [--small] [--out FOLDER]
 
 Rows of random tokens are cut into documents of geometric length. The ratio is that of tokens per
@@ -297,8 +297,8 @@ def main() -> None:
     """Check, time and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--length", type=int, default=384, help="of a row, without a GPU")
-    parser.add_argument("--mean", type=int, default=100, help="of documents, without a GPU")
+    parser.add_argument("--length", type=int, default=320, help="of a row, without a GPU")
+    parser.add_argument("--mean", type=int, default=80, help="of documents, without a GPU")
     parser.add_argument("--small", action="store_true", help="try the case for a GPU on the CPU")
     parser.add_argument("--out", type=Path, help="folder for the results as JSON")
     options = parser.parse_args()
