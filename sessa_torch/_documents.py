@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sessa_torch.cuda.device import OLDEST_CAPABILITY, capability
+from sessa_torch.cuda.device import OLDEST_CAPABILITY
 
 # Query rows that a compiled graph masks at a time.
 MASKED_ROWS = 256
@@ -57,7 +57,7 @@ def document_attention(
 
 def _has_kernels(q: Tensor) -> bool:
     """True where flash attention and flex attention have kernels for queries like q."""
-    if not q.is_cuda or capability(q.device) < OLDEST_CAPABILITY:
+    if not q.is_cuda or torch.cuda.get_device_capability(q.device) < OLDEST_CAPABILITY:
         return False
     d = q.shape[-1]
     return q.itemsize == 2 and LEAST_WIDTH <= d <= MOST_WIDTH and d % 8 == 0
@@ -95,8 +95,12 @@ def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, document_starts: Ten
         return (key <= row) & (key >= document_starts[b, row])
 
     T = q.shape[2]
+    partly, partial, wholly, full = visible_blocks(document_starts)
     mask = BlockMask.from_kv_blocks(
-        *visible_blocks(document_starts),
+        partly,
+        partial,
+        wholly,
+        full,
         BLOCK_SIZE=BLOCK,
         mask_mod=is_visible,
         seq_lengths=(T, T),
@@ -106,6 +110,9 @@ def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, document_starts: Ten
     return out
 
 
+# An operator of its own: what flex attention reads of a batch of several sequences is wrong in
+# PyTorch 2.11 where its graph computes the indices too.
+@torch.library.custom_op("sessa::visible_blocks", mutates_args=())
 def visible_blocks(document_starts: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Number (B, 1, n) and indices (B, 1, n, n) of the key blocks that n blocks of rows read.
 
@@ -123,9 +130,19 @@ def visible_blocks(document_starts: Tensor) -> tuple[Tensor, Tensor, Tensor, Ten
     partly_read = torch.where(own < before, begin[..., None] + own, own[:, None])
     wholly_read = (whole[..., None] + own).clamp_max(len(own) - 1)
     partly, partial, wholly, full = (
-        x.int()[:, None] for x in (whole - begin + 1, partly_read, own - whole, wholly_read)
+        x.int()[:, None].contiguous()
+        for x in (whole - begin + 1, partly_read, own - whole, wholly_read)
     )
     return partly, partial, wholly, full
+
+
+@visible_blocks.register_fake
+def _(document_starts):
+    B, T = document_starts.shape
+    n = -(-T // BLOCK)
+    count = document_starts.new_empty(B, 1, n, dtype=torch.int32)
+    indices = document_starts.new_empty(B, 1, n, n, dtype=torch.int32)
+    return count, indices, torch.empty_like(count), torch.empty_like(indices)
 
 
 def _masked(q: Tensor, k: Tensor, v: Tensor, document_starts: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sessa_torch._documents import document_attention
 from sessa_torch.attention import apply_rope, rope_tables
 from sessa_torch.feedback import blocked, feedback_solve
 from sessa_torch.loss import weighted_loss
@@ -263,3 +264,22 @@ def test_the_loss_equals_that_of_float64(dtype, limit):
         )
         for value, want in ((got, wanted), *pairs):
             assert (value.double() - want).norm() <= limit * want.norm()
+
+
+def test_compiled_attention_keeps_the_documents_of_several_sequences_apart():
+    B, T, ends = 3, 2048, (90, 790, 1500)
+    starts = torch.zeros(B, T, dtype=torch.int64, device="cuda")
+    for b in range(B):
+        for end in ends:
+            starts[b, end + 64 * b :] = end + 64 * b
+    q, k, v, dout = torch.randn(4, B, 4, T, 64, device="cuda", dtype=torch.bfloat16)
+
+    def attended(attend, *tensors):
+        leaves = [x.detach().requires_grad_() for x in tensors]
+        out = attend(*leaves, starts)
+        return [out.detach(), *torch.autograd.grad(out, leaves, dout.to(out.dtype))]
+
+    compiled = torch.compile(document_attention, fullgraph=True, dynamic=False)
+    wanted = attended(document_attention, *(x.double() for x in (q, k, v)))
+    for got, want in zip(attended(compiled, q, k, v), wanted, strict=True):
+        assert (got - want).norm() / want.norm() < 1e-2
