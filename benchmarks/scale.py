@@ -18,7 +18,6 @@ import dataclasses
 import itertools
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -31,7 +30,7 @@ import numpy as np
 import torch
 from measure import RESULTS, machine, median_ms, save, table
 
-from sessa_common.config import SessaConfig, parameter_shapes
+from sessa_common.config import SessaConfig
 
 ROOT = Path(__file__).parents[1]
 GIB = 2**30
@@ -42,7 +41,7 @@ Case = tuple[Row, Path | None]
 TOGETHER = 5
 # Random tokens by Zipf's law: batches of them, and the rate of a step, which rises at first.
 BATCHES = 60
-LEARNING_RATE, WARM_UP = 3e-4, 50
+LEARNING_RATE, WARM_UP = 3e-4, 1000
 # The variable that names the file a case waits for.
 TURN = "SCALE_TURN"
 
@@ -187,6 +186,7 @@ def prepare(case: Row) -> tuple[Any, SessaConfig, Callable[[], float]]:
         from sessa_common.train_config import TrainConfig
     except ImportError:
         from sessa_common.config import PRESETS, TrainConfig
+    from sessa_common.checkpoint.initialization import initial_weights
     from sessa_common.data.batches import next_token_batch
     from sessa_torch.training import TrainBackend
 
@@ -197,7 +197,7 @@ def prepare(case: Row) -> tuple[Any, SessaConfig, Callable[[], float]]:
     )
     names = ("compile", "checkpoint_activations", "shard_processes", "context_parallel")
     settings = TrainConfig(batch_size=rows, **{name: case[name] for name in names if name in case})
-    backend = TrainBackend(config, settings, similar_layers(config), None)
+    backend = TrainBackend(config, settings, initial_weights(config, 0), None)
     rng, odds = np.random.default_rng(0), 1 / np.arange(1, vocabulary + 1)
     draws = (rng.choice(vocabulary, (rows, T + 1), p=odds / odds.sum()) for _ in range(BATCHES))
     batches = [next_token_batch(tokens) for tokens in draws]
@@ -213,15 +213,6 @@ def prepare(case: Row) -> tuple[Any, SessaConfig, Callable[[], float]]:
     reset_peak()
     train()
     return backend, config, train
-
-
-def similar_layers(config: SessaConfig) -> dict[str, np.ndarray]:
-    """Return initial weights whose layers are all alike, because drawing 1b parameters is slow."""
-    from sessa_common.checkpoint.initialization import initial_weights
-
-    drawn = initial_weights(dataclasses.replace(config, num_hidden_layers=1), 0)
-    names = parameter_shapes(config)
-    return {name: drawn[re.sub(r"layers\.\d+\.", "layers.0.", name)] for name in names}
 
 
 def step(case: Row) -> Row:

@@ -1,6 +1,6 @@
 """Print what training of 1 and 7 billion parameters on many GPUs should reach, and the assumptions.
 
-    python benchmarks/scaling.py [--utilisation 0.32] [--peak 989e12] [--nvlink 3.4e11]
+    python benchmarks/scaling.py [--utilisation 0.36] [--peak 989e12] [--nvlink 3.1e11]
                                  [--network 4e10]
 
 This is arithmetic from one measured utilisation, not a measurement; docs/scaling.md says more.
@@ -9,20 +9,19 @@ This is arithmetic from one measured utilisation, not a measurement; docs/scalin
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from typing import Any
 
 from measure import table
 
 from sessa_common.config import SessaConfig, parameter_count
+from sessa_common.presets import PRESETS
 from sessa_common.training.operations import PEAKS, operations_per_token
 
-# sessa-131m, 8 rows of 4,096 tokens, vocabulary 32,768, bfloat16, compiled, on one H200 with
-# PyTorch 2.11 on 2026-11-30: 174,185 tokens/s.
-MEASURED_TOKENS, MEASURED = 174_185, SessaConfig(
-    vocab_size=32_768, hidden_size=768, num_hidden_layers=24, num_attention_heads=12
-)  # fmt: skip
-# The part of the speed that an earlier version of the step kept with layers checkpointed.
-CHECKPOINTED = 0.80
+# sessa-1b, 8 rows of 4,096 tokens, vocabulary 32,768, bfloat16, compiled, layers checkpointed, on
+# one H200 and sharded over two, with PyTorch 2.11 on 2026-11-30: tokens/s.
+MEASURED = dataclasses.replace(PRESETS["sessa-1b"], vocab_size=32_768)
+ON_ONE, ON_TWO, MEASURED_BATCH = 36_530, 65_758, 8 * 4096
 MODELS = {
     "1B": SessaConfig(
         vocab_size=32_768, hidden_size=2048, num_hidden_layers=24, num_attention_heads=16
@@ -41,9 +40,8 @@ def point(name: str, gpus: int, options: argparse.Namespace) -> dict[str, Any]:
     N, machines = parameter_count(config), gpus // MACHINE
     tokens = min(MOST_TOKENS, BATCH // gpus)
     done = operations_per_token(config, T) * tokens
-    compute = done / (options.peak * options.utilisation * CHECKPOINTED)
-    # bfloat16 weights for both passes; float32 gradients to their shards.
-    inside = (2 + 2 + 4) * N * (MACHINE - 1) / MACHINE / options.nvlink
+    compute = done / (options.peak * options.utilisation)
+    inside = seconds_inside(config, MACHINE, options)
     # All-reduce of a float32 shard between the copies.
     between = 2 * 4 * N / MACHINE * (machines - 1) / machines / options.network
     apart, together = compute + inside + between, max(compute, inside + between)
@@ -60,26 +58,38 @@ def point(name: str, gpus: int, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def seconds_inside(config: SessaConfig, gpus: int, options: argparse.Namespace) -> float:
+    """Return the time to send bfloat16 weights for both passes and float32 gradients to shards."""
+    return (2 + 2 + 4) * parameter_count(config) * (gpus - 1) / gpus / options.nvlink
+
+
 def measured_utilisation() -> float:
-    """Return the utilisation of the measured point."""
-    return MEASURED_TOKENS * operations_per_token(MEASURED, T) / PEAKS["H200"]
+    """Return the utilisation of one GPU."""
+    return ON_ONE * operations_per_token(MEASURED, T) / PEAKS["H200"]
+
+
+def two_gpus(options: argparse.Namespace) -> str:
+    """Return what the same arithmetic says of the step that was measured on two GPUs."""
+    compute, inside = MEASURED_BATCH / ON_ONE / 2, seconds_inside(MEASURED, 2, options)
+    said = (MEASURED_BATCH / seconds for seconds in (compute + inside, max(compute, inside)))
+    return f"{' to '.join(f'{x:,.0f}' for x in said)} tokens/s; measured: {ON_TWO:,}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--utilisation", type=float, default=measured_utilisation())
     parser.add_argument("--peak", type=float, default=PEAKS["H200"], help="operations/s of a GPU")
-    parser.add_argument("--nvlink", type=float, default=3.4e11, help="bytes/s a GPU, one way")
+    parser.add_argument("--nvlink", type=float, default=3.1e11, help="bytes/s a GPU, one way")
     parser.add_argument("--network", type=float, default=4e10, help="bytes/s a GPU, one way")
     options = parser.parse_args()
     print(
-        f"utilisation without checkpointing {options.utilisation:.3f}, with it x {CHECKPOINTED}; "
-        f"{options.peak:.3g} operations/s; {options.nvlink:.3g} bytes/s in a "
-        f"machine of {MACHINE}, {options.network:.3g} between; rows of {T:,} tokens, at most "
-        f"{MOST_TOKENS:,} tokens a GPU and pass, at most {BATCH:,} in all\n"
+        f"utilisation {options.utilisation:.3f}; {options.peak:.3g} operations/s; "
+        f"{options.nvlink:.3g} bytes/s in a machine of {MACHINE}, {options.network:.3g} between; "
+        f"rows of {T:,} tokens, at most {MOST_TOKENS:,} tokens a GPU and pass, "
+        f"at most {BATCH:,} in all\n"
     )
     print(table([point(name, gpus, options) for name in MODELS for gpus in GPUS]))
-    print("\nmeasured on two GPUs: missing (benchmarks/scale.py)")
+    print(f"\nsessa-1b on two GPUs, by the same arithmetic: {two_gpus(options)}")
 
 
 if __name__ == "__main__":
