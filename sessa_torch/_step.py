@@ -1,10 +1,10 @@
-"""One token behind a cache on a CPU, in few operations: the step that decoding repeats.
+"""A few tokens behind a cache on a CPU, in few operations: the step that decoding repeats.
 
-For a single row most operations take longer to start than to compute. The step therefore works on
-rows (B, D) instead of (B, 1, D), multiplies what a mixer reads by one matrix, rotates queries and
-keys together, and computes of the feedback only what the next state needs.
+For few rows most operations take longer to start than to compute. The step therefore works on rows
+(B T, D) instead of (B, T, D), multiplies what a mixer reads by one matrix, rotates queries and keys
+together, and computes of the feedback of a single token only what its state needs.
 
-Letters as in `attention` and `mixer`; P is the number of cached positions, B the number of rows.
+Letters as in `attention` and `mixer`; P is the number of cached positions.
 """
 
 from __future__ import annotations
@@ -20,12 +20,16 @@ from torch import Tensor, nn
 
 from sessa_torch.attention import Rope, rope_of
 from sessa_torch.cache import Mamba2LayerCache, SessaCache, SessaLayerCache
+from sessa_torch.feedback.blocked import solve_forward
 from sessa_torch.feedback.masking import visible_rows
 from sessa_torch.model import SessaForCausalLM, SessaLayer
 
 # The score of a hidden row. It is finite, so that a token that sees no row gets the mean of rows
 # that are zero, not NaN.
 HIDDEN = -1e30
+
+# Tokens of a sequence up to which starting the operations takes most of the time.
+MOST_TOKENS = 16
 
 Project = Callable[[Tensor], Tensor]
 
@@ -37,7 +41,7 @@ def is_supported(model: SessaForCausalLM) -> bool:
 
 
 class TokenStep:
-    """Appends one token to the cache of a model, like a call of the model.
+    """Appends at most MOST_TOKENS tokens to the cache of a model, like a call of the model.
 
     The weights of a mixer's projections become parts of one matrix, so that nothing is held twice.
     Changes of weights in place are seen; when a weight is replaced, a step must be made anew.
@@ -54,29 +58,32 @@ class TokenStep:
     def __call__(
         self,
         cache: SessaCache,
-        ids: Tensor,  # (B, 1)
-        seen: Tensor | None = None,  # (B, 1) or (B, P+1)
+        ids: Tensor,  # (B, T)
+        seen: Tensor | None = None,  # (B, T) or (B, P+T)
+        keep: int = 0,
     ) -> Tensor:
-        """Append ids to a cache that is not empty and return logits (B, 1, V).
+        """Append ids to a cache that is not empty and return logits (B, T, V).
 
-        seen is the attention mask of the model's call.
+        seen and keep are the attention mask and `logits_to_keep` of the model's call.
         """
         body, config, past = self.model.model, self.model.config, cache.length
-        mask = cache.extend(1, seen)
-        x = body.embed_tokens(ids[:, 0])
-        turn = _turn(rope_of(config, x[:, None], past, mask)) if config.rotates else None
+        B, T = ids.shape
+        mask = cache.extend(T, seen)
+        x = body.embed_tokens(ids)  # (B, T, D)
+        turn = _turn(rope_of(config, x, past, mask)) if config.rotates else None
+        x = x.view(B * T, -1)
         for (layer, project), rows in zip(self.layers, cache.layers, strict=True):
             if isinstance(rows, Mamba2LayerCache):
-                x = layer(x[:, None], cache=rows, key_mask=mask)[:, 0]
+                x = layer(x.view(B, T, -1), cache=rows, key_mask=mask).flatten(0, 1)
                 continue
-            mix = partial(_mix, layer.mixer, project, rows=rows, turn=turn, mask=mask)
+            mix = partial(_mix, layer.mixer, project, B, rows=rows, turn=turn, mask=mask)
             if isinstance(layer, SessaLayer):
                 a, g = layer.W_in(layer.ln(x)).chunk(2, -1)
                 x = x + layer.W_out(mix(_gelu(a)) * g)
             else:
                 x = x + mix(layer.ln(x))
                 x = x + layer.mlp(layer.ln_mlp(x))
-        x = body.norm(x)[:, None]
+        x = body.norm(x.view(B, T, -1)[:, -keep:])
         tied = config.tie_word_embeddings
         return F.linear(x, body.embed_tokens.weight) if tied else self.model.lm_head(x)
 
@@ -124,38 +131,43 @@ def _join(parts: list[nn.Parameter]) -> Tensor:
 
 
 def _turn(rope: Rope | None) -> Tensor | None:
-    """Tables (B, 1, 1, d) as complex numbers (B, 1, d/2), with which pairs are multiplied."""
-    return None if rope is None else torch.complex(rope[0][:, 0, :, ::2], rope[1][:, 0, :, 1::2])
+    """Tables (B, 1, T, d) as complex numbers (B, T, 1, d/2), with which pairs are multiplied."""
+    if rope is None:
+        return None
+    return torch.complex(rope[0][..., ::2], rope[1][..., 1::2]).transpose(1, 2)
 
 
 def _mix(
     mixer: Any,
     project: Project,
-    a: Tensor,  # (B, D)
+    B: int,
+    a: Tensor,  # (B T, D)
     *,
     rows: SessaLayerCache,
-    turn: Tensor | None,  # (B, 1, d/2), or (1, 1, d/2) without padding
-    mask: Tensor | None,  # (B, P+1)
+    turn: Tensor | None,  # (B, T, 1, d/2), or (1, T, 1, d/2) without padding
+    mask: Tensor | None,  # (B, P+T)
 ) -> Tensor:
-    """The mixer of a (B, D)."""
-    config, B = mixer.config, len(a)
+    """The mixer of a (B T, D)."""
+    config, T = mixer.config, len(a) // B
     H, G, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     sizes = [(H + G) * d, G * d]
     if hasattr(mixer, "proj_fb"):
         sizes += [2 * config.feedback_key_dim, 1]
     rotated, v, *feedback = project(a).split(sizes, -1)
     if config.qk_norm:
-        q, k = rotated.view(B, -1, d).split([H, G], 1)
+        q, k = rotated.view(B * T, -1, d).split([H, G], 1)
         rotated = torch.cat([mixer.q_norm(q), mixer.k_norm(k)], 1)
     if turn is not None:
-        pairs = torch.view_as_complex(rotated.reshape(-1, d // 2, 2)).view(B, -1, d // 2)
+        pairs = torch.view_as_complex(rotated.reshape(-1, d // 2, 2)).view(B, T, -1, d // 2)
         rotated = torch.view_as_real(pairs * turn)
-    q, k = rotated.view(B, -1, 1, d).split([H, G], 1)
-    k, v = rows.k.append(k), rows.v.append(v.view(B, -1, 1, d))
-    f = (_attend(q, k, v) if mask is None else mixer.attend(q, k, v, mask)).reshape(B, -1)
+    q, k = rotated.view(B, T, -1, d).transpose(1, 2).split([H, G], 1)
+    k, v = rows.k.append(k), rows.v.append(v.view(B, T, -1, d).transpose(1, 2))
+    single = T == 1 and mask is None
+    f = _attend(q, k, v) if single else mixer.attend(q, k, v, mask).transpose(1, 2)
+    f = f.reshape(B * T, -1)
     if mixer.projects:
         f = mixer.out_proj(f)
-    return _feed_back(mixer, f, feedback, rows, mask) if feedback else f
+    return _feed_back(mixer, f.view(B, T, -1), feedback, rows, mask) if feedback else f
 
 
 def _attend(
@@ -171,23 +183,37 @@ def _attend(
 
 def _feed_back(
     mixer: Any,
-    f: Tensor,  # (B, D)
-    projected: list[Tensor],  # query and key (B, 2K), and the logit of the gain (B, 1)
+    f: Tensor,  # (B, T, D)
+    projected: list[Tensor],  # query and key (B T, 2K), and the logit of the gain (B T, 1)
     rows: SessaLayerCache,
+    mask: Tensor | None,  # (B, P+T)
+) -> Tensor:
+    """The next states s (B T, D); one is f + gain * the mean of the past states."""
+    B, T, D = f.shape
+    both, logit = (x.view(B, T, -1) for x in projected)
+    q, k = both.chunk(2, -1)
+    keys, states = rows.k_fb.append(k), rows.s.rows
+    assert states is not None
+    gain = mixer.config.gamma_max * torch.tanh(logit)
+    if T == 1:
+        s = torch.addcmul(f, _mean_state(q, keys[:, :-1], states, mask), gain)
+    else:
+        s, _ = solve_forward(f, q, keys, gain[..., 0], states, mask)
+    rows.s.append(s)
+    return s.view(B * T, D)
+
+
+def _mean_state(
+    q: Tensor,  # (B, 1, K)
+    keys: Tensor,  # (B, P, K)
+    states: Tensor,  # (B, P, D)
     mask: Tensor | None,  # (B, P+1)
 ) -> Tensor:
-    """The next state s (B, D) = f + gain * the mean of the past states."""
-    both, logit = projected
-    q, k = both[:, None].chunk(2, -1)
-    keys, states = rows.k_fb.append(k)[:, :-1], rows.s.rows
-    assert states is not None
+    """The past states (B, 1, D), weighted by the softmax of their scores."""
     scores = torch.bmm(q, keys.mT).mul_(q.shape[2] ** -0.5)  # (B, 1, P)
     if mask is not None:
         scores.masked_fill_(~mask[:, None, :-1], HIDDEN)
-    mean = torch.bmm(scores.softmax(-1), visible_rows(states, mask))[:, 0]
-    s = torch.addcmul(f, mean, torch.tanh(logit), value=mixer.config.gamma_max)
-    rows.s.append(s[:, None])
-    return s
+    return torch.bmm(scores.softmax(-1), visible_rows(states, mask))
 
 
 def _gelu(x: Tensor) -> Tensor:

@@ -174,7 +174,7 @@ class SessaCache:
 
     def _reserve(self, count: int) -> None:
         """Make room for `count` more positions, where there are any, so that no step has to."""
-        for buffer in self._buffers():
+        for buffer in [*self._buffers(), self.seen]:
             buffer._reserve(self.length + count)
 
     def _buffers(self) -> list[GrowingBuffer]:

@@ -24,7 +24,7 @@ from sessa_common.inference.model_tokenizer import ModelTokenizer
 from sessa_common.inference.sampling import GumbelNoise, SamplingConfig
 from sessa_common.inference.shortcuts import ModelHome, Shortcuts, start
 from sessa_common.inference.texts import BATCH_SIZE, generate_texts
-from sessa_torch._step import TokenStep, is_supported
+from sessa_torch._step import MOST_TOKENS, TokenStep, is_supported
 from sessa_torch.cache import SessaCache
 from sessa_torch.checkpoint import load_model, to_numpy, to_tensor
 from sessa_torch.cuda.device import missing_triton
@@ -185,9 +185,9 @@ class Decoder:
                 runner.graphs = runner.graphs and self.graphs
                 return runner.run(self.cache, ids, keep)
             runner.length = None
-        if self._takes_steps and ids.shape[1] == 1 and self.length:
+        if self._takes_steps and ids.shape[1] <= MOST_TOKENS and self.length:
             self._step = self._step or TokenStep(self.model)
-            return self._step(self.cache, ids, seen).float()
+            return self._step(self.cache, ids, seen, keep).float()
         logits = self.model(ids, cache=self.cache, attention_mask=seen, logits_to_keep=keep)
         return logits.float()
 
