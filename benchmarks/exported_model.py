@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import onnxruntime
 import torch
 from measure import RESULTS, machine, save, table
 
@@ -158,7 +157,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
-    print(machine() | {"onnxruntime": onnxruntime.__version__}, flush=True)
+    print(machine(), flush=True)
     with tempfile.TemporaryDirectory(prefix="sessa-bench-") as root:
         threads = torch.get_num_threads()
         runtimes = make_runtimes(Path(root), args.preset, 2 * args.tokens, threads)

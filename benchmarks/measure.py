@@ -7,6 +7,7 @@ import datetime
 import json
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,12 +23,13 @@ MIB = 2**20
 
 def machine() -> dict[str, Any]:
     """Device, versions and date of this run."""
-    cuda = torch.cuda.is_available()
+    cuda, runtime = torch.cuda.is_available(), sys.modules.get("onnxruntime")
     return {
         "device": torch.cuda.get_device_name() if cuda else _cpu_name(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        **({"onnxruntime": runtime.__version__} if runtime else {}),
         "date": datetime.date.today().isoformat(),
     }
 
