@@ -38,6 +38,9 @@ q32 = Cast <to = 1> (q)
 k32 = Cast <to = 1> (k)
 gamma32 = Cast <to = 1> (gamma)
 past32 = Cast <to = 1> (past_s)
+"""
+# Only where K is not known: ONNX Runtime would run the node, though nothing reads K.
+_KEY_WIDTH = """
 K = Shape <start = 2, end = 3> (q)
 """
 
@@ -128,7 +131,7 @@ def for_gpu(
 
 
 def _functions(opset: int, n: int, key_width: int | None) -> Iterable[onnx.FunctionProto]:
-    operands = _OPERANDS + root_of(key_width)
+    operands = _OPERANDS + ("" if key_width else _KEY_WIDTH) + root_of(key_width)
     again = feedback_function(opset, key_width=key_width)
     again.name = AGAIN
     texts = (

@@ -45,8 +45,9 @@ def shared_tensors(g: Builder, config: SessaConfig, layout: str, fused: bool) ->
     seen = g.add("And", causal, g.add("Unsqueeze", key_mask, g.ints(1, 2)))  # (B, 1, T, S)
     bias = g.add("Where", seen, g.number(0.0), g.number(float(HIDDEN)))
     rotation = _rotation(g, config, past, total, fused) if config.use_forward_rope else None
-    new = g.scalar(g.size("input_ids", 1))
-    single = g.add("Equal", new, g.scalar(g.ints(1))) if layout == "buffer" else ""
+    single = ""
+    if layout == "buffer":
+        single = g.add("Equal", g.scalar(g.size("input_ids", 1)), g.scalar(g.ints(1)))
     pairs, heads = pair_numbers(config, layout), row_heads(config, layout)
     return Shared(bias, key_mask, rotation, fused, past, total, single, pairs, layout, heads)
 

@@ -1,7 +1,7 @@
 """The part of the operator's body that solves many rows in few large steps, for a GPU.
 
 A GPU runs a node in a few microseconds, however small it is, so the number of nodes decides. Blocks
-of a thousand rows need a fraction of the nodes that blocks of 64 rows need, at the price of more
+of 2048 rows need a fraction of the nodes that blocks of 64 rows need, at the price of more
 arithmetic: half of a diagonal block of scores is masked out, and the last block is padded.
 
 Letters as in `operator_body`; n rows of one block, which holds u smaller blocks of m rows.
@@ -11,7 +11,8 @@ from __future__ import annotations
 
 # Up to so many rows the body for a processor is better on a GPU too.
 SMALL = 64
-# Rows of the smaller blocks that are inverted; larger ones need fewer nodes and more arithmetic.
+# Rows of the smaller blocks that are inverted; larger ones need fewer nodes and more arithmetic. On
+# an H200 a prompt of 2048 tokens took 1.16 times as long with 512.
 INVERTED = 256
 
 # Sizes are read and constants are made again in every subgraph. ONNX Runtime computes with sizes on
