@@ -332,11 +332,11 @@ def shared_rows():
         sums = RunningSums(x["q"], D)
         for i in range(3):
             block = slice(m * i, m * i + m)
-            sums.add(slice(4 * i, T), x["k"][:, block], x["v"][:, block])
+            sums.add(slice(4 * i, T), x["k"][:, block], x["v"][:, block], None)
         stats = x["top"], x["total"], x["delta"]
         gradients = Gradients(x["q"], x["k"], x["v"], x["dout"], *stats, x["v"].clone())
         dq = torch.zeros(N, g, m, K, dtype=dtype)
-        gradients.add(list(gradients.block(slice(5, 5 + m))), slice(2, 17), dq)
+        gradients.add(list(gradients.block(slice(5, 5 + m))), slice(2, 17), dq, None)
         return {
             **{"top": sums.top, "total": sums.total, "sum": sums.sum, "dq": dq},
             **{"dk": gradients.dk, "dv": gradients.dv},
