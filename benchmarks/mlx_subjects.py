@@ -24,7 +24,7 @@ Row = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """What the command line chooses; `layers` 0 is the depth of the preset."""
+    """Choices of the command line; `layers` 0 is the depth of the preset."""
 
     small: bool = False
     layers: int = 0
