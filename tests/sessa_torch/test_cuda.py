@@ -216,7 +216,7 @@ def test_opcheck_and_a_whole_graph():
     leaves = [x.requires_grad_() for x in (f, q, k, gamma, past)]
     torch.library.opcheck(
         torch.ops.sessa.feedback_solve.default,
-        (*leaves, mask, "kernel"),
+        (*leaves, mask, None, "kernel"),
         atol=0,
         rtol=0,
     )
