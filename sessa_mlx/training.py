@@ -30,6 +30,7 @@ from sessa_common.training.trained_parameters import (
     trained_shapes,
 )
 from sessa_common.training.trainer import Reporter
+from sessa_mlx._device import on_cuda
 from sessa_mlx.checkpoint import build_model, choose_device, to_numpy, to_tensor
 from sessa_mlx.lora import add_lora
 from sessa_mlx.loss import likeliest, loss_and_likeliest, weighted_loss
@@ -41,6 +42,8 @@ Arrays = dict[str, mx.array]
 Sums = tuple[mx.array, Arrays]
 # Threads of a step on the CPU; each has gradients of its own.
 MOST_THREADS = 4
+# Operations that MLX submits at once on CUDA; it has at most ten such groups under way.
+OPERATIONS_AT_ONCE = 20
 # Parameters of gains and decays: low precision does not round them.
 EXACT = ("gamma_bias", "dt_bias", "A_log", "mixer.D")
 
@@ -151,6 +154,7 @@ class TrainBackend:
             expect(value == 1, f"`{name}`", value, "1 with MLX; PyTorch has more")
         self.processes = open_processes()
         self.device = choose_device(device)
+        _launch_kernels_directly()
         self.precision = choose_precision(settings.precision, self.device)
         own = {name: weights[name] for name in parameter_shapes(config)}
         self.model = build_model(config, own, dtype="float32", device=self.device)
@@ -405,6 +409,19 @@ class TrainBackend:
         """Take the trained weights out of the model, which would keep the old ones after a step."""
         nothing = mx.zeros(())
         self.model.update(tree_unflatten([(name, nothing) for name in self.parameters]))
+
+
+def _launch_kernels_directly() -> None:
+    """Keep MLX from collecting kernels in CUDA graphs, unless its variables say otherwise.
+
+    A step has more than ten thousand kernels, and MLX prepares its graphs anew in every step, which
+    takes the host longer than the kernels take the GPU. Kernels that are launched one by one are
+    ahead of the GPU; the memory of what is not computed yet is bounded by the number of operations
+    that MLX submits at once. MLX reads the variables at its first kernel.
+    """
+    if on_cuda():
+        os.environ.setdefault("MLX_USE_CUDA_GRAPHS", "0")
+        os.environ.setdefault("MLX_MAX_OPS_PER_BUFFER", str(OPERATIONS_AT_ONCE))
 
 
 def _clipped(grads: Arrays, max_norm: float) -> tuple[Arrays, mx.array]:

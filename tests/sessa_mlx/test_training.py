@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import os
 import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,7 @@ from sessa_common.presets import PRESETS
 from sessa_common.train_config import TrainConfig
 from sessa_mlx import attention_blocks, training
 from sessa_mlx._gelu import gelu
+from sessa_mlx._linear import Linear
 from sessa_mlx.feedback import blocked
 from sessa_mlx.training import TrainBackend
 
@@ -199,3 +201,40 @@ def test_gelu_on_a_gpu_has_the_same_gradient() -> None:
         found = mx.vjp(gelu, [x], [dy])
     for got, want in zip(found, wanted, strict=True):
         np.testing.assert_allclose(got[0], want[0], rtol=1e-5, atol=1e-6)
+
+
+def test_linear_on_cuda_has_the_same_gradients() -> None:
+    """Of its input, weight and bias, also when only some are asked for."""
+    layer, x, dy = Linear(5, 7), mx.random.normal((2, 3, 5)), mx.random.normal((2, 3, 7))
+
+    def gradients(*names: str) -> dict[str, mx.array]:
+        def inner(given: dict[str, mx.array]) -> mx.array:
+            layer.update({name: given[name] for name in names if name != "x"})
+            return (layer(given.get("x", x)) * dy).sum()
+
+        own = layer.parameters()
+        found: dict[str, mx.array] = mx.grad(inner)({"x": x, **own})
+        layer.update(own)
+        return {name: found[name] for name in names}
+
+    for names in (("x", "weight", "bias"), ("bias",)):
+        wanted = gradients(*names)
+        with mock.patch("sessa_mlx._linear.adds_bias_apart", lambda: True):
+            found = gradients(*names)
+        for name in names:
+            np.testing.assert_allclose(found[name], wanted[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("given", [{}, {"MLX_USE_CUDA_GRAPHS": "1"}])
+def test_training_on_cuda_launches_kernels_one_by_one(given, monkeypatch) -> None:
+    """Unless the environment says otherwise; elsewhere the environment stays as it is."""
+    names = ("MLX_USE_CUDA_GRAPHS", "MLX_MAX_OPS_PER_BUFFER")
+    with mock.patch.dict(os.environ, given):
+        for name in set(names) - set(given):
+            monkeypatch.delenv(name, raising=False)
+        training._launch_kernels_directly()
+        assert {name: os.environ[name] for name in names if name in os.environ} == given
+        monkeypatch.setattr("sessa_mlx.training.on_cuda", lambda: True)
+        training._launch_kernels_directly()
+        assert os.environ["MLX_USE_CUDA_GRAPHS"] == given.get("MLX_USE_CUDA_GRAPHS", "0")
+        assert int(os.environ["MLX_MAX_OPS_PER_BUFFER"]) < 100
