@@ -14,11 +14,12 @@ from itertools import zip_longest
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx.utils import tree_flatten
 
 from sessa_mlx._step_layers import HEAD, Position, step_layer
-from sessa_mlx.attention import _rope_from
-from sessa_mlx.cache import GrowingBuffer, Mamba2LayerCache, SessaCache, SessaLayerCache
+from sessa_mlx.attention import Rope, _rope_from
+from sessa_mlx.cache import Mamba2LayerCache, SessaCache, SessaLayerCache
 from sessa_mlx.model import SessaForCausalLM
 
 # Rows for which each buffer has room behind those of the next token.
@@ -57,11 +58,10 @@ class TokenStep:
         x = body.embed_tokens(ids)
         mask = cache._full_mask(cache.length + 1)
         hidden = 0 if mask is None else (~mask).sum(1).astype(mx.int32)
-        first = mx.array([cache.length], dtype=mx.int32) - hidden if config.rotates else None
         position = Position(
             past=cache.length,
             seen=None if mask is None else mask[:, None, None],
-            rope=None if first is None else _rope_from(config, first, x),
+            rope=self._rope(cache.length - hidden, x) if config.rotates else None,
         )
         for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
             x = layer(x, layer_cache, position)
@@ -70,6 +70,24 @@ class TokenStep:
         logits = head(body.norm(x))[:, 0].astype(mx.float32)
         cache.length += 1
         return logits
+
+    def _rope(self, first: mx.array | int, x: mx.array) -> Rope:
+        """The rotation of the heads of a token, each as a row of its own; values are not turned.
+
+        first, the token's position, is a number or (B,).
+        """
+        config = self.model.config
+        attending = config.num_attention_heads + config.num_key_value_heads
+        heads = np.arange(attending + config.num_key_value_heads)
+        turned = mx.array(heads < attending)
+        at = mx.where(turned, mx.array(first, dtype=mx.int32)[..., None], 0)
+        rope = _rope_from(config, mx.broadcast_to(at, (len(x), len(heads))).flatten(), x)
+        if isinstance(rope, tuple):
+            # A scaled rotation by nothing changes the length.
+            cos, sin = rope
+            every = mx.tile(turned, len(x))[:, None, None, None]
+            rope = mx.where(every, cos, 1), sin
+        return rope
 
 
 @contextmanager
@@ -98,13 +116,7 @@ def held_arrays(cache: SessaCache) -> list[mx.array]:
 
     A cache that is not evaluated would hold a graph that grows with each token.
     """
-    return [
-        array
-        for layer in cache.layers
-        for held in vars(layer).values()
-        for array in (vars(held).values() if isinstance(held, GrowingBuffer) else [held])
-        if isinstance(array, mx.array)
-    ]
+    return [array for layer in cache.layers for array in layer._arrays() if array is not None]
 
 
 def _make_room(cache: SessaCache) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import mlx.core as mx
@@ -26,7 +26,6 @@ from sessa_mlx._device import on_cuda, on_gpu
 from sessa_mlx._linear import Linear
 from sessa_mlx.attention import Rope, apply_rope
 from sessa_mlx.cache import GrowingBuffer, Mamba2LayerCache, SessaLayerCache
-from sessa_mlx.feedback.products import fused
 
 # The score of a hidden row. It is finite, so that a token that sees no row gets the mean of rows
 # that are zero, not NaN.
@@ -37,22 +36,24 @@ HEAD = 64
 Product = Callable[[mx.array], mx.array]
 
 
-Index = tuple[slice, ...]
+Index = tuple[slice | int, ...]
 
 
 class Position:
     """The place of the new token behind P cached ones.
 
-    `rows` and `heads` are two indices each of an array whose rows are on axis 1 and 2: of the new
-    row, and of the P+1 rows up to it; `before` are those of the row before.
+    `rows` are two indices of an array whose rows are on axis 1: of the new row, and of the P+1 rows
+    up to it; `before` are those of the row before. `keys` and `values` are parts of the array with
+    both, whose rows are on axis 3, `heads` is its new row, and `scored` the first keys of feedback.
     """
 
     def __init__(self, past: int, seen: mx.array | None, rope: Rope | None) -> None:
         self.past, self.rope = past, rope
         self.seen = seen  # (B, 1, 1, P+1) bool, False for padding; None without padding
         self.before, self.rows = _indices(1, past - 1), _indices(1, past)
-        self.heads = _indices(2, past)
-        self.scored = (slice(None), slice(0, past)), (slice(None), slice(0, past + HEAD))
+        self.heads, (_, *every, rows) = _indices(3, past)
+        self.keys, self.values = (0, *every, rows), (1, *every, rows)
+        self.scored = (slice(None), slice(0, past)), (0, slice(0, past + HEAD))
 
 
 def _indices(axis: int, row: int) -> tuple[Index, Index]:
@@ -192,22 +193,27 @@ class _MixerStep:
         """Attention f (B, 1, D); rows (B, 1, ...) begin with queries, keys and values."""
         B, H, G, d = len(rows), self.H, self.G, self.d
         heads = rows[self.attention_part].reshape(B, H + 2 * G, 1, d)
-        rotated, v = mx.split(heads, [H + G], 1)
         if self.norms:
-            parts = zip(self.norms, mx.split(rotated, [H], 1), strict=True)
-            rotated = mx.concatenate([norm(part) for norm, part in parts], 1)
-        if position.rope is not None:
-            rotated = apply_rope(rotated, position.rope)
-        q, k = mx.split(rotated, [H], 1)
-        k, v = _write(cache.k, k, position.heads), _write(cache.v, v, position.heads)
-        cache.k.length += 1
-        cache.v.length += 1
+            q, k, v = mx.split(heads, [H, H + G], 1)
+            heads = mx.concatenate([self.norms[0](q), self.norms[1](k), v], 1)
+        q, kv = mx.split(self._rotated(heads, position.rope), [H], 1)
+        held = cache.kv.buffer
+        assert held is not None
+        held[position.heads] = kv.reshape(B, 2, G, 1, d).swapaxes(0, 1)
+        cache.kv.length += 1
+        k, v = held[position.keys], held[position.values]
         # Without a mask there is a fused kernel on every GPU.
         f = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.scale, mask=position.seen)
         f = f.reshape(B, 1, H * d)
         if self.out is not None:
             f = self.out(f)
         return f if self.out_bias is None else f + self.out_bias
+
+    def _rotated(self, heads: mx.array, rope: Rope | None) -> mx.array:
+        """Heads (B, H + 2G, 1, d) after RoPE, which changes the queries and keys among them."""
+        if rope is None:
+            return heads
+        return apply_rope(heads.reshape(-1, 1, 1, self.d), rope).reshape(heads.shape)
 
     def _mean_state(self, rows: mx.array, cache: SessaLayerCache, position: Position) -> mx.array:
         """The past states (B, 1, D), weighted by the softmax of the scores q k (B, 1, P).
@@ -221,14 +227,15 @@ class _MixerStep:
         assert keys is not None
         past, further = position.scored
         if position.seen is None and fits_strided_attention(states):
-            return self._strided_attention(q @ keys[further].swapaxes(1, 2), states)
+            # A part of a row would be copied for the product, but for this shape.
+            return self._strided_attention(q.reshape(1, -1) @ keys[further].T, states)
         scores = q @ keys[past].swapaxes(1, 2)
         if position.seen is not None:
             scores = mx.where(position.seen[:, 0, :, : position.past], scores, HIDDEN)
         return mx.softmax(scores, -1, precise=True) @ states
 
     def _strided_attention(self, scores: mx.array, states: mx.array) -> mx.array:
-        """The states (1, P, D), weighted by the softmax of the first P scores (1, 1, P + HEAD).
+        """The states (1, P, D), weighted by the softmax of the first P scores (1, P + HEAD).
 
         The states are the values of attention with D / HEAD heads. Key j of every head is the part
         of the scores that begins at the jth one, without a copy, and the query is (1, 0, 0, ...),
@@ -325,7 +332,13 @@ def _fused(function: Callable[..., Any], *constants: Any) -> Callable[..., Any]:
 
     A CPU computes the operations one by one, because MLX would call a C++ compiler there.
     """
-    return fused(function, *constants) if on_gpu() else partial(function, *constants)
+    return _compiled(function, *constants) if on_gpu() else partial(function, *constants)
+
+
+@cache
+def _compiled(function: Callable[..., Any], *constants: Any) -> Callable[..., Any]:
+    # For each of the few shapes of a step; `products.fused` infers shapes anew in every call.
+    return mx.compile(partial(function, *constants))
 
 
 def _wide(x: mx.array) -> mx.array:

@@ -188,12 +188,12 @@ class AttentionMixer(nn.Module):
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is None:
-            past = 0 if cache is None else cache.k.length
+            past = 0 if cache is None else cache.kv.length
             rope = rope_of(self.config, a, past, key_mask, document_starts)
         if rope is not None:
             q, k = apply_rope(q, rope), apply_rope(k, rope)
         if cache is not None:
             k, v = (_hide_rows(x, key_mask) for x in (k, v))
-            k, v = cache.k.append(k), cache.v.append(v)
+            k, v = cache._append_heads(k, v)
         f = causal_attention(q, k, v, key_mask, document_starts).swapaxes(1, 2).reshape(B, T, -1)
         return self.out_proj(f) if self.projects else f

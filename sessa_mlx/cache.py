@@ -134,18 +134,24 @@ class _StateBuffer(GrowingBuffer):
 
 
 class SessaLayerCache:
-    """One layer's rows: k, v (B, G, P, d) after RoPE, k_fb (B, P, K) and s (B, P, D) float32.
+    """One layer's rows: kv (2, B, G, P, d), k_fb (B, P, K) and s (B, P, D) float32.
 
-    The states stay in float32 in any model dtype: bfloat16 could distinguish only the first 15
-    positions of the positional code (Lemma 4.10 at gain 0.76). The feedback's keys have the values
-    of the model's dtype, but are held in float32 too: MLX has no product of 16-bit numbers with a
-    float32 result, and converting all keys for every token would read more bytes than it saves.
-    Without feedback, k_fb and s stay empty.
+    kv are the keys after RoPE and the values; both rows of a token are written at once. The states
+    stay in float32 in any model dtype: bfloat16 could distinguish only the first 15 positions of
+    the positional code (Lemma 4.10 at gain 0.76). The feedback's keys have the values of the
+    model's dtype, but are held in float32 too: MLX has no product of 16-bit numbers with a float32
+    result, and converting all keys for every token would read more bytes than it saves. Without
+    feedback, k_fb and s stay empty.
     """
 
     def __init__(self) -> None:
-        self.k, self.v = GrowingBuffer(2), GrowingBuffer(2)
+        self.kv = GrowingBuffer(3)
         self.k_fb, self.s = GrowingBuffer(1), _StateBuffer(1)
+
+    def _append_heads(self, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
+        """Add keys and values (B, G, T, d) and return those of all positions."""
+        k, v = self.kv.append(mx.stack([k, v]))
+        return k, v
 
     def trim(self, length: int) -> None:
         """Keep the first `length` positions."""
@@ -156,6 +162,10 @@ class SessaLayerCache:
         """Return True if `count` more rows fit into the buffers that hold any."""
         return all(held._has_room(count) for held in vars(self).values() if held.length)
 
+    def _arrays(self) -> tuple[mx.array | None, ...]:
+        """All arrays that are held; None for one that is empty."""
+        return self.kv.buffer, self.k_fb.buffer, self.s.buffer, self.s.pending
+
     def _reserve(self, count: int) -> None:
         """Make room for `count` more rows in the buffers that hold any."""
         for held in vars(self).values():
@@ -164,16 +174,23 @@ class SessaLayerCache:
 
     def tensors(self) -> dict[str, mx.array]:
         """The rows that are not empty, by name; all but `s` in the dtype of the model."""
-        found = {name: held.rows for name, held in vars(self).items() if held.rows is not None}
-        if "k_fb" in found:
-            found["k_fb"] = found["k_fb"].astype(found["k"].dtype)
+        if self.kv.rows is None:
+            return {}
+        k, v = self.kv.rows
+        found = {"k": k, "v": v}
+        if self.k_fb.rows is not None and self.s.rows is not None:
+            found |= {"k_fb": self.k_fb.rows.astype(k.dtype), "s": self.s.rows}
         return found
 
     def load(self, tensors: Mapping[str, mx.array]) -> None:
         """Replace the rows by those that `tensors` gave."""
-        for name, rows in tensors.items():
-            wide = name == "k_fb" and rows.dtype != mx.float64
-            getattr(self, name).load(rows.astype(mx.float32) if wide else rows)
+        if not tensors:
+            return
+        self.kv.load(mx.stack([tensors["k"], tensors["v"]]))
+        if "s" in tensors:
+            keys = tensors["k_fb"]
+            self.k_fb.load(keys if keys.dtype == mx.float64 else keys.astype(mx.float32))
+            self.s.load(tensors["s"])
 
 
 class Mamba2LayerCache:
@@ -185,6 +202,10 @@ class Mamba2LayerCache:
     def __init__(self) -> None:
         self.conv: mx.array | None = None
         self.state: mx.array | None = None
+
+    def _arrays(self) -> tuple[mx.array | None, ...]:
+        """All arrays that are held; None for one that is empty."""
+        return self.conv, self.state
 
     def keep_conv(self, rows: mx.array, count: int) -> None:
         """Keep the last `count` rows of the convolution's input (B, count + T, channels)."""

@@ -150,52 +150,54 @@ class _LayerView:
     """
 
     def __init__(self, width: int, attention: Any, feedback: Any = None) -> None:
-        self.k, self.v = _Keys(attention, headed=True), _Values(attention, headed=True)
-        self.k_fb = _Keys(feedback, headed=False, width=width)
-        self.s = _Values(feedback, headed=False)
+        self.kv = _Rows(attention)
+        self.k_fb = _Keys(feedback, width)
+        self.s = _Values(feedback)
+
+    def _append_heads(self, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
+        k, v = self.kv.pair.update_and_fetch(k, v)
+        return k, v
 
 
 class _Rows:
-    """One half of a pair; the feedback's rows (B, P, D) have no axis of heads, mlx-lm's have."""
+    """Rows of a pair of mlx-lm, whose arrays (B, heads, P, width) have one head for feedback."""
 
-    def __init__(self, pair: Any, *, headed: bool) -> None:
-        self.pair, self.headed = pair, headed
+    def __init__(self, pair: Any) -> None:
+        self.pair = pair
 
     @property
     def length(self) -> int:
         """The number of rows."""
         return int(self.pair.size())
 
-    def _in(self, rows: mx.array) -> mx.array:
-        return rows if self.headed else rows[:, None]
-
-    def _out(self, rows: mx.array) -> mx.array:
-        return rows if self.headed else rows[:, 0]
-
 
 class _Keys(_Rows):
-    def __init__(self, pair: Any, *, headed: bool, width: int = 0) -> None:
-        super().__init__(pair, headed=headed)
-        self.width = width  # of the values of the pair; 0 stands for that of the keys
+    def __init__(self, pair: Any, width: int) -> None:
+        super().__init__(pair)
+        self.width = width  # of the values of the pair
 
     def append(self, new: mx.array) -> mx.array:
         """Add rows and return all; the values of the pair have zeros until they are appended."""
-        rows = self._in(new)
-        zeros = mx.zeros((*rows.shape[:-1], self.width or rows.shape[-1]), rows.dtype)
-        return self._out(self.pair.update_and_fetch(rows, zeros)[0])
+        zeros = mx.zeros((len(new), 1, new.shape[1], self.width), new.dtype)
+        rows: mx.array = self.pair.update_and_fetch(new[:, None], zeros)[0][:, 0]
+        return rows
 
 
 class _Values(_Rows):
     @property
     def rows(self) -> mx.array | None:
         """The rows appended so far, or None when there are none."""
-        return self._out(self.pair.keys_and_values()[1]) if self.length else None
+        return self._all() if self.length else None
 
     def append(self, new: mx.array) -> mx.array:
         """Replace the zeros that the last keys came with, and return all rows."""
         end = self.length
-        self.pair.values[..., end - new.shape[-2] : end, :] = self._in(new)
-        return self._out(self.pair.keys_and_values()[1])
+        self.pair.values[..., end - new.shape[-2] : end, :] = new[:, None]
+        return self._all()
+
+    def _all(self) -> mx.array:
+        rows: mx.array = self.pair.keys_and_values()[1][:, 0]
+        return rows
 
 
 class _StateView:

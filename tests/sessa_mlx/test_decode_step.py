@@ -28,7 +28,7 @@ from sessa_mlx.decoding import CLEAR_EVERY, Decoder
 from sessa_mlx.model import SessaForCausalLM
 
 # mlx-lm's Llama has 17. On a Mac softmax and the mean of the states are two launches, not one.
-LAUNCHES = {"cuda": 18, "metal": 19}
+LAUNCHES = {"cuda": 17, "metal": 18}
 
 
 def small_config(**options) -> SessaConfig:
@@ -141,10 +141,10 @@ def rooms(tokens: int) -> list[int]:
 def step_graph(step: TokenStep, past: int, room: int) -> list[dict]:
     """The primitives of a step behind `past` cached tokens; nothing is computed."""
     config = step.model.config
-    heads = (1, config.num_key_value_heads, room, config.head_dim)
-    k, v = (mx.zeros(heads, dtype=mx.bfloat16) for _ in "kv")
+    heads = (2, 1, config.num_key_value_heads, room, config.head_dim)
+    kv = mx.zeros(heads, dtype=mx.bfloat16)
     k_fb, s, newest = (mx.zeros((1, n, config.hidden_size)) for n in (room, room, 1))
-    arrays = [k, v, k_fb, s, newest] * config.num_hidden_layers
+    arrays = [kv, k_fb, s, newest] * config.num_hidden_layers
 
     def run(ids, *arrays):
         cache, given = SessaCache(config), iter(arrays)
@@ -167,7 +167,7 @@ def largest_pool(tokens: int, *, clears: bool, grown: list[int]) -> float:
     held: list[int] = []
     for turn, room in enumerate(grown[:tokens]):
         if turn == 0 or room != grown[turn - 1]:
-            sizes = [width * room for width in (1024, 1024, 2048, 2048)] * 2  # bytes of a row
+            sizes = [2048 * room] * 6  # three buffers of two layers, each with as many bytes a row
             old, held = held, [pool.allocate(size) for size in sizes]
             for size in old:
                 pool.free(size)

@@ -243,7 +243,7 @@ def test_bfloat16_keeps_positions_and_cached_states_in_float32(framework):
     for piece in (tokens(9), tokens(1)):
         run(framework, model, piece, cache=cache)
         assert "float32" in str(cache.layers[2].s.rows.dtype)
-        assert "bfloat16" in str(cache.layers[2].k.rows.dtype)
+        assert "bfloat16" in str(cache.layers[2].tensors()["k"].dtype)
         assert "float32" in str(cache.layers[0].state.dtype)
         assert "bfloat16" in str(cache.layers[0].conv.dtype)
 
