@@ -238,10 +238,6 @@ class SessaModel(nn.Module):
         for i, layer in enumerate(self.layers):
             layer_cache = cache.layers[i] if cache is not None else None
             x = run(layer, x, rope=rope, cache=layer_cache, **masks)
-            if cache is not None and x.shape[1] > 1:
-                # The device computes this layer while Python describes the next one. With one
-                # token it is too early: MLX would copy the buffers that the last one still reads.
-                mx.async_eval(x)
         return self.norm(x)
 
 

@@ -199,15 +199,6 @@ def test_projections_are_joined_without_a_second_copy():
     assert mx.get_active_memory() - before < 10**6
 
 
-def test_the_layers_of_a_prompt_are_submitted_one_by_one():
-    decoder = Decoder(new_model(small_config(), seed=0))
-    with mock.patch.object(mx, "async_eval", wraps=mx.async_eval) as submit:
-        decoder.feed(np.array([[1, 2, 3]]))
-        assert submit.call_count == decoder.config.num_hidden_layers
-        decoder.feed(np.array([[4]]))
-        assert submit.call_count == decoder.config.num_hidden_layers
-
-
 def test_new_weights_are_used():
     model = new_model(small_config())
     decoder = Decoder(model)
