@@ -147,7 +147,9 @@ sharding.LEAST_PARAMETERS = 3000
 runs, commands, last = json.load(open("commands.json"))
 for fields in runs:
     train(**fields)
-print("codes", [sessa(*arguments) for arguments in commands])
+codes = [sessa(*arguments) for arguments in commands]
+# One write, because the processes share the output.
+print(f"codes {codes}\\n", end="", flush=True)
 
 def fill_disk(plan, planner):
     raise OSError(28, "No space left on device")
@@ -163,7 +165,7 @@ sharded_state._new_writer = new_writer
 try:
     train(**last)
 except SessaError as error:
-    print("refused:", error, flush=True)
+    print(f"refused: {error}\\n", end="", flush=True)
 sharded_state._new_writer = right
 
 step, steps = TrainBackend.step, []
