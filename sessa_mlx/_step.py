@@ -72,9 +72,10 @@ class TokenStep:
         return logits
 
     def _rope(self, first: mx.array | int, x: mx.array) -> Rope:
-        """The rotation of the heads of a token, each as a row of its own; values are not turned.
+        """The rotation of all heads of a token, each as a row of its own: (B * heads, 1, 1, d).
 
-        first, the token's position, is a number or (B,).
+        Heads of values have position 0, so that one operation takes all heads and leaves them as
+        they are. first, the token's position, is a number or (B,).
         """
         config = self.model.config
         attending = config.num_attention_heads + config.num_key_value_heads
@@ -83,7 +84,7 @@ class TokenStep:
         at = mx.where(turned, mx.array(first, dtype=mx.int32)[..., None], 0)
         rope = _rope_from(config, mx.broadcast_to(at, (len(x), len(heads))).flatten(), x)
         if isinstance(rope, tuple):
-            # A scaled rotation by nothing changes the length.
+            # With YaRN, cosines have an amplitude also at position 0.
             cos, sin = rope
             every = mx.tile(turned, len(x))[:, None, None, None]
             rope = mx.where(every, cos, 1), sin

@@ -43,8 +43,9 @@ class Position:
     """The place of the new token behind P cached ones.
 
     `rows` are two indices of an array whose rows are on axis 1: of the new row, and of the P+1 rows
-    up to it; `before` are those of the row before. `keys` and `values` are parts of the array with
-    both, whose rows are on axis 3, `heads` is its new row, and `scored` the first keys of feedback.
+    up to it; `before` are those of the row before. Of the array with keys and values, whose rows
+    are on axis 3, `heads` is the new row, and `keys` and `values` are the rows up to it. `scored`
+    are the feedback's keys of the P rows, with and without further ones.
     """
 
     def __init__(self, past: int, seen: mx.array | None, rope: Rope | None) -> None:
@@ -227,7 +228,7 @@ class _MixerStep:
         assert keys is not None
         past, further = position.scored
         if position.seen is None and fits_strided_attention(states):
-            # A part of a row would be copied for the product, but for this shape.
+            # MLX would copy q, a part of a longer row, but for the strides of this shape.
             return self._strided_attention(q.reshape(1, -1) @ keys[further].T, states)
         scores = q @ keys[past].swapaxes(1, 2)
         if position.seen is not None:

@@ -83,7 +83,9 @@ def rope_of(
 
 
 def _rope_from(config: SessaConfig, first: mx.array, x: mx.array) -> Rope:
-    """The positions first, first + 1, ... of rows x (B, T, D); first is (1,) or (B,).
+    """The positions first, first + 1, ... of T rows, x being (B, T, D).
+
+    first (n,) has one position for each of the n sequences that are rotated, or n is 1.
 
     MLX's kernel is faster than tables on a GPU alone, and knows no amplitude.
     """

@@ -414,10 +414,10 @@ class TrainBackend:
 def _launch_kernels_directly() -> None:
     """Keep MLX from collecting kernels in CUDA graphs, unless its variables say otherwise.
 
-    A step has more than ten thousand kernels, and MLX prepares its graphs anew in every step, which
-    takes the host longer than the kernels take the GPU. Kernels that are launched one by one are
-    ahead of the GPU; the memory of what is not computed yet is bounded by the number of operations
-    that MLX submits at once. MLX reads the variables at its first kernel.
+    A step of a large model has more than ten thousand kernels, and MLX prepares its graphs anew in
+    every step, which takes the host longer than the kernels take the GPU. The host launches single
+    kernels faster than the GPU computes them; few operations at once then bound the memory of what
+    is not computed yet. MLX reads the variables at its first kernel.
     """
     if on_cuda():
         os.environ.setdefault("MLX_USE_CUDA_GRAPHS", "0")

@@ -204,7 +204,7 @@ def test_gelu_on_a_gpu_has_the_same_gradient() -> None:
 
 
 def test_linear_on_cuda_has_the_same_gradients() -> None:
-    """Of its input, weight and bias, also when only some are asked for."""
+    """Gradients of input, weight and bias, also when only some are asked for."""
     layer, x, dy = Linear(5, 7), mx.random.normal((2, 3, 5)), mx.random.normal((2, 3, 7))
 
     def gradients(*names: str) -> dict[str, mx.array]:
@@ -227,7 +227,7 @@ def test_linear_on_cuda_has_the_same_gradients() -> None:
 
 @pytest.mark.parametrize("given", [{}, {"MLX_USE_CUDA_GRAPHS": "1"}])
 def test_training_on_cuda_launches_kernels_one_by_one(given, monkeypatch) -> None:
-    """Unless the environment says otherwise; elsewhere the environment stays as it is."""
+    """A variable that is set keeps its value, and without CUDA none is set."""
     names = ("MLX_USE_CUDA_GRAPHS", "MLX_MAX_OPS_PER_BUFFER")
     with mock.patch.dict(os.environ, given):
         for name in set(names) - set(given):
